@@ -1,0 +1,39 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-slow test-gpu check build clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(READY): pyproject.toml slq_embed/version.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[train]" --group dev
+	@touch $(READY)
+
+demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
+	$(BIN)/python examples/demo.py
+
+test: $(READY) ## The plain tests: offline, CPU, a few minutes
+	$(BIN)/python -m pytest --quiet --cov --cov-report=term:skip-covered
+
+test-slow: $(READY) ## The slow tests as well
+	$(BIN)/python -m pytest --quiet -m "not gpu and not network"
+
+test-gpu: $(READY) ## The tests that need CUDA
+	$(BIN)/python -m pytest --quiet -m gpu
+
+check: $(READY) ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: $(READY) ## The wheel and the source archive
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean: ## Remove what the other targets made
+	rm -rf .venv dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
