@@ -1,0 +1,138 @@
+"""The whole path on the embedded default: build, train, save, reload with plain Sentence Transformers, search.
+
+    make demo          (or: python examples/demo.py)
+
+Hardware: 2 CPU cores, under 3 minutes. Expected output: recall before and after training, answers to text and
+image queries, and the path of a contact sheet (PNG) with each query's best results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.util import semantic_search
+
+from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
+from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_records
+from slq_embed.data.scene_text import captions, implicit
+from slq_embed.data.scenes import Scene, render, sample_scenes
+from slq_embed.evaluation import ImageTextRetrievalEvaluator
+
+STEPS, BATCH, QUERIES, LEARNING_RATE = 120, 64, 8, 2e-2
+SMOKE = bool(os.environ.get("SLQ_SMOKE"))  # a few steps only, for tests
+TEXT_QUERIES = [
+    "a red circle above a blue square",
+    "two green stars and a pink heart",
+    "as many items as wheels on a tricycle, all with the hue of lemons and the outline of a doughnut",
+    "an item with the hue of snow and the outline of a pyramid, west of an item with the hue of grass and the outline of a coin",
+]
+
+
+def scene_pairs(scenes: list[Scene], seed: int) -> ImageTextPairs:
+    """Pictures of scenes, each with one of its literal captions."""
+    rows = ((str(i), render(scene, seed), captions(scene)[(seed + i) % 5]) for i, scene in enumerate(scenes))
+    return from_records(rows, verify=False)
+
+
+def train(model: SLQEncoder, pairs: ImageTextPairs, output: Path, evaluator: Any = None, **settings: Any) -> float:
+    """Train the latent queries with the host's trainer; returns the seconds it took."""
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        batch_sampler=DistinctImageBatchSampler,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        **settings,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs.dataset,
+        loss=SymmetricInfoNCELoss(model),
+        evaluator=evaluator,
+    )
+    started = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started
+
+
+def contact_sheet(rows: list[tuple[Any, list[Image.Image]]], path: Path) -> None:
+    """A line for each query, the query on the left and its best results beside it."""
+    cell, margin = 96, 260
+    sheet = Image.new("RGB", (margin + cell * max(len(found) for _, found in rows), (cell + 8) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, (query, found) in enumerate(rows):
+        top = line * (cell + 8)
+        if isinstance(query, Image.Image):
+            sheet.paste(query.resize((cell, cell)), (margin - cell - 20, top))
+        else:
+            words, lines = query.split(), [""]
+            for word in words:
+                lines = (
+                    [*lines, word] if len(lines[-1]) + len(word) > 36 else [*lines[:-1], f"{lines[-1]} {word}".strip()]
+                )
+            draw.multiline_text((8, top + 8), "\n".join(lines), fill="black")
+        for place, image in enumerate(found):
+            sheet.paste(image.resize((cell - 4, cell - 4)), (margin + place * cell, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to")
+    output: Path = parser.parse_args().output
+    torch.manual_seed(0)
+
+    print("1. A frozen multimodal LLM and fresh latent queries")
+    model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=QUERIES, seed=0)
+    held_out = sample_scenes(20 if SMOKE else 300, "test")
+    images = [render(scene, seed=7) for scene in held_out]
+    literal = ImageTextRetrievalEvaluator(
+        images, [captions(s)[0] for s in held_out], range(len(images)), name="literal"
+    )
+    hinted = ImageTextRetrievalEvaluator(images, [implicit(s) for s in held_out], range(len(images)), name="implicit")
+    before = {**literal(model), **hinted(model)}
+
+    print(f"2. Training {model.queries.numel():,} numbers; {model.backbone.num_parameters():,} stay frozen")
+    pairs = scene_pairs(sample_scenes(100 if SMOKE else 4000, "train"), seed=1)
+    steps = 3 if SMOKE else STEPS
+    seconds = train(
+        model, pairs, output, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE
+    )
+    after = {**literal(model), **hinted(model)}
+    print(f"   {steps} steps in {seconds:.0f} s. Recall on {len(images)} held-out pictures, before -> after:")
+    for name in ("literal_text_to_image_recall@1", "implicit_text_to_image_recall@1", "literal_image_to_text_recall@1"):
+        print(f"   {name}: {before[name]:.1%} -> {after[name]:.1%}")
+
+    print("3. Saved, and loaded by plain SentenceTransformer")
+    folder = output / "slq-demo"
+    model.save_pretrained(folder)
+    trained = (folder / "adapter_model.safetensors").stat().st_size
+    loaded = SentenceTransformer(str(folder))
+    print(f"   {folder}: {trained:,} bytes of trained weights; {type(loaded[0]).__name__} from stock modules")
+
+    print("4. Searching the held-out pictures")
+    index = loaded.encode(images, convert_to_tensor=True)
+    queries: list[Any] = [*TEXT_QUERIES, images[3], images[11]]
+    hits = semantic_search(loaded.encode(queries, convert_to_tensor=True), index, top_k=6)
+    rows = []
+    for query, found in zip(queries, hits, strict=True):
+        best = captions(held_out[found[0]["corpus_id"]])[0]
+        print(f"   {query if isinstance(query, str) else 'a picture'}\n      -> {best} ({found[0]['score']:.2f})")
+        rows.append((query, [images[hit["corpus_id"]] for hit in found]))
+    contact_sheet(rows, output / "contact_sheet.png")
+    print(f"Contact sheet: {(output / 'contact_sheet.png').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""SLQEncoder: a Sentence Transformer made of a frozen multimodal LLM and a few latent queries."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.util.file_io import load_file_path
+from torch import Tensor, nn
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from slq_embed.artifact import FindFile, SLQConfig, read_queries, write_folder
+from slq_embed.backbones import embedding_table, family_of, is_placed, load_backbone
+from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
+from slq_embed.fingerprint import Fingerprint, difference, fingerprint
+from slq_embed.model_card import SLQModelCardData
+from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer
+from slq_embed.modules.latent_query_pooling import PoolingMode
+from slq_embed.query_tokens import Form, allocate, private_processor
+
+NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
+Initialisation = Literal["normal", "zeros", "tokens"]
+_QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.temperature"
+
+
+class SLQEncoder(SentenceTransformer):
+    """A Sentence Transformer whose only trained weights are ``Q`` latent queries.
+
+    Everything of :class:`~sentence_transformers.SentenceTransformer` works: ``encode``, ``encode_query``,
+    ``similarity``, the trainer, evaluators, the hub. What this class adds: building from a backbone
+    (:meth:`from_backbone`), the fast training path, and saving as a folder of stock modules.
+
+    Args:
+        model_name_or_path: A saved SLQ model: a folder or a hub name.
+        backbone: The backbone to use in place of the recorded one: an already loaded model, which is then
+            shared, or the folder or hub name it has moved to. It must be the same backbone.
+        **kwargs: As for ``SentenceTransformer``; ``model_kwargs`` go to the backbone.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or the backbone is another than the recorded one.
+        OSError: If the recorded backbone is not where it was.
+    """
+
+    model_card_data_class = SLQModelCardData
+
+    def __init__(
+        self,
+        model_name_or_path: str | Path | None = None,
+        *,
+        backbone: PreTrainedModel | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._given_backbone = (backbone,)  # a tuple, because nn.Module is not ready yet
+        self._failed_reload: str | None = None
+        if isinstance(backbone, PreTrainedModel):
+            kwargs.setdefault("device", str(backbone.device))
+        super().__init__(None if model_name_or_path is None else str(model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        processor: ProcessorMixin | None = None,
+        *,
+        num_queries: int = 20,
+        init: Initialisation | Tensor = "normal",
+        seed: int | None = None,
+        pooling: PoolingMode = "mean",
+        form: Form = "adapter",
+        instructions: Mapping[str, str] | None = None,
+        max_text_chars: int = 8192,
+        max_pixels: int | None = None,
+        image_kwargs: Mapping[str, Any] | None = None,
+        backbone_name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SLQEncoder:
+        """Put fresh latent queries on a frozen multimodal LLM.
+
+        Args:
+            backbone: Hub name, folder, or an already loaded model, which is shared, frozen and not copied.
+            processor: Of an already loaded model; copied where it must differ (tokenizer, chat template).
+            num_queries: How many latent queries, ``Q``; 20 in the paper.
+            init: ``"normal"`` (standard deviation ``H ** -0.5``, as the paper's authors), ``"zeros"``,
+                ``"tokens"`` (the mean token embedding plus noise at the table's own scale), or a ``(Q, H)``
+                tensor.
+            seed: Seed of the initialisation; without one, torch's generator is used.
+            pooling: ``"mean"`` over the queries, as in the paper, or the ``"last"`` one.
+            form: How it will be saved. ``"adapter"``: the queries beside the backbone's name; needs rows of
+                the embedding table that no text uses. ``"merged"``: the whole model.
+            instructions: Text of the user turn for ``"text"``, ``"image"`` and ``"composed"`` inputs; see
+                :data:`slq_embed.chat_template.DEFAULT_INSTRUCTIONS`.
+            max_text_chars: Longest text that is read, in characters.
+            max_pixels: Largest image, in pixels, for families that keep the aspect ratio.
+            image_kwargs: How to call the image processor, on top of the family's defaults.
+            backbone_name: Folder or hub name to record, where an already loaded model does not know its own.
+            device: Where to compute; an already loaded model stays where it is.
+            dtype: Of the backbone; ``"auto"`` keeps the checkpoint's.
+            attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
+            quantization_config: For the backbone, as transformers takes it.
+            device_map: For the backbone, as transformers takes it.
+            revision: Commit, tag or branch of the backbone.
+            token: Hub token.
+            cache_folder: Where hub files are kept.
+            local_files_only: Whether to stay off the network.
+            trust_remote_code: Whether the backbone may bring code of its own.
+            model_kwargs: More arguments for loading the backbone.
+            processor_kwargs: More arguments for loading the processor.
+            **kwargs: For ``SentenceTransformer``: ``prompts``, ``similarity_fn_name``, ``truncate_dim``, ...
+
+        Raises:
+            ValueError: If the backbone is unsupported, has too few free rows for the adapter form, or an
+                argument does not fit; the message says what to do.
+            OSError: If nothing can be loaded from there.
+
+        Source:
+            Defaults of arXiv:2604.13710.
+        """
+        hub = {"token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
+        if isinstance(backbone, PreTrainedModel):
+            family_of(backbone.config)
+            name = backbone_name or backbone.name_or_path
+            if processor is None and not name:
+                raise ValueError("A backbone without a name came without its processor: pass processor=.")
+            device = device or backbone.device
+        else:
+            name = str(backbone)
+            if (Path(name) / "slq_config.json").is_file():
+                raise ValueError(f"{name} is a saved SLQ model already. Load it with SLQEncoder({name!r}).")
+            given = {
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "quantization_config": quantization_config,
+                "device_map": device_map,
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+                **hub,
+            }
+            loading = {key: value for key, value in given.items() if value is not None} | dict(model_kwargs or {})
+            backbone = load_backbone(name, **loading)
+            if is_placed(backbone):
+                device = backbone.device
+        if processor is None:
+            processor = AutoProcessor.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code, **hub, **(processor_kwargs or {})
+            )
+        processor = private_processor(processor)
+        image_kwargs = {**family_of(backbone.config).image_kwargs, **(image_kwargs or {})}
+        if max_pixels is not None:
+            _limit_pixels(processor, backbone, max_pixels)
+        table = embedding_table(backbone)
+        queries = _initial_queries(init, num_queries, table, seed)
+        tokens = allocate(processor.tokenizer, len(table), len(queries), form)
+        told = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
+        processor.chat_template = build_chat_template(
+            processor, tokens.strings, max_text_chars=max_text_chars, instructions=told
+        )
+        processor.tokenizer.padding_side = "left"
+        processor.tokenizer.model_max_length = NO_LIMIT
+        modules = [
+            LatentQueryTransformer(backbone, processor, queries, image_kwargs),
+            LatentQueryPooling(table.shape[1], pooling),
+            Normalize(),
+        ]
+        model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
+        if name and Path(name).is_dir():
+            name = str(Path(name).resolve())
+        commit = getattr(backbone.config, "_commit_hash", None) or revision
+        model.slq = SLQConfig(name, commit, tokens, pooling, form, max_text_chars, told, image_kwargs)
+        return model
+
+    slq: SLQConfig
+    """What will be recorded on saving."""
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The frozen multimodal LLM: the same object that was passed in, ready to generate."""
+        return self._latent.backbone
+
+    @property
+    def num_queries(self) -> int:
+        """How many latent queries there are, ``Q``."""
+        return len(self._latent.queries)
+
+    @property
+    def queries(self) -> nn.Parameter:
+        """The latent queries, ``(Q, H)`` in float32: all that is trained."""
+        return self._latent.queries
+
+    @property
+    def temperature(self) -> float | None:
+        """The learned temperature, where a loss of this package trained one."""
+        learned = self._latent.temperature
+        return self.slq.temperature if learned is None else float(learned.detach())
+
+    @property
+    def _latent(self) -> LatentQueryTransformer:
+        module: Any = self[0]
+        assert isinstance(module, LatentQueryTransformer)
+        return module
+
+    @property
+    def transformers_model(self) -> PreTrainedModel | None:
+        """The backbone."""
+        return self.backbone
+
+    @cached_property
+    def backbone_fingerprint(self) -> Fingerprint:
+        """The fingerprint that saving records; taken once, since the backbone is frozen."""
+        return fingerprint(self.backbone)
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether this is one input and not a batch; a path and a dict are one input."""
+        return isinstance(inputs, str | Path | Mapping | Image.Image) or bool(super().is_singular_input(inputs))
+
+    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Turn inputs into features; see :meth:`LatentQueryTransformer.preprocess`.
+
+        The host's version would open a text that names a file, and would lose the prompt after a TypeError.
+        """
+        return self._latent.preprocess(inputs, prompt=prompt, **kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode texts and images; as :meth:`SentenceTransformer.encode`."""
+        self._refuse_after_failed_reload()
+        return super().encode(*args, **kwargs)
+
+    def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
+        """Save as a folder that plain ``SentenceTransformer(path)`` loads.
+
+        Args:
+            path: The folder.
+            *args: As for ``SentenceTransformer.save_pretrained``.
+            form: ``"adapter"`` (the queries beside the backbone's name) or ``"merged"`` (the whole model);
+                by default as :meth:`from_backbone` was told.
+            **kwargs: As for ``SentenceTransformer.save_pretrained``.
+
+        Raises:
+            ValueError: If the form does not fit the backbone.
+        """
+        before = self.slq.form
+        self.slq.form = form or before
+        try:
+            super().save_pretrained(str(path), *args, **kwargs)
+        finally:
+            self.slq.form = before
+
+    def save(
+        self,
+        path: str,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Save in the form that :attr:`slq` names; see :meth:`save_pretrained`."""
+        self._refuse_after_failed_reload()
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.slq.temperature = self.temperature
+        self.slq.loss = self.model_card_data.loss_name or self.slq.loss
+        self.slq.fingerprint = None if self.slq.form == "merged" else self.backbone_fingerprint
+        write_folder(folder, self.slq, self.backbone, self.processor, self.queries)
+        host = folder / "config_sentence_transformers.json"
+        host.write_text(json.dumps(self._get_model_config(), indent=2, sort_keys=True) + "\n", "utf8")
+        if create_model_card:
+            self._create_model_card(str(folder), model_name, train_datasets)
+
+    def _load_modules(self, model_name_or_path: str, *args: Any, **load: Any) -> Any:
+        names = ("token", "cache_folder", "revision", "local_files_only")
+        find = partial(load_file_path, model_name_or_path, **{key: load.get(key) for key in names})
+        config = SLQConfig.read(find)
+        if config is None:
+            raise ValueError(
+                f"{model_name_or_path} is no saved SLQ model: it has no slq_config.json. To put latent queries on a "
+                f"backbone, use SLQEncoder.from_backbone({model_name_or_path!r})."
+            )
+        if (host := find("config_sentence_transformers.json")) is not None:
+            self._parse_model_config(json.loads(Path(host).read_text("utf8")))
+        if (card := find("README.md")) is not None:
+            self._model_card_text = Path(card).read_text("utf8")
+        hub = {"token": load.get("token"), "cache_dir": load.get("cache_folder")}
+        hub["local_files_only"] = load.get("local_files_only", False)
+        own = {"revision": load.get("revision"), "trust_remote_code": load.get("trust_remote_code", False), **hub}
+        backbone = self._find_backbone(model_name_or_path, config, own, dict(load.get("model_kwargs") or {}))
+        processor = AutoProcessor.from_pretrained(model_name_or_path, **own, **(load.get("processor_kwargs") or {}))
+        queries = read_queries(find)
+        self.slq = config
+        modules: list[nn.Module] = [
+            LatentQueryTransformer(backbone, processor, queries, config.image_kwargs),
+            LatentQueryPooling(queries.shape[1], config.pooling),
+            Normalize(),
+        ]
+        return OrderedDict((str(number), module) for number, module in enumerate(modules)), OrderedDict()
+
+    def _find_backbone(
+        self, folder: str, config: SLQConfig, own: dict[str, Any], model_kwargs: dict[str, Any]
+    ) -> PreTrainedModel:
+        given = self._given_backbone[0]
+        if config.form == "merged" and given is None:
+            return load_backbone(folder, **{**own, **model_kwargs})
+        if isinstance(given, PreTrainedModel):
+            backbone = given
+        else:
+            name = config.backbone if given is None else str(given)
+            revision = config.revision if given is None else None
+            try:
+                backbone = load_backbone(name, **{**own, "revision": revision, **model_kwargs})
+            except OSError as error:
+                raise OSError(
+                    f"{folder} was trained on the backbone {config.backbone!r}, but nothing can be loaded from "
+                    f"{name!r}. Bring it back, or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
+                ) from error
+        if config.fingerprint is not None and (found := difference(config.fingerprint, backbone)) is not None:
+            raise ValueError(
+                f"{folder} was trained on the backbone {config.backbone!r}, but this one is another: {found}. "
+                "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."
+            )
+        return backbone
+
+    @classmethod
+    def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
+        # The trainer builds a second model from a checkpoint, only to copy its state. Ours needs no backbone.
+        return _SavedState(model_name_or_path)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take over queries (and temperature) from another model's state."""
+        if _TEMPERATURE in state_dict:
+            self._latent.require_temperature(float(state_dict[_TEMPERATURE]))
+        elif self._latent.temperature is not None:
+            state_dict = {**state_dict, _TEMPERATURE: self._latent.temperature.detach()}
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._failed_reload = None
+        return result
+
+    def _refuse_after_failed_reload(self) -> None:
+        if self._failed_reload is not None:
+            raise RuntimeError(
+                f"The best checkpoint ({self._failed_reload}) could not be loaded after training, so this model holds "
+                "the last step's weights. The log says why. Load a checkpoint: SLQEncoder(folder), or accept the last "
+                "weights: model.load_state_dict(model.state_dict())."
+            )
+
+
+class _SavedState:
+    """The state of a checkpoint, read without a backbone."""
+
+    def __init__(self, folder: str) -> None:
+        find: FindFile = lambda name: str(path) if (path := Path(folder) / name).is_file() else None  # noqa: E731
+        config = SLQConfig.read(find)
+        if config is None:
+            raise ValueError(f"{folder} is no saved SLQ model: it has no slq_config.json.")
+        self._state = {_QUERIES: read_queries(find)}
+        if config.temperature is not None:
+            self._state[_TEMPERATURE] = torch.tensor(config.temperature)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+
+def _limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> None:
+    if not family_of(backbone.config).resizes_by_area:
+        raise ValueError(
+            f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}, which resizes every image to one "
+            "size. Set that with processor_kwargs, for example {'size': {'height': 448, 'width': 448}}."
+        )
+    size = dict(processor.image_processor.size)
+    size["longest_edge"] = max_pixels  # in these families: the largest number of pixels
+    size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
+    processor.image_processor.size = type(processor.image_processor.size)(**size)
+
+
+def _initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, seed: int | None) -> Tensor:
+    if isinstance(init, Tensor):
+        return init
+    if count < 1:
+        raise ValueError(f"num_queries is {count}, but at least 1 is needed.")
+    width = table.shape[1]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, width, generator=generator)
+    choices: dict[str, Callable[[], Tensor]] = {
+        "normal": lambda: noise * width**-0.5,
+        "zeros": lambda: torch.zeros(count, width),
+        "tokens": lambda: table.float().mean(dim=0).cpu() + noise * float(table.float().std()),
+    }
+    if init not in choices:
+        raise ValueError(f"init is {init!r}, but one of {sorted(choices)} or a ({count}, {width}) tensor is needed.")
+    return choices[init]()

@@ -1,0 +1,72 @@
+"""The model card that saving writes: what the model is, on which backbone, trained how, and how to use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from torch import nn
+
+SNIPPET = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+embeddings = model.encode(["a red circle above a blue square", "two green stars"])
+print(model.similarity(embeddings, embeddings))"""
+
+
+@dataclass
+class SLQModelCardData(SentenceTransformerModelCardData):
+    """The host's card data with what is special about an SLQ model.
+
+    Widget examples are off: they would copy training images into the folder.
+    """
+
+    generate_widget_examples: bool = False
+    template_path: Path = field(default=Path(__file__).parent / "model_card_template.md", init=False, repr=False)
+    loss_name: str | None = field(default=None, init=False)
+    pipeline_tag: str = field(default="feature-extraction", init=False)
+
+    def set_losses(self, losses: list[nn.Module]) -> None:
+        """Called by the trainer."""
+        super().set_losses(losses)
+        self.loss_name = ", ".join(dict.fromkeys(type(loss).__name__ for loss in losses))
+
+    def set_best_model_step(self, step: int) -> None:
+        """Called by the trainer right before it reloads the best checkpoint.
+
+        It only logs a failure of that, so the model refuses to be used until its state has arrived.
+        """
+        super().set_best_model_step(step)
+        model: Any = self.model
+        model._failed_reload = f"step {step}"
+
+    def try_to_set_base_model(self) -> None:
+        """Name the backbone without asking the hub whether it exists."""
+        model: Any = self.model
+        if model.slq.backbone and not Path(model.slq.backbone).is_absolute():
+            self.base_model, self.base_model_revision = model.slq.backbone, model.slq.revision
+
+    def run_usage_snippet(self) -> None:
+        """Run nothing on saving; a test runs the snippet."""
+
+    def generate_usage_snippet(self) -> str:
+        """The snippet, with the hub name or the folder this card is saved in."""
+        return SNIPPET.format(name=self.model_id or self.save_dir or "path/to/this/folder")
+
+    def get_model_specific_metadata(self) -> dict[str, Any]:
+        """What the template needs beside the host's values."""
+        model: Any = self.model
+        trained = sum(parameter.numel() for parameter in model.parameters())
+        return {
+            **super().get_model_specific_metadata(),
+            "slq": model.slq,
+            "backbone": model.slq.backbone if self.base_model else Path(model.slq.backbone or "in memory").name,
+            "num_queries": model.num_queries,
+            "trained_parameters": trained,
+            "frozen_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+            "temperature": model.temperature,
+            "loss_name": self.loss_name or model.slq.loss,
+        }
