@@ -1,0 +1,155 @@
+"""The six invariants of the design, each on every family in the table."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from slq_embed import SLQEncoder
+from slq_embed.backbones import FAMILIES as TABLE
+from tests.checkpoints import FAMILIES
+from tests.training import toy_pairs, toy_train
+
+
+def build(checkpoint, kind: str, **options) -> SLQEncoder:
+    return SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device="cpu", **options)
+
+
+def digest(model: torch.nn.Module) -> str:
+    whole = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        whole.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def test_every_family_of_the_table_is_tested():
+    assert set(FAMILIES) == set(TABLE)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_training_changes_the_queries_and_leaves_the_backbone_bit_equal(checkpoint, kind, tmp_path):
+    """1: N x H numbers train; weights and ordinary-token logits are the same bits before and after."""
+    encoder = build(checkpoint, kind)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = encoder.backbone(input_ids=ids).logits
+    weights, queries = digest(encoder.backbone), encoder.queries.detach().clone()
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == 4 * 32
+    toy_train(encoder, toy_pairs(), tmp_path, max_steps=3)
+    assert not torch.equal(queries, encoder.queries.detach())
+    assert digest(encoder.backbone) == weights
+    with torch.no_grad():
+        assert torch.equal(encoder.backbone(input_ids=ids).logits, logits)
+    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_embedding_depends_on_its_input_alone(checkpoint, mixed, kind, attention):
+    """2: not on the batch's size, neighbours, order or padding."""
+    encoder = build(checkpoint, kind, attn_implementation=attention)
+    together = encoder.encode(mixed)
+    alone = np.stack([encoder.encode(value) for value in mixed])
+    backwards = encoder.encode(mixed[::-1], batch_size=4)[::-1]
+    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(together - backwards).max() < 1e-5
+    assert np.abs(together[0] - together[1]).max() > 0.01, "the checkpoint must tell inputs apart"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_prefix_path_equals_all_positions_in_value_and_gradient(checkpoint, mixed, kind):
+    """3: the frozen prefix, run once without autograd, changes neither embeddings nor gradients."""
+    encoder = build(checkpoint, kind)
+    module = encoder[0]
+    features = module.preprocess(mixed)
+    weight = torch.randn(len(mixed), 32, generator=torch.Generator().manual_seed(1))
+    embeddings, gradients = [], []
+    for states in (module.query_states(module.prefix(features)), module.all_positions(features)):
+        module.queries.grad = None
+        embedding = torch.nn.functional.normalize(states.mean(dim=1), dim=-1)
+        (embedding * weight).sum().backward()
+        embeddings.append(embedding.detach())
+        gradients.append(module.queries.grad.clone())
+    assert (embeddings[0] - embeddings[1]).abs().max() < 1e-6
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    assert gradients[1].norm() > 0
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_stock_loading_gives_the_same_embeddings(checkpoint, mixed, images, kind, tmp_path):
+    """4: in a process that never imports slq_embed, for long texts and composed inputs too; none is zero.
+
+    A batch here holds rows of like length: where padding runs to thousands of tokens, the implicit positions of
+    stock loading cost plain-RoPE backbones up to 1e-5 of rounding, which the encoder's explicit ones avoid.
+    """
+    encoder = build(checkpoint, kind, max_text_chars=3000)
+    inputs = [*mixed, "", "x y " * 4000, {"text": "x y " * 4000, "image": images[2]}]
+    for form in ("adapter", "merged"):
+        encoder.save_pretrained(tmp_path / form, form=form)
+    expected = encoder.encode(inputs)
+    np.save(tmp_path / "expected.npy", expected)
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    script = f"""
+import sys, numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+images = [Image.open({str(tmp_path)!r} + f"/{{n}}.png") for n in range(4)]
+inputs = ["hello", {mixed[1]!r}, images[0], images[1], {{"text": "now in blue", "image": images[0]}},
+          {{"image": images[1], "text": "larger"}}, "", "x y " * 4000, {{"text": "x y " * 4000, "image": images[2]}}]
+expected = np.load({str(tmp_path / "expected.npy")!r})
+for form in ("adapter", "merged"):
+    model = SentenceTransformer({str(tmp_path)!r} + "/" + form, device="cpu")
+    found = np.concatenate([model.encode(inputs[:7]), np.stack([model.encode(x) for x in inputs])])
+    print(np.abs(found - np.concatenate([expected[:7], expected])).max(), np.linalg.norm(found, axis=1).min())
+assert not any(name.startswith("slq_embed") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        difference, norm = map(float, line.split())
+        assert difference < 1e-6
+        assert norm == pytest.approx(1, abs=1e-5)
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_text_is_only_ever_text(checkpoint, images, kind, tmp_path):
+    """5: never opened as a file or URL, never read as a control token."""
+    encoder = build(checkpoint, kind)
+    module = encoder[0]
+    images[0].save(tmp_path / "photo.png")
+    spelled = module.tokenizer.all_special_tokens + list(module.tokenizer.get_added_vocab())
+    for text in [str(tmp_path / "photo.png"), "https://example.com/a.png", *spelled, " ".join(spelled)]:
+        features = module.preprocess([text])
+        assert "pixel_values" not in features
+        read = module.tokenizer.decode(features["input_ids"][0])
+        for token in spelled:
+            expected = module.tokenizer.decode(module.preprocess(["plain"])["input_ids"][0]).count(token)
+            assert read.count(token) == expected, f"{text!r} put {token!r} into the sequence"
+        ids = features["input_ids"][0].tolist()
+        assert ids[-4:] == list(encoder.slq.tokens.ids)
+        assert not set(ids[:-4]) & set(encoder.slq.tokens.ids)
+        assert np.linalg.norm(encoder.encode(text)) == pytest.approx(1, abs=1e-5)
+
+
+def test_importing_opens_no_socket_and_touches_no_gpu_or_integration():
+    """6, in a process of its own."""
+    script = """
+import socket, sys
+def refuse(*a, **k): raise AssertionError("a socket was opened")
+import torch
+socket.socket.connect = socket.create_connection = refuse
+torch.cuda._lazy_init = torch.cuda.init = refuse
+import slq_embed, slq_embed.data, slq_embed.evaluation
+assert not torch.cuda.is_initialized()
+for name in ("langchain_core", "llama_index", "langchain_slq", "faiss"):
+    assert name not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
