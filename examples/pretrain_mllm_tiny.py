@@ -10,6 +10,7 @@ everything learns to answer. Expected output: the share of held-out scenes it de
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -19,7 +20,7 @@ from random import Random
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -65,28 +66,24 @@ def build_processor() -> Qwen3VLProcessor:
         corpus += [*captions(scene), implicit(scene), *(text for turn in questions(scene, rng) for text in turn)]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(_regex(), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
     table = trained.get_vocab()
-    import json
-
     merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=table, merges=merges, model_max_length=2048, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
+    tokenizer.eos_token = "<|im_end|>"  # as in Qwen's chat models: where an answer ends
     pixels = {"shortest_edge": 64 * 64, "longest_edge": 64 * 64}
     sizes = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "size": pixels}
     image = Qwen2VLImageProcessor(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     video = Qwen3VLVideoProcessor(patch_size=PATCH, temporal_patch_size=2, merge_size=2)
     return Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
-
-
-def _regex():
-    from tokenizers import Regex
-
-    return Regex(PRETOKENIZE_REGEX)
 
 
 def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:

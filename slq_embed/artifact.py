@@ -52,7 +52,7 @@ class SLQConfig:
         image_kwargs: How the image processor is called.
         fingerprint: Of the backbone; filled in on saving.
         loss: Name of the loss it was trained with, if any.
-        temperature: The learned temperature, if any.
+        log_temperature: Logarithm of the learned temperature, if any.
     """
 
     backbone: str
@@ -65,7 +65,7 @@ class SLQConfig:
     image_kwargs: dict[str, Any] = field(default_factory=dict)
     fingerprint: Fingerprint | None = None
     loss: str | None = None
-    temperature: float | None = None
+    log_temperature: float | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @classmethod

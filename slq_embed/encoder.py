@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -15,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from slq_embed.artifact import FindFile, SLQConfig, read_queries, write_folder
 from slq_embed.backbones import embedding_table, family_of, is_placed, load_backbone
@@ -28,7 +30,7 @@ from slq_embed.query_tokens import Form, allocate, private_processor
 
 NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
 Initialisation = Literal["normal", "zeros", "tokens"]
-_QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.temperature"
+_QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
 
 
 class SLQEncoder(SentenceTransformer):
@@ -174,7 +176,8 @@ class SLQEncoder(SentenceTransformer):
         processor.chat_template = build_chat_template(
             processor, tokens.strings, max_text_chars=max_text_chars, instructions=told
         )
-        processor.tokenizer.padding_side = "left"
+        # Saving writes what the tokenizer was made with; attributes set later are not kept.
+        processor.tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
         processor.tokenizer.model_max_length = NO_LIMIT
         modules = [
             LatentQueryTransformer(backbone, processor, queries, image_kwargs),
@@ -209,8 +212,12 @@ class SLQEncoder(SentenceTransformer):
     @property
     def temperature(self) -> float | None:
         """The learned temperature, where a loss of this package trained one."""
-        learned = self._latent.temperature
-        return self.slq.temperature if learned is None else float(learned.detach())
+        learned = self._log_temperature()
+        return None if learned is None else math.exp(learned)
+
+    def _log_temperature(self) -> float | None:
+        learned = self._latent.log_temperature
+        return self.slq.log_temperature if learned is None else float(learned.detach())
 
     @property
     def _latent(self) -> LatentQueryTransformer:
@@ -222,6 +229,19 @@ class SLQEncoder(SentenceTransformer):
     def transformers_model(self) -> PreTrainedModel | None:
         """The backbone."""
         return self.backbone
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """A copy of the backbone's configuration: the trainer writes the tokenizer's special tokens into it."""
+        return self._config_copy
+
+    @config.setter
+    def config(self, value: PretrainedConfig) -> None:
+        self._config_copy = value
+
+    @cached_property
+    def _config_copy(self) -> PretrainedConfig:
+        return copy.deepcopy(self.backbone.config)
 
     @cached_property
     def backbone_fingerprint(self) -> Fingerprint:
@@ -276,7 +296,7 @@ class SLQEncoder(SentenceTransformer):
         self._refuse_after_failed_reload()
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.slq.temperature = self.temperature
+        self.slq.log_temperature = self._log_temperature()
         self.slq.loss = self.model_card_data.loss_name or self.slq.loss
         self.slq.fingerprint = None if self.slq.form == "merged" else self.backbone_fingerprint
         write_folder(folder, self.slq, self.backbone, self.processor, self.queries)
@@ -345,9 +365,9 @@ class SLQEncoder(SentenceTransformer):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Take over queries (and temperature) from another model's state."""
         if _TEMPERATURE in state_dict:
-            self._latent.require_temperature(float(state_dict[_TEMPERATURE]))
-        elif self._latent.temperature is not None:
-            state_dict = {**state_dict, _TEMPERATURE: self._latent.temperature.detach()}
+            self._latent.require_log_temperature(float(state_dict[_TEMPERATURE]))
+        elif self._latent.log_temperature is not None:
+            state_dict = {**state_dict, _TEMPERATURE: self._latent.log_temperature.detach()}
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self._failed_reload = None
         return result
@@ -370,8 +390,8 @@ class _SavedState:
         if config is None:
             raise ValueError(f"{folder} is no saved SLQ model: it has no slq_config.json.")
         self._state = {_QUERIES: read_queries(find)}
-        if config.temperature is not None:
-            self._state[_TEMPERATURE] = torch.tensor(config.temperature)
+        if config.log_temperature is not None:
+            self._state[_TEMPERATURE] = torch.tensor(config.log_temperature)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state

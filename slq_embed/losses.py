@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +18,9 @@ INITIAL_TEMPERATURE = 0.07
 class SymmetricInfoNCELoss(nn.Module):
     """Cross-entropy over the batch, from the first column to the second and back.
 
-    ``loss = (CE(S / tau) + CE(S.T / tau)) / 2`` with cosine similarities ``S`` and the temperature ``tau`` itself
-    as the parameter. The parameter lives in the model, so that checkpoints carry it.
+    ``loss = (CE(S / tau) + CE(S.T / tau)) / 2`` with cosine similarities ``S``. The parameter is ``log(tau)``: at
+    the learning rates that suit latent queries (2e-2), ``tau`` itself would cross its whole range in a few steps.
+    It lives in the model, so that checkpoints carry it.
 
     Args:
         model: The encoder to train.
@@ -31,7 +33,7 @@ class SymmetricInfoNCELoss(nn.Module):
         ValueError: If the temperature is outside of its bounds, or a batch does not have two columns.
 
     Source:
-        arXiv:2604.13710; initial temperature 0.07, the parameter is the temperature and not its inverse.
+        arXiv:2604.13710, initial temperature 0.07; the logarithm as in CLIP, arXiv:2103.00020, section 2.3.
     """
 
     def __init__(
@@ -48,17 +50,18 @@ class SymmetricInfoNCELoss(nn.Module):
         if not min_temperature <= initial <= max_temperature:
             raise ValueError(f"temperature is {initial}, but {min_temperature} to {max_temperature} is needed.")
         self.model = model
-        self._temperature = (model[0].require_temperature(initial),)  # the model owns it
-        if temperature is not None:
-            with torch.no_grad():
-                self._temperature[0].fill_(temperature)
+        learned = model._log_temperature()
+        start = math.log(initial) if temperature is not None or learned is None else learned
+        self._log_temperature = (model[0].require_log_temperature(start),)  # the model owns it
+        with torch.no_grad():
+            self._log_temperature[0].fill_(start)
         self.bounds = (min_temperature, max_temperature)
         self.gather_across_devices = gather_across_devices
 
     @property
-    def temperature(self) -> Tensor:
-        """The temperature in force, clamped; a scalar with gradient."""
-        return self._temperature[0].clamp(*self.bounds)
+    def temperature(self) -> float:
+        """The temperature in force."""
+        return math.exp(float(self._log_temperature[0].detach()))
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of a batch.
@@ -71,16 +74,20 @@ class SymmetricInfoNCELoss(nn.Module):
         Returns:
             A scalar.
         """
-        embedded = [self.model(features)["sentence_embedding"] for features in sentence_features]
-        if len(embedded) != 2:
-            raise ValueError(f"The loss compares two columns, but the batch has {len(embedded)}.")
-        first, second = (nn.functional.normalize(column, dim=-1) for column in embedded)
-        return symmetric_info_nce(first, second, self.temperature, labels, self.gather_across_devices)
+        with torch.no_grad():
+            # The value is clamped and not its gradient, which would be lost at a bound for good.
+            self._log_temperature[0].clamp_(*map(math.log, self.bounds))
+        outputs = [self.model(features) for features in sentence_features]
+        if len(outputs) != 2:
+            raise ValueError(f"The loss compares two columns, but the batch has {len(outputs)}.")
+        first, second = (nn.functional.normalize(output["sentence_embedding"], dim=-1) for output in outputs)
+        temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
+        return symmetric_info_nce(first, second, temperature, labels, self.gather_across_devices)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
         return {
-            "temperature": round(float(self.temperature.detach()), 6),
+            "temperature": round(self.temperature, 6),
             "bounds": self.bounds,
             "gather_across_devices": self.gather_across_devices,
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 _BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "task", "prompt_length"}
-_BOOKKEEPING |= {"token_embeddings", "sentence_embedding"}
+_BOOKKEEPING |= {"token_embeddings", "sentence_embedding", "log_temperature"}
 
 
 @dataclass

@@ -53,6 +53,7 @@ class LatentQueryTransformer(InputModule):
             )
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.processor = processor
+        self.processor.tokenizer.padding_side = "left"
         self.image_kwargs = dict(image_kwargs or {})
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
@@ -69,18 +70,18 @@ class LatentQueryTransformer(InputModule):
         return self.bias["queries"]
 
     @property
-    def temperature(self) -> nn.Parameter | None:
-        """The learnable temperature, if a loss has asked for one."""
-        return self.bias.get("temperature")
+    def log_temperature(self) -> nn.Parameter | None:
+        """Logarithm of the learnable temperature, a scalar, if a loss has asked for one."""
+        return self.bias["log_temperature"] if "log_temperature" in self.bias else None  # noqa: SIM401 - no .get
 
-    def require_temperature(self, initial: float) -> nn.Parameter:
-        """The learnable temperature, made with an initial value where there is none.
+    def require_log_temperature(self, initial: float) -> nn.Parameter:
+        """The logarithm of a learnable temperature, made with an initial value where there is none.
 
         It lives beside the queries so that checkpoints carry it and DDP keeps it equal in all processes.
         """
-        if "temperature" not in self.bias:
-            self.bias["temperature"] = nn.Parameter(torch.tensor(float(initial), device=self.queries.device))
-        return self.bias["temperature"]
+        if "log_temperature" not in self.bias:
+            self.bias["log_temperature"] = nn.Parameter(torch.tensor(float(initial), device=self.queries.device))
+        return self.bias["log_temperature"]
 
     @property
     def modalities(self) -> list[Any]:
@@ -163,6 +164,9 @@ class LatentQueryTransformer(InputModule):
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
         if torch.is_grad_enabled() and self.queries.requires_grad:
             states = self.query_states(self.prefix(features))
+            if self.log_temperature is not None:
+                # As an output of the forward pass, so that DDP knows it is used.
+                features["log_temperature"] = self.log_temperature.clone()
         else:
             states = self.all_positions(features)
         features["token_embeddings"] = states.to(self.queries.device, torch.float32)

@@ -39,10 +39,12 @@ def test_training_changes_the_queries_and_leaves_the_backbone_bit_equal(checkpoi
     with torch.no_grad():
         logits = encoder.backbone(input_ids=ids).logits
     weights, queries = digest(encoder.backbone), encoder.queries.detach().clone()
+    settings = encoder.backbone.config.to_dict(), encoder.backbone.generation_config.to_dict()
     assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) == 4 * 32
     toy_train(encoder, toy_pairs(), tmp_path, max_steps=3)
     assert not torch.equal(queries, encoder.queries.detach())
     assert digest(encoder.backbone) == weights
+    assert (encoder.backbone.config.to_dict(), encoder.backbone.generation_config.to_dict()) == settings
     with torch.no_grad():
         assert torch.equal(encoder.backbone(input_ids=ids).logits, logits)
     assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
@@ -105,6 +107,7 @@ inputs = ["hello", {mixed[1]!r}, images[0], images[1], {{"text": "now in blue", 
 expected = np.load({str(tmp_path / "expected.npy")!r})
 for form in ("adapter", "merged"):
     model = SentenceTransformer({str(tmp_path)!r} + "/" + form, device="cpu")
+    assert model.tokenizer.padding_side == "left"
     found = np.concatenate([model.encode(inputs[:7]), np.stack([model.encode(x) for x in inputs])])
     print(np.abs(found - np.concatenate([expected[:7], expected])).max(), np.linalg.norm(found, axis=1).min())
 assert not any(name.startswith("slq_embed") for name in sys.modules)

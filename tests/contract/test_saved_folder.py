@@ -1,0 +1,269 @@
+"""The saved folder as a contract: its files and sizes, who loads it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from slq_embed import SLQEncoder
+from slq_embed.query_tokens import QueryTokens
+from tests.checkpoints import build
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+ROOT = {
+    "README.md",
+    "chat_template.jinja",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "slq_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+MEAN = {
+    "1_WordWeights/config.json",
+    "1_WordWeights/model.safetensors",
+    "2_Pooling/config.json",
+    "3_Normalize/config.json",
+}
+
+
+def test_the_adapter_form_is_stock_modules_and_the_queries(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    assert files(tmp_path) == ROOT | MEAN | {"adapter_config.json", "adapter_model.safetensors"}
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    assert all(module["type"].startswith("sentence_transformers.") for module in modules)
+    (queries,) = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert torch.equal(queries, encoder.queries)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert adapter["token_indices"] == list(encoder.slq.tokens.ids)
+    assert adapter["base_model_name_or_path"] == encoder.slq.backbone
+
+
+def test_the_merged_form_is_the_whole_model(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path, form="merged")
+    whole = {"config.json", "generation_config.json", "latent_queries.safetensors", "model.safetensors"}
+    assert files(tmp_path) == ROOT | MEAN | whole
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(encoder.slq.tokens.ids)
+    # It still chats, with the learned rows in place and the backbone in memory untouched.
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    rows = model.get_input_embeddings().weight[list(encoder.slq.tokens.ids)]
+    assert torch.equal(rows, encoder.queries)
+    assert not torch.equal(encoder.backbone.get_input_embeddings().weight[list(encoder.slq.tokens.ids)], rows)
+    answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=20, do_sample=False)
+    assert not set(answer[0].tolist()) & set(encoder.slq.tokens.ids)
+
+
+def test_at_a_real_vocabulary_the_folder_stays_small(tmp_path):
+    """Adapter form beside a 152k vocabulary: weights under 1 MB at H = 4096 and N = 32, the rest under 5 MB."""
+    backbone = build(tmp_path / "big", rows=151_936)
+    encoder = SLQEncoder.from_backbone(backbone, num_queries=32, seed=0, device="cpu")
+    encoder.save_pretrained(tmp_path / "slq")
+    tokenizer = (tmp_path / "slq" / "tokenizer.json").stat().st_size
+    total = sum((tmp_path / "slq" / name).stat().st_size for name in files(tmp_path / "slq"))
+    assert total - tokenizer < 5_000_000
+    weights = (tmp_path / "slq" / "adapter_model.safetensors").stat().st_size
+    assert weights + 32 * (4096 - 32) * 4 < 1_000_000
+    stock = SentenceTransformer(str(tmp_path / "slq"), device="cpu")
+    assert np.abs(stock.encode(["hi"]) - encoder.encode(["hi"])).max() < 1e-6
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_reloading_gives_the_same_bits(encoder, mixed, form, tmp_path):
+    encoder.save_pretrained(tmp_path, form=form)
+    again = SLQEncoder(tmp_path)
+    assert np.array_equal(again.encode(mixed), encoder.encode(mixed))
+    again.save_pretrained(tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path) - {"again"} - {
+        f for f in files(tmp_path) if f.startswith("again")
+    }
+
+
+def test_the_last_query_alone_needs_no_weights(checkpoint, mixed, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, pooling="last", device="cpu")
+    encoder.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*WordWeights"))
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.abs(stock.encode(mixed) - encoder.encode(mixed)).max() < 1e-6
+
+
+def test_prompts_truncation_precision_and_processes_agree_with_stock(checkpoint, mixed, tmp_path):
+    prompts = {"query": "find the picture", "document": ""}
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=prompts)
+    encoder.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    assert stock.prompts == encoder.prompts == prompts
+    for call in (
+        lambda m: m.encode_query(mixed),
+        lambda m: m.encode_document(mixed),
+        lambda m: m.encode(mixed, prompt="another"),
+        lambda m: m.encode(mixed, truncate_dim=8, normalize_embeddings=True),
+    ):
+        assert np.abs(call(encoder) - call(stock)).max() < 1e-6
+    assert np.abs(encoder.encode_query(mixed) - encoder.encode_document(mixed)).max() > 1e-3
+    assert encoder.encode(mixed, precision="binary").dtype == np.int8
+    assert np.abs(encoder.encode(mixed, device=["cpu", "cpu"]) - encoder.encode(mixed)).max() < 1e-6
+    scores = encoder.similarity(encoder.encode(mixed), encoder.encode(mixed))
+    assert torch.allclose(scores.diagonal(), torch.ones(len(mixed)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "internvl"])
+def test_without_free_rows_the_merged_form_adds_them(tmp_path, mixed, kind):
+    backbone = build(tmp_path / "full", kind, spare=0)
+    with pytest.raises(ValueError, match="form='merged'"):
+        SLQEncoder.from_backbone(backbone, num_queries=4)
+    encoder = SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, form="merged", device="cpu")
+    rows = len(encoder.backbone.get_input_embeddings().weight)
+    encoder.save_pretrained(tmp_path / "slq")
+    assert len(encoder.backbone.get_input_embeddings().weight) == rows
+    with pytest.raises(ValueError, match="too few rows"):
+        encoder.save_pretrained(tmp_path / "adapter", form="adapter")
+    stock = SentenceTransformer(str(tmp_path / "slq"), device="cpu")
+    assert np.abs(stock.encode(mixed) - encoder.encode(mixed)).max() < 1e-6
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "slq")
+    ids, before = torch.tensor([[5, 6, 7]]), encoder.backbone
+    assert torch.allclose(whole(input_ids=ids).logits[..., :rows], before(input_ids=ids).logits, atol=1e-5)
+    assert np.array_equal(SLQEncoder(tmp_path / "slq").encode(mixed), encoder.encode(mixed))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    backbone = build(tmp_path / "backbone")
+    encoder = SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu")
+    encoder.save_pretrained(tmp_path / "slq")
+    return tmp_path
+
+
+def test_an_absent_backbone_is_named_and_a_moved_one_can_be_given(saved):
+    expected = SLQEncoder(saved / "slq").encode("a")
+    shutil.move(saved / "backbone", saved / "elsewhere")
+    with pytest.raises(OSError, match=r"was trained on the backbone .*backbone.*Bring it back, or say where it is"):
+        SLQEncoder(saved / "slq")
+    assert np.array_equal(SLQEncoder(saved / "slq", backbone=saved / "elsewhere").encode("a"), expected)
+
+
+@pytest.mark.parametrize("change", ["weights", "one row", "rows", "config"])
+def test_another_backbone_is_refused(saved, change):
+    if change == "weights":
+        build(saved / "backbone", seed=1)
+    elif change == "rows":
+        build(saved / "backbone", spare=80)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(saved / "backbone")
+        if change == "one row":
+            with torch.no_grad():
+                model.get_input_embeddings().weight[77, 3] += 1
+        else:
+            model.config.text_config.rope_parameters["rope_theta"] = 5.0
+        model.save_pretrained(saved / "backbone")
+    with pytest.raises(ValueError, match=r"but this one is another: its .*would give wrong vectors"):
+        SLQEncoder(saved / "slq")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_same_backbone_in_another_dtype_is_accepted(saved, dtype):
+    assert SLQEncoder(saved / "slq", model_kwargs={"dtype": dtype}).backbone.dtype == dtype
+
+
+def test_a_float16_load_of_another_backbone_is_refused(saved):
+    build(saved / "backbone", seed=1)
+    with pytest.raises(ValueError, match="embeddings are others"):
+        SLQEncoder(saved / "slq", model_kwargs={"dtype": torch.float16})
+
+
+def test_a_loaded_backbone_is_shared_and_frozen(checkpoint):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint())
+    processor = AutoProcessor.from_pretrained(checkpoint())
+    template, words = processor.chat_template, len(processor.tokenizer)
+    encoder = SLQEncoder.from_backbone(model, processor, num_queries=4)
+    assert encoder.backbone is model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert (processor.chat_template, len(processor.tokenizer)) == (template, words), "the caller's processor is theirs"
+    other = SLQEncoder.from_backbone(model, processor, num_queries=6)
+    assert other.backbone is encoder.backbone
+    assert encoder.encode("a").shape == other.encode("a").shape
+
+
+def test_chat_is_bit_identical_before_between_and_after_encoding(encoder, mixed):
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def answer():
+        return encoder.backbone.generate(ids, max_new_tokens=12, do_sample=False)
+
+    before = answer()
+    encoder.encode(mixed)
+    assert torch.equal(answer(), before)
+
+
+def test_a_model_without_a_name_cannot_be_an_adapter(checkpoint, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint())
+    model.config._name_or_path = model.name_or_path = ""
+    processor = AutoProcessor.from_pretrained(checkpoint())
+    encoder = SLQEncoder.from_backbone(model, processor, num_queries=4, device="cpu")
+    with pytest.raises(ValueError, match="has no name"):
+        encoder.save_pretrained(tmp_path / "slq")
+    encoder.save_pretrained(tmp_path / "slq", form="merged")
+    named = SLQEncoder.from_backbone(model, processor, num_queries=4, backbone_name=str(checkpoint()))
+    named.save_pretrained(tmp_path / "named")
+    with pytest.raises(ValueError, match="pass processor="):
+        SLQEncoder.from_backbone(model)
+
+
+def test_wrong_folders_and_widths_get_a_clear_error(encoder, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"no saved SLQ model.*SLQEncoder\.from_backbone"):
+        SLQEncoder(checkpoint())
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"saved SLQ model already. Load it with SLQEncoder"):
+        SLQEncoder.from_backbone(tmp_path)
+    with pytest.raises(ValueError, match=r"shape \(4, 16\), but \(number of queries, 32\)"):
+        SLQEncoder.from_backbone(checkpoint(), init=torch.zeros(4, 16))
+    config = json.loads((tmp_path / "slq_config.json").read_text())
+    (tmp_path / "slq_config.json").write_text(json.dumps({**config, "format_version": 99}))
+    with pytest.raises(ValueError, match="Upgrade slq-embed"):
+        SLQEncoder(tmp_path)
+    (tmp_path / "slq_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SLQEncoder(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="are missing"):
+        SLQEncoder(tmp_path)
+
+
+def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys):
+    from tests.training import toy_pairs, toy_train
+
+    toy_train(encoder, toy_pairs(), tmp_path / "run")
+    encoder.save_pretrained(tmp_path / "slq")
+    card = (tmp_path / "slq" / "README.md").read_text()
+    for stated in (
+        "| Latent queries | 4 |",
+        "| Parameters trained | 129 |",
+        "| Loss | SymmetricInfoNCELoss |",
+        f"| Temperature | {encoder.temperature:.6f} (learned) |",
+        "8 rows of image and text",
+        encoder.slq.backbone.rsplit("/", 1)[-1],
+    ):
+        assert stated in card, f"{stated!r} is not in:\n{card}"
+    assert str(tmp_path) not in card.replace(f'SentenceTransformer("{tmp_path}/slq")', "")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(snippet, {})
+    assert "tensor([[1.0" in capsys.readouterr().out
+    assert isinstance(encoder.slq.tokens, QueryTokens)

@@ -1,0 +1,280 @@
+"""Training through the host's trainer: losses, checkpoints, resume, best model, several processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import InputExample, SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
+
+from slq_embed import SLQEncoder, SymmetricInfoNCELoss
+from slq_embed.data import retrieval_set
+from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from tests.training import toy_pairs, toy_train
+
+BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+LOSSES = {
+    "MultipleNegativesSymmetricRankingLoss": lambda m: losses.MultipleNegativesSymmetricRankingLoss(m),
+    "MultipleNegativesRankingLoss": lambda m: losses.MultipleNegativesRankingLoss(m, **BOTH),
+    "CachedMultipleNegativesSymmetricRankingLoss": lambda m: losses.CachedMultipleNegativesSymmetricRankingLoss(
+        m, mini_batch_size=2
+    ),
+    "CachedMultipleNegativesRankingLoss": lambda m: losses.CachedMultipleNegativesRankingLoss(
+        m, mini_batch_size=2, **BOTH
+    ),
+    "MatryoshkaLoss": lambda m: losses.MatryoshkaLoss(m, losses.MultipleNegativesRankingLoss(m, **BOTH), [32, 16, 8]),
+    "SymmetricInfoNCELoss": SymmetricInfoNCELoss,
+}
+
+
+def history(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_overfits_eight_pairs(encoder, name, tmp_path):
+    """Recall goes to 1 and only the queries (and the temperature) reach the optimizer."""
+    pairs = toy_pairs()
+    trainer = toy_train(
+        encoder,
+        pairs,
+        tmp_path,
+        loss=LOSSES[name](encoder),
+        max_steps=60,
+        learning_rate=0.1,
+        per_device_train_batch_size=8,
+        weight_decay=0.5,
+    )
+    groups = trainer.optimizer.param_groups
+    trained = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(p.numel() for p in trained) == ([1] if name == "SymmetricInfoNCELoss" else []) + [4 * 32]
+    assert all(group["weight_decay"] == 0 for group in groups if group["params"])
+    found = history(trainer)
+    assert found[-1] < 0.75 * found[0]
+    assert ImageTextRetrievalEvaluator(*retrieval_set(pairs))(encoder)["text_to_image_recall@1"] >= 0.75
+
+
+def test_the_cached_loss_has_the_gradient_of_the_plain_one(encoder, images):
+    def gradient(loss):
+        encoder.queries.grad = None
+        loss([encoder.preprocess([*images, "x"]), encoder.preprocess(["a", "bb", "ccc", "dd d", "e"])], None).backward()
+        return encoder.queries.grad.clone()
+
+    encoder.train()
+    plain = gradient(losses.MultipleNegativesRankingLoss(encoder, **BOTH))
+    cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH))
+    assert (plain - cached).norm() < 1e-4 * plain.norm()
+
+
+def test_the_prefix_runs_without_autograd_and_the_backbone_stays_in_eval(encoder, images):
+    """Training must go through the prefix path: no prefix token may be differentiated."""
+    calls = []
+    hook = encoder.backbone.base_model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(
+            (kwargs["inputs_embeds"].shape[1], kwargs["inputs_embeds"].requires_grad)
+        ),
+        with_kwargs=True,
+    )
+    encoder.train()
+    embedding = encoder(encoder.preprocess(images[:2]))["sentence_embedding"]
+    hook.remove()
+    (prefix, prefix_grad), (queries, queries_grad) = calls
+    assert prefix > queries == 4
+    assert (prefix_grad, queries_grad) == (False, True)
+    assert embedding.requires_grad
+    assert not encoder.backbone.training
+
+
+def test_model_fit_scripts_work(encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = toy_pairs().dataset
+    examples = [InputExample(texts=[row["image"], row["text"]]) for row in rows]
+    loader = DataLoader(examples, batch_size=4, shuffle=True)
+    before = encoder.queries.detach().clone()
+    encoder.fit([(loader, losses.MultipleNegativesRankingLoss(encoder, **BOTH))], epochs=1, show_progress_bar=False)
+    assert not torch.equal(before, encoder.queries.detach())
+
+
+def test_checkpoints_are_stock_folders(encoder, tmp_path):
+    toy_train(encoder, toy_pairs(), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    checkpoint = tmp_path / "checkpoint-2"
+    loaded = SentenceTransformer(str(checkpoint), device="cpu")
+    assert loaded.tokenizer.padding_side == "left"
+    assert torch.allclose(
+        torch.from_numpy(loaded.encode(["a red circle"])), torch.from_numpy(encoder.encode(["a red circle"])), atol=1e-6
+    )
+    assert not list(checkpoint.glob("model*.safetensors"))
+    assert (
+        json.loads((checkpoint / "slq_config.json").read_text())["log_temperature"] == encoder[0].log_temperature.item()
+    )
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.parametrize("kill_at", [3, 5])
+def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, tmp_path, kill_at):
+    def fresh():
+        torch.manual_seed(0)
+        return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
+    whole = fresh()
+    expected = history(toy_train(whole, toy_pairs(), tmp_path / "whole", **settings))
+    with pytest.raises(KilledError):
+        toy_train(fresh(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
+    resumed = fresh()
+    trainer = toy_train(resumed, toy_pairs(), tmp_path / "killed", resume=True, **settings)
+    assert history(trainer) == expected
+    assert torch.equal(resumed.queries, whole.queries)
+    assert resumed.temperature == whole.temperature
+
+
+def best_model_settings(pairs) -> dict:
+    return {
+        "evaluator": ImageTextRetrievalEvaluator(*retrieval_set(pairs), name="toy"),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_toy_mean_recall",
+        "learning_rate": 0.1,
+    }
+
+
+def test_the_best_model_is_reloaded_without_a_second_backbone(encoder, tmp_path):
+    pairs = toy_pairs()
+    loaded = []
+    original = PreTrainedModel.from_pretrained.__func__
+    PreTrainedModel.from_pretrained = classmethod(lambda cls, *a, **k: loaded.append(cls) or original(cls, *a, **k))
+    try:
+        trainer = toy_train(encoder, pairs, tmp_path, **best_model_settings(pairs))
+    finally:
+        PreTrainedModel.from_pretrained = classmethod(original)
+    assert not loaded
+    best = SLQEncoder(trainer.state.best_model_checkpoint, backbone=encoder.backbone)
+    assert torch.equal(best.queries, encoder.queries)
+    assert (tmp_path / "eval" / "image_text_retrieval_toy_results.csv").is_file()
+
+
+class Damage(TrainerCallback):
+    """Destroys every checkpoint when training ends, before the best one is reloaded."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == args.max_steps:
+            for file in Path(args.output_dir).glob("checkpoint-*/adapter_model.safetensors"):
+                file.write_bytes(b"damaged")
+
+
+def test_a_failed_reload_of_the_best_model_raises(encoder, tmp_path, caplog):
+    """The trainer only logs it, so the model refuses to be used as if it were the best one."""
+    pairs = toy_pairs()
+    settings = best_model_settings(pairs)
+    settings["max_steps"] = 5  # the last step saves nothing new
+    with caplog.at_level(logging.ERROR):
+        toy_train(encoder, pairs, tmp_path, callbacks=[Damage()], **settings)
+    with pytest.raises(RuntimeError, match=r"best checkpoint .* could not be loaded"):
+        encoder.encode("a")
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        encoder.save_pretrained(tmp_path / "final")
+    encoder.load_state_dict(encoder.state_dict())
+    assert encoder.encode("a").shape == (32,)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_bf16_autocast_and_the_gradient_checkpointing_flag(encoder, tmp_path):
+    trainer = toy_train(encoder, toy_pairs(), tmp_path, bf16=True, gradient_checkpointing=True)
+    assert all(map(torch.isfinite, map(torch.tensor, history(trainer))))
+    assert encoder.queries.dtype == torch.float32
+    assert encoder.backbone.dtype == torch.float32
+
+
+def test_a_bfloat16_backbone_trains_float32_queries(checkpoint, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", dtype=torch.bfloat16)
+    exact = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+    assert encoder.backbone.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(
+        torch.from_numpy(encoder.encode(["a red circle"])), torch.from_numpy(exact.encode(["a red circle"]))
+    ).item() == pytest.approx(1, abs=1e-2)
+    toy_train(encoder, toy_pairs(), tmp_path)
+    assert encoder.queries.dtype == torch.float32
+    assert encoder.queries.grad is None or torch.isfinite(encoder.queries.grad).all()
+
+
+def test_a_stock_loaded_adapter_is_frozen(encoder, tmp_path):
+    """Documented: training further goes through SLQEncoder."""
+    encoder.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    trainable = [name for name, parameter in stock.named_parameters() if parameter.requires_grad]
+    assert not any("trainable_tokens" in name for name in trainable)
+    further = SLQEncoder(tmp_path)
+    before = further.queries.detach().clone()
+    toy_train(further, toy_pairs(), tmp_path / "more")
+    assert not torch.equal(before, further.queries.detach())
+
+
+SCRIPT = """
+import sys, json, torch
+torch.set_num_threads(1)
+from slq_embed import SLQEncoder, SymmetricInfoNCELoss
+from tests.training import toy_pairs, toy_train
+checkpoint, output, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model = SLQEncoder.from_backbone(checkpoint, num_queries=4, seed=0, device="cpu")
+loss = SymmetricInfoNCELoss(model, gather_across_devices=True)
+trainer = toy_train(model, toy_pairs(), output, loss=loss, per_device_train_batch_size=size, max_steps=3,
+                    dataloader_drop_last=True, max_grad_norm=0.0)
+if trainer.is_world_process_zero():
+    model.save_pretrained(output + "/final")
+"""
+
+
+def test_two_processes_share_negatives(checkpoint, tmp_path):
+    """Two gloo processes with batch 4 train as one process with batch 8 does.
+
+    Gloo sometimes ends a process with a nonzero code after training has finished, also in plain torch: what was
+    written is what counts.
+    """
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
+    outputs = {}
+    for name, command, size in (("one", [sys.executable], 8), ("two", launch, 4)):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        done = subprocess.run(
+            [*command, str(tmp_path / "script.py"), str(checkpoint()), str(tmp_path / name), str(size)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        )
+        assert (tmp_path / name / "final" / "slq_config.json").is_file(), done.stderr[-3000:]
+        outputs[name] = SLQEncoder(tmp_path / name / "final")
+    start = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu").queries
+    moved = (outputs["one"].queries - start).norm()
+    assert moved > 0.1
+    assert (outputs["one"].queries - outputs["two"].queries).norm() < 0.02 * moved
+    assert outputs["one"].temperature == pytest.approx(outputs["two"].temperature, abs=1e-4)

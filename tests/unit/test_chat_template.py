@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+from jinja2 import Environment
+from transformers import AutoProcessor
+
+from slq_embed.chat_template import build_chat_template, neutralising_filters
+
+
+def clean(text: str, controls: list[str]) -> str:
+    return Environment().from_string("{{ text " + neutralising_filters(controls) + " }}").render(text=text)
+
+
+@pytest.mark.parametrize(
+    ("controls", "text"),
+    [
+        (["<|im_end|>"], "a <|im_end|> b <<|im_end|>"),
+        (["[INST]", "</s>"], "[INST] x [[INST]</s>"),
+        (["[[A]]"], "[[A]] [[[A]] [[[[A]]"),
+        (['"quoted"'], 'say "quoted"'),
+    ],
+)
+def test_no_control_string_survives(controls, text):
+    cleaned = clean(text, controls)
+    assert not any(control in cleaned for control in controls)
+    assert cleaned.replace(" ", "") == text.replace(" ", "")
+
+
+def test_plain_text_is_left_alone():
+    assert clean("a < b, c > d: 100 %", ["<|im_end|>", "</s>"]) == "a < b, c > d: 100 %"
+
+
+@pytest.fixture
+def processor(checkpoint):
+    return AutoProcessor.from_pretrained(checkpoint())
+
+
+def render(processor, template: str, *content, system: str | None = None) -> str:
+    chat = [{"role": "user", "content": list(content)}]
+    if system is not None:
+        chat.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return processor.apply_chat_template(chat, chat_template=template, tokenize=False)
+
+
+def test_the_turn_is_the_backbones_own_and_ends_with_the_queries(processor):
+    template = build_chat_template(processor, ["<|slq_0|>", "<|slq_1|>"], max_text_chars=50)
+    text, image = {"type": "text", "text": "hi"}, {"type": "image"}
+    own = processor.apply_chat_template([{"role": "user", "content": [text]}], add_generation_prompt=True)
+    assert render(processor, template, text) == own + "<|slq_0|><|slq_1|>"
+    assert render(processor, template, image, text) == render(processor, template, text, image)
+    assert "<|im_start|>system\nfind<|im_end|>" in render(processor, template, image, system="find")
+
+
+def test_texts_and_prompts_are_capped_and_neutralised(processor):
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+    said = render(
+        processor, template, {"type": "text", "text": "<|im_end|>" + "x" * 99}, system="<|im_end|>" + "y" * 99
+    )
+    assert said.count("<|im_end|>") == 2
+    assert (said.count("x"), said.count("y")) == (10, 11)  # one y of "system"
+    assert said.endswith("<|slq_0|>")
+
+
+def test_instructions_are_text_of_the_user_turn(processor):
+    told = {"image": "One word:", "text": "Say: {text}.", "composed": "Change by {text}:"}
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20, instructions=told)
+    text, image = {"type": "text", "text": "hi"}, {"type": "image"}
+    assert "Say: hi.<|im_end|>" in render(processor, template, text)
+    assert "<|vision_end|>One word:<|im_end|>" in render(processor, template, image)
+    assert "<|vision_end|>Change by hi:<|im_end|>" in render(processor, template, image, text)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"video": "x"}, "Unknown instructions"),
+        ({"text": "no place"}, "must hold"),
+        ({"composed": "{text}{text}"}, "once"),
+    ],
+)
+def test_a_wrong_instruction_is_refused(processor, told, message):
+    with pytest.raises(ValueError, match=message):
+        build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20, instructions=told)
+
+
+def test_a_template_that_hides_its_text_is_refused(processor):
+    processor.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not write its text"):
+        build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+    processor.chat_template = None
+    processor.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="instruction-tuned"):
+        build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)

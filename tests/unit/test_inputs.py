@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slq_embed.inputs import MAX_DECODED_PIXELS, read_image, read_row
+
+
+def solid(mode: str, colour, size=(8, 6)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (solid("RGB", (10, 20, 30)), (10, 20, 30)),
+        (solid("L", 77), (77, 77, 77)),
+        (solid("1", 1), (255, 255, 255)),
+        (solid("RGBA", (200, 0, 0, 0)), (255, 255, 255)),
+        (solid("LA", (0, 0)), (255, 255, 255)),
+        (solid("CMYK", (0, 0, 0, 255)), (0, 0, 0)),
+        (Image.fromarray(np.full((6, 8), 32768, dtype=np.uint16)), (127, 127, 127)),
+        (solid("RGB", (9, 9, 9), size=(1, 1)), (9, 9, 9)),
+    ],
+    ids=["rgb", "grey", "bilevel", "transparent", "grey-alpha", "cmyk", "16-bit", "1-pixel"],
+)
+def test_every_mode_becomes_upright_opaque_rgb(image, expected):
+    read = read_image(image)
+    assert read.mode == "RGB"
+    assert read.size == image.size
+    assert read.getpixel((0, 0)) == expected
+
+
+def test_a_transparent_palette_is_laid_on_white():
+    image = solid("P", 0)
+    image.putpalette([0, 0, 0] * 256)
+    image.info["transparency"] = 0
+    assert read_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = solid("RGB", "white", size=(8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [solid("RGB", "red"), solid("RGB", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "moving.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("source", ["path", "str", "bytes", "undecoded", "undecoded-path"])
+def test_images_come_from_files_and_bytes(tmp_path, source):
+    path = tmp_path / "a.png"
+    solid("RGB", (1, 2, 3)).save(path)
+    raw = path.read_bytes()
+    given = {"path": path, "str": str(path), "bytes": raw}
+    given |= {"undecoded": {"bytes": raw, "path": None}, "undecoded-path": {"bytes": None, "path": str(path)}}
+    assert read_image(given[source]).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_a_huge_image_is_reduced(monkeypatch):
+    monkeypatch.setattr("slq_embed.inputs.MAX_DECODED_PIXELS", 10_000)
+    read = read_image(solid("L", 5, size=(400, 300)))
+    assert read.width * read.height <= 10_000
+    assert read.width / read.height == pytest.approx(4 / 3, rel=0.05)
+    assert MAX_DECODED_PIXELS == 16_000_000
+
+
+def test_a_decompression_bomb_is_refused_before_decoding(tmp_path):
+    # A valid PNG header that claims 60,000 x 60,000 pixels, with no pixels behind it.
+    import struct
+    import zlib
+
+    body = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(ValueError, match=r"bomb\.png.*exceeds limit"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_a_strip_is_padded_to_a_readable_shape():
+    read = read_image(solid("RGB", (0, 0, 0), size=(1, 1000)))
+    assert read.size == (10, 1000)
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+    assert (0, 0, 0) in {read.getpixel((x, 500)) for x in range(10)}
+
+
+def test_a_corrupt_or_missing_file_is_named(tmp_path):
+    whole = io.BytesIO()
+    solid("RGB", "red", size=(64, 64)).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:-60])
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"cut\.png.*decoded"):
+        read_image(tmp_path / "cut.png")
+    with pytest.raises(ValueError, match=r"text\.png.*not an image"):
+        read_image(tmp_path / "text.png")
+    with pytest.raises(ValueError, match=r"no image file.*gone\.png"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_rows_are_texts_images_or_both(tmp_path):
+    image = solid("RGB", "red")
+    path = tmp_path / "a.png"
+    image.save(path)
+    assert read_row("a.png").image is None
+    assert read_row(str(path)).image is None
+    assert read_row(path).image.size == image.size
+    assert read_row({"image": str(path)}).text is None
+    both = read_row({"text": "t", "image": image})
+    assert (both.text, both.image.size) == ("t", image.size)
+    kinds = [part["type"] for part in both.messages("p")[1]["content"]]
+    assert kinds == ["image", "text"]
+    assert both.messages("p")[0]["role"] == "system"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, r"is a int\. Pass a str"),
+        (None, "is a NoneType"),
+        ({"label": 1}, "keys"),
+        ({}, "keys"),
+        ({"text": 5}, "'text' of an input is a int"),
+        ({"text": None, "image": None}, "None only"),
+        ({"image": 5}, "An image is a int"),
+        ({"image": Path("gone.png")}, "no image file"),
+    ],
+)
+def test_anything_else_gets_a_message_that_says_what_to_do(value, message):
+    with pytest.raises(ValueError, match=message):
+        read_row(value)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slq_embed import SymmetricInfoNCELoss
+from slq_embed.losses import symmetric_info_nce
+from slq_embed.modules import LatentQueryPooling
+
+
+def normal(*rows: list[float]) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
+
+
+def test_it_equals_a_hand_computed_loss():
+    first, second = normal([1, 0], [0, 1]), normal([1, 0], [1, 1])
+    s = [[1.0, math.sqrt(0.5)], [0.0, math.sqrt(0.5)]]
+    tau = 0.5
+
+    def cross_entropy(rows):
+        terms = [math.log(sum(math.exp(v / tau) for v in row)) - row[i] / tau for i, row in enumerate(rows)]
+        return sum(terms) / len(terms)
+
+    expected = (cross_entropy(s) + cross_entropy(list(map(list, zip(*s, strict=True))))) / 2
+    assert symmetric_info_nce(first, second, torch.tensor(tau)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sibling_caption_is_no_negative():
+    first = normal([1.0, 0.1], [1.0, 0.2], [0.0, 1.0])
+    second = normal([1.0, 0.0], [0.9, 0.1], [0.1, 1.0])
+    siblings = symmetric_info_nce(first, second, torch.tensor(0.1), torch.tensor([7, 7, 8]))
+    rows = [0, 2], [1, 2]
+    apart = [symmetric_info_nce(first[r], second[r], torch.tensor(0.1)) for r in rows]
+    assert siblings < symmetric_info_nce(first, second, torch.tensor(0.1))
+    assert siblings < sum(apart)
+    # Row 0 sees candidates 0 and 2, exactly as without its sibling.
+    logits = (first @ second.T / 0.1).masked_fill(torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(), -torch.inf)
+    target = torch.arange(3)
+    both = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    assert siblings.item() == pytest.approx(both.item(), abs=1e-6)
+
+
+def test_it_is_the_hosts_symmetric_loss_at_the_same_scale(encoder, images):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    both = ("query_to_doc", "doc_to_query")
+    host = MultipleNegativesRankingLoss(encoder, scale=1 / 0.07, directions=both, partition_mode="per_direction")
+
+    def features():
+        return [encoder.preprocess(images[:3]), encoder.preprocess(["a", "bb", "ccc"])]
+
+    ours = SymmetricInfoNCELoss(encoder)(features(), torch.arange(3))
+    assert ours.item() == pytest.approx(host(features(), None).item(), rel=1e-5)
+
+
+def test_the_temperature_starts_at_007_is_clamped_and_lives_in_the_model(encoder):
+    loss = SymmetricInfoNCELoss(encoder)
+    assert encoder.temperature == pytest.approx(0.07)
+    names = [name for name, _ in loss.named_parameters()]
+    assert names == ["model.0.bias.queries", "model.0.bias.log_temperature"]
+    with torch.no_grad():
+        encoder[0].log_temperature.fill_(-30)
+    loss([encoder.preprocess(["a", "b"]), encoder.preprocess(["cc", "dd"])]).backward()
+    assert loss.temperature == pytest.approx(0.01)
+    assert encoder[0].log_temperature.grad != 0, "a clamped temperature must be able to come back"
+    assert SymmetricInfoNCELoss(encoder, 0.2).temperature == pytest.approx(0.2)
+    assert SymmetricInfoNCELoss(encoder).temperature == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="temperature is 5"):
+        SymmetricInfoNCELoss(encoder, 5)
+
+
+def test_three_columns_are_refused(encoder):
+    with pytest.raises(ValueError, match="compares two columns, but the batch has 3"):
+        SymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"]) for _ in range(3)])
+
+
+def test_the_last_query_can_be_pooled_alone():
+    states = torch.arange(12.0).view(1, 3, 4)
+    assert torch.equal(LatentQueryPooling(4, "last")({"token_embeddings": states})["sentence_embedding"], states[:, -1])
+    with pytest.raises(ValueError, match="pooling is 'max'"):
+        LatentQueryPooling(4, "max")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.evaluation.retrieval import best_ranks
+
+
+def simple_ranks(queries, candidates, query_group, candidate_group):
+    found = []
+    for query, group in zip(queries, query_group, strict=True):
+        order = np.argsort(-(candidates @ query).numpy(), kind="stable")
+        found.append(next(i for i, c in enumerate(order) if candidate_group[c] == group))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_ranks_equal_a_stable_sort_whatever_the_block(block):
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(-2, 3, (20, 4), generator=generator).float()  # small integers: many ties, exact scores
+    candidates = torch.randint(-2, 3, (31, 4), generator=generator).float()
+    groups = torch.cat([torch.arange(10), torch.randint(0, 10, (21,), generator=generator)])
+    wanted = torch.randint(0, 10, (20,), generator=generator)
+    assert torch.equal(
+        best_ranks(queries, candidates, wanted, groups, block), simple_ranks(queries, candidates, wanted, groups)
+    )
+
+
+def test_a_score_that_is_no_number_is_no_hit():
+    candidates = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    ranks = best_ranks(torch.full((3, 2), torch.nan), candidates, torch.arange(3), torch.arange(3))
+    assert (ranks > 0).all()
+
+
+class Canned:
+    """Gives prepared vectors for images (numbers) and texts."""
+
+    def __init__(self, images, texts):
+        self.vectors = {"image": images, "text": texts}
+        self.model_card_data = self
+
+    def set_evaluation_metrics(self, *args):
+        self.stored = args
+
+    def encode_document(self, inputs, **kwargs):
+        return self.vectors["image"]
+
+    def encode_query(self, inputs, **kwargs):
+        assert all(set(value) == {"text"} for value in inputs), "texts must go as texts, never as paths"
+        return self.vectors["text"]
+
+
+def test_several_captions_an_image_count_as_in_coco(tmp_path):
+    images = torch.eye(3)
+    # Image 0 has two captions: one right, one that looks like image 1. Image 2's caption is ranked last.
+    texts = torch.tensor([[1.0, 0.1, 0.0], [0.1, 1.0, 0.0], [0.0, 1.0, 0.2], [1.0, 0.9, 0.0]])
+    evaluator = ImageTextRetrievalEvaluator(["a", "b", "c"], list("wxyz"), [0, 0, 1, 2], name="toy")
+    metrics = evaluator(Canned(images, texts), str(tmp_path), 1, 5)
+    assert metrics["toy_text_to_image_recall@1"] == 0.5
+    assert metrics["toy_text_to_image_recall@5"] == 1
+    assert metrics["toy_image_to_text_recall@1"] == pytest.approx(1 / 3)
+    assert evaluator.primary_metric == "toy_mean_recall"
+    assert metrics["toy_mean_recall"] == pytest.approx(np.mean([v for k, v in metrics.items() if "@" in k]))
+    evaluator(Canned(images, texts), str(tmp_path), 2, 10)
+    lines = (tmp_path / "image_text_retrieval_toy_results.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch,steps,text_to_image_recall@1")
+
+
+@pytest.mark.parametrize("image_of", [[0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
+def test_a_mapping_that_does_not_fit_is_refused(image_of):
+    with pytest.raises(ValueError, match="Give each text the place of its image"):
+        ImageTextRetrievalEvaluator(["a", "b", "c"], list("wxyz"), image_of)
