@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
     kwargs.setdefault("dtype", "auto")
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
     return model
+
+
+def commit_of(name: str, **hub: Any) -> str | None:
+    """The commit of a checkpoint on the hub, or None for a folder.
+
+    Args:
+        name: Hub name or folder.
+        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+    """
+    commit: str | None = extract_commit_hash(cached_file(name, "config.json", **hub), None)
+    return commit
 
 
 def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:

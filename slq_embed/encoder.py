@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from slq_embed.artifact import FindFile, SLQConfig, read_queries, write_folder
-from slq_embed.backbones import embedding_table, family_of, is_placed, load_backbone
+from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, load_backbone
 from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
 from slq_embed.fingerprint import Fingerprint, difference, fingerprint
 from slq_embed.model_card import SLQModelCardData
@@ -144,6 +144,7 @@ class SLQEncoder(SentenceTransformer):
             if processor is None and not name:
                 raise ValueError("A backbone without a name came without its processor: pass processor=.")
             device = device or backbone.device
+            commit = revision
         else:
             name = str(backbone)
             if (Path(name) / "slq_config.json").is_file():
@@ -159,6 +160,7 @@ class SLQEncoder(SentenceTransformer):
             }
             loading = {key: value for key, value in given.items() if value is not None} | dict(model_kwargs or {})
             backbone = load_backbone(name, **loading)
+            commit = commit_of(name, revision=revision, **hub)
             if is_placed(backbone):
                 device = backbone.device
         if processor is None:
@@ -187,7 +189,6 @@ class SLQEncoder(SentenceTransformer):
         model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
         if name and Path(name).is_dir():
             name = str(Path(name).resolve())
-        commit = getattr(backbone.config, "_commit_hash", None) or revision
         model.slq = SLQConfig(name, commit, tokens, pooling, form, max_text_chars, told, image_kwargs)
         return model
 
@@ -414,7 +415,7 @@ def _initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, s
         return init
     if count < 1:
         raise ValueError(f"num_queries is {count}, but at least 1 is needed.")
-    width = table.shape[1]
+    table, width = table.detach(), table.shape[1]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     noise = torch.randn(count, width, generator=generator)
     choices: dict[str, Callable[[], Tensor]] = {

@@ -11,9 +11,8 @@ from slq_embed.data.scene_text import caption, captions, facts, implicit, questi
 from slq_embed.data.scenes import KINDS, Scene, Thing, all_scenes, draw, is_unseen, render, sample_scenes
 
 # Words that carry no content: the only ones captions and implicit descriptions may share.
-FUNCTION_WORDS = set(
-    ["a", "an", "the", "of", "and", "with", "in", "on", "to", "as", "all", "that", "is", "are", "your", "you", "than", "has", "have", "what", "at", "it", "by", "for"]
-)
+WORDS = "a an the of and with in on to as all that is are your you than has have what at it by for"
+FUNCTION_WORDS = set(WORDS.split())
 
 
 def words(text: str) -> set[str]:

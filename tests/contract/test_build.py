@@ -1,0 +1,177 @@
+"""Building from a backbone: what passes through, what is refused, what people pass in."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoProcessor
+
+import slq_embed
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.backbones import family_of
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_public_names():
+    assert slq_embed.__all__ == ["SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]
+    assert issubclass(SLQEncoder, SentenceTransformer)
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    """A hub cache that holds one repository, as a download leaves it."""
+    repository = tmp_path / "hub" / "models--org--tiny-vl"
+    shutil.copytree(checkpoint(), repository / "snapshots" / SHA)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(SHA)
+    return str(tmp_path / "hub")
+
+
+def test_a_hub_name_is_loaded_and_recorded_with_its_commit(hub, tmp_path):
+    encoder = SLQEncoder.from_backbone(
+        "org/tiny-vl", num_queries=4, dtype=torch.bfloat16, max_pixels=32 * 32, cache_folder=hub, local_files_only=True
+    )
+    assert (encoder.slq.backbone, encoder.slq.revision) == ("org/tiny-vl", SHA)
+    assert encoder.backbone.dtype == torch.bfloat16
+    encoder.save_pretrained(tmp_path / "slq")
+    assert f"org/tiny-vl at revision {SHA}" in (tmp_path / "slq" / "README.md").read_text()
+    same = {"model_kwargs": {"dtype": torch.bfloat16}}
+    again = SLQEncoder(tmp_path / "slq", cache_folder=hub, local_files_only=True, **same)
+    assert np.abs(again.encode(["a"]) - encoder.encode(["a"])).max() < 1e-6
+    with pytest.raises(OSError, match=r"was trained on the backbone 'org/tiny-vl'"):
+        SLQEncoder(tmp_path / "slq", cache_folder=str(tmp_path / "empty"), local_files_only=True)
+
+
+def test_options_pass_through(checkpoint):
+    encoder = SLQEncoder.from_backbone(
+        checkpoint(),
+        num_queries=7,
+        device="cpu",
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        model_kwargs={"low_cpu_mem_usage": True},
+        processor_kwargs={"model_max_length": 77},
+        prompts={"query": "find"},
+        similarity_fn_name="dot",
+        truncate_dim=16,
+    )
+    assert encoder.num_queries == 7
+    assert encoder.backbone.config._attn_implementation == "eager"
+    assert encoder.backbone.dtype == torch.bfloat16
+    assert encoder.queries.dtype == torch.float32
+    assert (encoder.prompts["query"], encoder.similarity_fn_name, encoder.truncate_dim) == ("find", "dot", 16)
+    assert encoder.encode("a").shape == (16,)
+    assert encoder.get_embedding_dimension() == 16
+
+
+def test_a_device_map_is_left_in_charge(checkpoint):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, device_map="cpu")
+    assert encoder.encode(["a"]).shape == (1, 32)
+
+
+def test_max_pixels_bounds_the_image(checkpoint, images):
+    small = SLQEncoder.from_backbone(checkpoint(), num_queries=4, max_pixels=16 * 16)
+    large = SLQEncoder.from_backbone(checkpoint(), num_queries=4)
+    sizes = [len(model.preprocess([images[1]])["pixel_values"]) for model in (small, large)]
+    assert sizes[0] < sizes[1]
+    with pytest.raises(ValueError, match=r"max_pixels=100 does not apply to internvl"):
+        SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, max_pixels=100)
+
+
+def test_internvl_reads_one_tile_unless_told_otherwise(checkpoint, images):
+    encoder = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4)
+    assert len(encoder.preprocess([images[1]])["pixel_values"]) == 1
+    tiled = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, image_kwargs={"crop_to_patches": True})
+    assert len(tiled.preprocess([images[1]])["pixel_values"]) > 1
+
+
+@pytest.mark.parametrize("init", ["normal", "zeros", "tokens"])
+def test_initialisations(checkpoint, init):
+    made = [SLQEncoder.from_backbone(checkpoint(), num_queries=50, init=init, seed=s).queries for s in (0, 0, 1)]
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2]) == (init == "zeros")
+    if init == "normal":
+        assert made[0].std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_queries_of_ones_own(checkpoint):
+    mine = torch.arange(96.0).view(3, 32)
+    assert torch.equal(SLQEncoder.from_backbone(checkpoint(), init=mine).queries, mine)
+    with pytest.raises(ValueError, match="num_queries is 0"):
+        SLQEncoder.from_backbone(checkpoint(), num_queries=0)
+    with pytest.raises(ValueError, match="init is 'ones'"):
+        SLQEncoder.from_backbone(checkpoint(), init="ones")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.MllamaConfig(), "cross-attention"),
+        (transformers.Qwen2Config(), "takes no images"),
+        (transformers.LlavaConfig(), "not in the table of tested families"),
+    ],
+)
+def test_an_unsupported_backbone_gets_one_clear_error(config, reason, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"{config.model_type}.*{reason}.*Use one of these families: qwen3_vl \(Qwen/"
+    ):
+        family_of(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        SLQEncoder.from_backbone(tmp_path)
+
+
+def test_every_form_of_input(encoder, images, tmp_path):
+    images[0].save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    same = [images[0], path, {"image": images[0]}, {"image": path}, {"image": str(path)}, {"image": path.read_bytes()}]
+    found = encoder.encode(same)
+    assert np.abs(found - found[0]).max() < 1e-6
+    for value in (*same, "text", {"text": "text"}, {"text": "t", "image": path}):
+        single = encoder.encode(value)
+        assert single.shape == (32,)
+        assert np.linalg.norm(single) == pytest.approx(1, abs=1e-5)
+    assert np.abs(encoder.encode("text") - encoder.encode({"text": "text"})).max() < 1e-6
+    assert encoder.encode([]).shape == (0,)
+    assert encoder.encode(["a", "b"], convert_to_tensor=True).shape == (2, 32)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (1, 1)), Image.new("RGB", (1, 900)), Image.new("L", (3000, 2000))])
+def test_odd_images_encode(encoder, image):
+    assert np.linalg.norm(encoder.encode(image)) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_bad_input_is_named_by_its_place(encoder, images, tmp_path):
+    with pytest.raises(ValueError, match=r"Input 1 of 3: There is no image file .*gone\.png"):
+        encoder.preprocess([images[0], tmp_path / "gone.png", "text"])
+    with pytest.raises(ValueError, match=r"Input 0 of 1: An input is a float"):
+        encoder.encode([0.5], prompt="a prompt must not be lost on the way")
+
+
+def test_progress_bars_are_the_hosts(encoder, capsys):
+    encoder.encode(["a", "b"], show_progress_bar=True)
+    assert "Batches" in capsys.readouterr().err
+
+
+def test_the_embedded_models_load(caplog):
+    with caplog.at_level(logging.WARNING):
+        retriever = SentenceTransformer(pretrained("slq-tiny"), device="cpu")
+    near, far = retriever.similarity(
+        retriever.encode(["a red circle"]),
+        retriever.encode(["an item with the hue of blood and the outline of a coin", "two green stars"]),
+    )[0]
+    assert near > far
+    processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
+    rows = SLQEncoder(pretrained("slq-tiny")).backbone.get_input_embeddings().weight.shape[0]
+    assert rows - len(processor.tokenizer) >= 64
+    with pytest.raises(ValueError, match=r"No model 'clip' ships.*mllm-tiny, slq-tiny"):
+        pretrained("clip")

@@ -1,0 +1,25 @@
+"""Checked by mypy, not run: the public API as a typed program uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
+from slq_embed.data import ImageTextPairs, from_folder, retrieval_set
+from slq_embed.evaluation import ImageTextRetrievalEvaluator
+
+
+def use(folder: Path, image: Image.Image) -> float | None:
+    model: SLQEncoder = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=8, pooling="mean", form="adapter")
+    queries: torch.nn.Parameter = model.queries
+    assert queries.shape[0] == model.num_queries
+    loss: SymmetricInfoNCELoss = SymmetricInfoNCELoss(model, 0.07, gather_across_devices=True)
+    pairs: ImageTextPairs = from_folder(folder, strict=True)
+    evaluator = ImageTextRetrievalEvaluator(*retrieval_set(pairs), name="photos")
+    metrics: dict[str, float] = evaluator(model)
+    model.save_pretrained(folder / "slq", form="merged")
+    again = SLQEncoder(folder / "slq", backbone=model.backbone)
+    return again.temperature if metrics else loss.temperature

@@ -1,0 +1,55 @@
+"""What needs CUDA: the same promises on a GPU, in half precision, with flash attention where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from slq_embed import SLQEncoder
+from tests.checkpoints import FAMILIES
+from tests.training import toy_pairs, toy_train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+
+def cosine(a, b) -> float:
+    rows = torch.nn.functional.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b))
+    return float(rows.min())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_cuda_float32_equals_cpu(checkpoint, mixed, kind):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    both = [SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device=d) for d in ("cpu", "cuda")]
+    assert cosine(*(model.encode(mixed) for model in both)) > 1 - 1e-5
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_trains_and_reloads(checkpoint, mixed, kind, tmp_path):
+    model = SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device="cuda", dtype=torch.bfloat16)
+    toy_train(model, toy_pairs(), tmp_path / "run", use_cpu=False, bf16=True)
+    assert model.queries.dtype == torch.float32
+    assert model.queries.device.type == "cuda"
+    model.save_pretrained(tmp_path / "slq")
+    stock = SentenceTransformer(str(tmp_path / "slq"), device="cuda", model_kwargs={"dtype": torch.bfloat16})
+    assert cosine(stock.encode(mixed), model.encode(mixed)) > 0.99
+
+
+def test_moving_takes_the_backbone_along(checkpoint, mixed):
+    model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+    expected = model.encode(mixed)
+    model.to("cuda")
+    assert model.backbone.device.type == model.queries.device.type == "cuda"
+    assert cosine(model.encode(mixed), expected) > 1 - 1e-3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash_attn is not installed")
+def test_flash_attention(checkpoint, mixed, tmp_path):
+    options = {"num_queries": 4, "seed": 0, "device": "cuda", "dtype": torch.bfloat16}
+    flash = SLQEncoder.from_backbone(checkpoint(), attn_implementation="flash_attention_2", **options)
+    plain = SLQEncoder.from_backbone(checkpoint(), **options)
+    assert cosine(flash.encode(mixed), plain.encode(mixed)) > 0.99
+    toy_train(flash, toy_pairs(), tmp_path, use_cpu=False, bf16=True)
