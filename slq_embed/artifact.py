@@ -112,6 +112,22 @@ def read_queries(find: FindFile) -> Tensor:
     raise ValueError(f"The folder holds neither {ADAPTER_NAME} nor {QUERIES_NAME}: its latent queries are missing.")
 
 
+def read_record(folder: str | Path) -> tuple[SLQConfig, Tensor]:
+    """Read what a folder records and its queries, ``(Q, H)``, without a backbone.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or its queries are missing or damaged.
+    """
+
+    def find(name: str) -> str | None:
+        path = Path(folder) / name
+        return str(path) if path.is_file() else None
+
+    if (config := SLQConfig.read(find)) is None:
+        raise ValueError(f"{folder} is no saved SLQ model: it has no {CONFIG_NAME}.")
+    return config, read_queries(find)
+
+
 def write_folder(
     folder: Path, config: SLQConfig, backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor
 ) -> list[dict[str, Any]]:

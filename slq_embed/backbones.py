@@ -115,3 +115,20 @@ def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
 def is_placed(backbone: PreTrainedModel) -> bool:
     """Whether a device map or a quantizer decides where the weights are, so that they must not be moved."""
     return getattr(backbone, "hf_device_map", None) is not None or bool(getattr(backbone, "is_quantized", False))
+
+
+def limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> None:
+    """Set the largest image that a processor passes on, in pixels.
+
+    Raises:
+        ValueError: If the family resizes every image to one size.
+    """
+    if not family_of(backbone.config).resizes_by_area:
+        raise ValueError(
+            f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}, which resizes every image to one "
+            "size. Set that with processor_kwargs, for example {'size': {'height': 448, 'width': 448}}."
+        )
+    size = dict(processor.image_processor.size)
+    size["longest_edge"] = max_pixels  # in these families: the largest number of pixels
+    size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
+    processor.image_processor.size = type(processor.image_processor.size)(**size)

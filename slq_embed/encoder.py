@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,8 @@ from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from slq_embed.artifact import FindFile, SLQConfig, read_queries, write_folder
-from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, load_backbone
+from slq_embed.artifact import SLQConfig, read_queries, read_record, write_folder
+from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, limit_pixels, load_backbone
 from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
 from slq_embed.fingerprint import Fingerprint, difference, fingerprint
 from slq_embed.model_card import SLQModelCardData
@@ -170,7 +171,7 @@ class SLQEncoder(SentenceTransformer):
         processor = private_processor(processor)
         image_kwargs = {**family_of(backbone.config).image_kwargs, **(image_kwargs or {})}
         if max_pixels is not None:
-            _limit_pixels(processor, backbone, max_pixels)
+            limit_pixels(processor, backbone, max_pixels)
         table = embedding_table(backbone)
         queries = _initial_queries(init, num_queries, table, seed)
         tokens = allocate(processor.tokenizer, len(table), len(queries), form)
@@ -361,7 +362,11 @@ class SLQEncoder(SentenceTransformer):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
         # The trainer builds a second model from a checkpoint, only to copy its state. Ours needs no backbone.
-        return _SavedState(model_name_or_path)
+        config, queries = read_record(model_name_or_path)
+        state = {_QUERIES: queries}
+        if config.log_temperature is not None:
+            state[_TEMPERATURE] = torch.tensor(config.log_temperature)
+        return SimpleNamespace(state_dict=lambda: state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Take over queries (and temperature) from another model's state."""
@@ -380,34 +385,6 @@ class SLQEncoder(SentenceTransformer):
                 "the last step's weights. The log says why. Load a checkpoint: SLQEncoder(folder), or accept the last "
                 "weights: model.load_state_dict(model.state_dict())."
             )
-
-
-class _SavedState:
-    """The state of a checkpoint, read without a backbone."""
-
-    def __init__(self, folder: str) -> None:
-        find: FindFile = lambda name: str(path) if (path := Path(folder) / name).is_file() else None  # noqa: E731
-        config = SLQConfig.read(find)
-        if config is None:
-            raise ValueError(f"{folder} is no saved SLQ model: it has no slq_config.json.")
-        self._state = {_QUERIES: read_queries(find)}
-        if config.log_temperature is not None:
-            self._state[_TEMPERATURE] = torch.tensor(config.log_temperature)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._state
-
-
-def _limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> None:
-    if not family_of(backbone.config).resizes_by_area:
-        raise ValueError(
-            f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}, which resizes every image to one "
-            "size. Set that with processor_kwargs, for example {'size': {'height': 448, 'width': 448}}."
-        )
-    size = dict(processor.image_processor.size)
-    size["longest_edge"] = max_pixels  # in these families: the largest number of pixels
-    size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
-    processor.image_processor.size = type(processor.image_processor.size)(**size)
 
 
 def _initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, seed: int | None) -> Tensor:
