@@ -21,7 +21,7 @@ print(model.similarity(embeddings, embeddings))"""
 class SLQModelCardData(SentenceTransformerModelCardData):
     """The host's card data with what is special about an SLQ model.
 
-    Widget examples are off: they would copy training images into the folder.
+    The host would copy training images into the saved folder, as examples: this leaves them out.
     """
 
     generate_widget_examples: bool = False
@@ -33,6 +33,17 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         """Called by the trainer."""
         super().set_losses(losses)
         self.loss_name = ", ".join(dict.fromkeys(type(loss).__name__ for loss in losses))
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Show no rows of the training data."""
+
+    def save_usage_example_assets(self) -> None:
+        """Save no images of the training data."""
+
+    def compute_dataset_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Size, columns and loss of a dataset, without the rows that the host shows."""
+        metrics: dict[str, Any] = super().compute_dataset_metrics(*args, **kwargs)
+        return {key: value for key, value in metrics.items() if "example" not in key}
 
     def set_best_model_step(self, step: int) -> None:
         """Called by the trainer right before it reloads the best checkpoint.

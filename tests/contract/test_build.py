@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoProcessor
 
@@ -175,3 +176,16 @@ def test_the_embedded_models_load(caplog):
     assert rows - len(processor.tokenizer) >= 64
     with pytest.raises(ValueError, match=r"No model 'clip' ships.*mllm-tiny, slq-tiny"):
         pretrained("clip")
+
+
+def test_slq_tiny_is_mllm_tiny_bit_for_bit_but_for_its_rows():
+    """What trained slq-tiny left the backbone alone, so its answers are those of mllm-tiny."""
+    before, after = (load_file(f"{pretrained(name)}/model.safetensors") for name in ("mllm-tiny", "slq-tiny"))
+    assert set(before) == set(after)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    (table,) = changed
+    assert table.endswith("embed_tokens.weight")
+    rows = (before[table] != after[table]).any(dim=1).nonzero().flatten().tolist()
+    assert rows == list(SLQEncoder(pretrained("slq-tiny")).slq.tokens.ids)
+    assert sum(tensor.numel() * 4 for tensor in before.values()) < 16_000_000
+    assert all(tensor.dtype == torch.float32 for tensor in before.values())

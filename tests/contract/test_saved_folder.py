@@ -250,6 +250,9 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
 
     toy_train(encoder, toy_pairs(), tmp_path / "run")
     encoder.save_pretrained(tmp_path / "slq")
+    assert files(tmp_path / "slq") == ROOT | MEAN | {"adapter_config.json", "adapter_model.safetensors"}, (
+        "no data in it"
+    )
     card = (tmp_path / "slq" / "README.md").read_text()
     for stated in (
         "| Latent queries | 4 |",
