@@ -7,6 +7,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,8 +301,11 @@ class SLQEncoder(SentenceTransformer):
         folder.mkdir(parents=True, exist_ok=True)
         self.slq.log_temperature = self._log_temperature()
         self.slq.loss = self.model_card_data.loss_name or self.slq.loss
-        self.slq.fingerprint = None if self.slq.form == "merged" else self.backbone_fingerprint
-        write_folder(folder, self.slq, self.backbone, self.processor, self.queries)
+        if self.slq.form == "merged":  # it holds its backbone: where that came from is no place to look
+            record = replace(self.slq, fingerprint=None, backbone=self.model_card_data.backbone_label(self.slq))
+        else:
+            record = replace(self.slq, fingerprint=self.backbone_fingerprint)
+        write_folder(folder, record, self.backbone, self.processor, self.queries)
         host = folder / "config_sentence_transformers.json"
         host.write_text(json.dumps(self._get_model_config(), indent=2, sort_keys=True) + "\n", "utf8")
         if create_model_card:

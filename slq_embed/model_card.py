@@ -60,6 +60,12 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         if model.slq.backbone and not Path(model.slq.backbone).is_absolute():
             self.base_model, self.base_model_revision = model.slq.backbone, model.slq.revision
 
+    @staticmethod
+    def backbone_label(config: Any) -> str:
+        """The backbone's hub name, or the last part of its folder: no card tells where someone's files are."""
+        name = config.backbone or "in memory"
+        return Path(name).name if Path(name).is_absolute() else name
+
     def run_usage_snippet(self) -> None:
         """Run nothing on saving; a test runs the snippet."""
 
@@ -74,7 +80,7 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         return {
             **super().get_model_specific_metadata(),
             "slq": model.slq,
-            "backbone": model.slq.backbone if self.base_model else Path(model.slq.backbone or "in memory").name,
+            "backbone": self.backbone_label(model.slq),
             "num_queries": model.num_queries,
             "trained_parameters": trained,
             "frozen_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),

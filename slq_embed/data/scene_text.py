@@ -104,7 +104,7 @@ def implicit(scene: Scene, seed: int = 0) -> str:
 
     Example:
         >>> implicit(Scene("single", Thing("green", "triangle"), detail="small"))
-        'an item with the hue of frogs and the outline of a tent, sized like an ant'
+        'an item with the hue of grass and the outline of a pyramid, sized like an ant'
     """
     rng = Random(f"{seed}|{scene.key}")
     thing = _implicit_thing(scene.first, rng)
