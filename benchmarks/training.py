@@ -236,7 +236,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    args.batch = args.batch or (4 if args.quick else 16)
+    args.batch = args.batch or (2 if args.quick else 16)
     args.rounds = args.rounds or (5 if args.quick else 9)
     if args.memory_of:
         measure_memory(args)
