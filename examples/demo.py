@@ -28,12 +28,6 @@ from slq_embed.evaluation import ImageTextRetrievalEvaluator
 
 STEPS, BATCH, QUERIES, LEARNING_RATE = 120, 64, 8, 4e-2
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))  # a few steps only, for tests
-TEXT_QUERIES = [
-    "a red circle above a blue square",
-    "two green stars and a pink heart",
-    "as many items as wheels on a tricycle, all with the hue of lemons and the outline of a doughnut",
-    "an item with the hue of snow and the outline of a pyramid, west of an item with the hue of grass and the outline of a coin",
-]
 
 
 def scene_pairs(scenes: list[Scene], seed: int) -> ImageTextPairs:
@@ -125,7 +119,9 @@ def main() -> None:
 
     print("4. Searching the held-out pictures")
     index = loaded.encode(images, convert_to_tensor=True)
-    queries: list[Any] = [*TEXT_QUERIES, images[3], images[11]]
+    # Two scenes by their captions, two by what they are like, and two by another drawing of them.
+    queries: list[Any] = [captions(scene)[0] for scene in held_out[:2]] + [implicit(scene) for scene in held_out[2:4]]
+    queries += [render(scene, seed=8) for scene in held_out[4:6]]
     hits = semantic_search(loaded.encode(queries, convert_to_tensor=True), index, top_k=6)
     rows = []
     for query, found in zip(queries, hits, strict=True):
