@@ -347,8 +347,10 @@ class SLQEncoder(SentenceTransformer):
         if isinstance(given, PreTrainedModel):
             backbone = given
         else:
-            name = config.backbone if given is None else str(given)
-            revision = config.revision if given is None else None
+            if given is not None:  # it has moved: saving again records where it is now
+                config.backbone = str(Path(given).resolve()) if Path(given).is_dir() else str(given)
+                config.revision = None
+            name, revision = config.backbone, config.revision
             try:
                 backbone = load_backbone(name, **{**own, "revision": revision, **model_kwargs})
             except OSError as error:

@@ -46,12 +46,15 @@ class SymmetricInfoNCELoss(nn.Module):
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
-        initial = temperature or model.temperature or INITIAL_TEMPERATURE
-        if not min_temperature <= initial <= max_temperature:
-            raise ValueError(f"temperature is {initial}, but {min_temperature} to {max_temperature} is needed.")
-        self.model = model
         learned = model._log_temperature()
-        start = math.log(initial) if temperature is not None or learned is None else learned
+        if temperature is None and learned is not None:
+            start = learned  # not checked: learned at a bound, rounding may put it outside; forward clamps it
+        else:
+            initial = INITIAL_TEMPERATURE if temperature is None else temperature
+            if not min_temperature <= initial <= max_temperature:
+                raise ValueError(f"temperature is {initial}, but {min_temperature} to {max_temperature} is needed.")
+            start = math.log(initial)
+        self.model = model
         self._log_temperature = (model[0].require_log_temperature(start),)  # the model owns it
         with torch.no_grad():
             self._log_temperature[0].fill_(start)

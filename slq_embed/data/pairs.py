@@ -164,15 +164,17 @@ def from_dataset(
             raise ValueError(f"The dataset has the columns {dataset.column_names}, but {column!r} is needed.")
     if isinstance((dataset.features or {}).get(image_column), Image):
         dataset = dataset.cast_column(image_column, Image(decode=False))  # a bad image must not stop the others
-    rows = ((f"row {number}", row[image_column], row[text_column]) for number, row in enumerate(dataset))
+
+    def records() -> Iterator[tuple[str, Any, Any]]:
+        return ((f"row {number}", row[image_column], row[text_column]) for number, row in enumerate(dataset))
+
     if not isinstance(dataset, IterableDataset):
-        return from_records(rows, **options)
+        return from_records(records(), **options)
     pairs = ImageTextPairs(dataset)
 
     def generate() -> Iterator[dict[str, Any]]:
-        again = ((f"row {number}", row[image_column], row[text_column]) for number, row in enumerate(dataset))
         pairs.skipped.clear()
-        yield from _good_rows(again, pairs.skipped, **options)
+        yield from _good_rows(records(), pairs.skipped, **options)
         if pairs.skipped:
             logger.warning("Streamed image-text pairs: %s", pairs.report())
 
@@ -198,11 +200,11 @@ def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> Ima
     """
     skipped: list[Skipped] = []
     rows = list(_good_rows(records, skipped, **options))
-    pairs = ImageTextPairs(Dataset.from_list(rows, features=FEATURES) if rows else Dataset.from_list([]), skipped)
-    if skipped:
-        logger.warning("Image-text pairs: %s", pairs.report())
+    pairs = ImageTextPairs(Dataset.from_list(rows, features=FEATURES if rows else None), skipped)
     if not rows:
         raise ValueError(f"No image-text pair is left: {pairs.report()}.")
+    if skipped:
+        logger.warning("Image-text pairs: %s", pairs.report())
     return pairs
 
 

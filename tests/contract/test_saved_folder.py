@@ -154,7 +154,10 @@ def test_an_absent_backbone_is_named_and_a_moved_one_can_be_given(saved):
     shutil.move(saved / "backbone", saved / "elsewhere")
     with pytest.raises(OSError, match=r"was trained on the backbone .*backbone.*Bring it back, or say where it is"):
         SLQEncoder(saved / "slq")
-    assert np.array_equal(SLQEncoder(saved / "slq", backbone=saved / "elsewhere").encode("a"), expected)
+    moved = SLQEncoder(saved / "slq", backbone=saved / "elsewhere")
+    assert np.array_equal(moved.encode("a"), expected)
+    moved.save_pretrained(saved / "again")
+    assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new place"
 
 
 @pytest.mark.parametrize("change", ["weights", "one row", "rows", "config"])

@@ -64,11 +64,13 @@ def test_the_temperature_starts_at_007_is_clamped_and_lives_in_the_model(encoder
         encoder[0].log_temperature.fill_(-30)
     loss([encoder.preprocess(["a", "b"]), encoder.preprocess(["cc", "dd"])]).backward()
     assert loss.temperature == pytest.approx(0.01)
+    assert SymmetricInfoNCELoss(encoder).temperature == pytest.approx(0.01), "trained to the bound, it trains on"
     assert encoder[0].log_temperature.grad != 0, "a clamped temperature must be able to come back"
     assert SymmetricInfoNCELoss(encoder, 0.2).temperature == pytest.approx(0.2)
     assert SymmetricInfoNCELoss(encoder).temperature == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="temperature is 5"):
-        SymmetricInfoNCELoss(encoder, 5)
+    for outside in (5, 0.0):
+        with pytest.raises(ValueError, match=f"temperature is {outside}"):
+            SymmetricInfoNCELoss(encoder, outside)
 
 
 def test_three_columns_are_refused(encoder):
