@@ -342,7 +342,9 @@ class SLQEncoder(SentenceTransformer):
         self, folder: str, config: SLQConfig, own: dict[str, Any], model_kwargs: dict[str, Any]
     ) -> PreTrainedModel:
         given = self._given_backbone[0]
-        if config.form == "merged" and given is None:
+        if config.form == "merged" and given is None:  # an adapter saved from it names this folder
+            config.backbone = str(Path(folder).resolve()) if Path(folder).is_dir() else folder
+            config.revision = own["revision"]
             return load_backbone(folder, **{**own, **model_kwargs})
         if isinstance(given, PreTrainedModel):
             backbone = given

@@ -94,6 +94,14 @@ def test_reloading_gives_the_same_bits(encoder, mixed, form, tmp_path):
     }
 
 
+def test_an_adapter_saved_from_a_merged_model_names_that_model(encoder, mixed, tmp_path):
+    encoder.save_pretrained(tmp_path / "merged", form="merged")
+    SLQEncoder(tmp_path / "merged").save_pretrained(tmp_path / "adapter", form="adapter")
+    expected = encoder.encode(mixed)
+    assert np.array_equal(SLQEncoder(tmp_path / "adapter").encode(mixed), expected)
+    assert np.abs(SentenceTransformer(str(tmp_path / "adapter"), device="cpu").encode(mixed) - expected).max() < 1e-6
+
+
 def test_the_last_query_alone_needs_no_weights(checkpoint, mixed, tmp_path):
     encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, pooling="last", device="cpu")
     encoder.save_pretrained(tmp_path)
