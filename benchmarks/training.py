@@ -35,7 +35,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLConf
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.losses import symmetric_info_nce
-from slq_embed.prefix import strip_queries
 
 METHODS = ("encode", "prefix", "all_positions", "lora", "full_finetuning")
 IMAGE_SIZE = (512, 416)  # width, height in pixels: 16 x 13 = 208 tokens at patch 16, merged two by two
@@ -128,8 +127,7 @@ def build_step(method: str, folder: Path, batch: int, device: str, dtype: str) -
         return encode
 
     def last_token(features: dict[str, Any]) -> Tensor:
-        inputs = strip_queries(features, QUERIES)
-        inputs.pop("num_images_per_sample", None)
+        inputs = {key: value for key, value in features.items() if key not in ("num_images_per_sample", "prefix_key")}
         return torch.nn.functional.normalize(
             decoder(**inputs, use_cache=False).last_hidden_state[:, -1].float(), dim=-1
         )

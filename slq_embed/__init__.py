@@ -3,6 +3,7 @@
 from slq_embed.embedded import pretrained
 from slq_embed.encoder import SLQEncoder
 from slq_embed.losses import SymmetricInfoNCELoss
+from slq_embed.prefix_store import PrefixStore
 from slq_embed.version import __version__
 
-__all__ = ["SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]
+__all__ = ["PrefixStore", "SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]

@@ -6,12 +6,12 @@ import copy
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,13 +25,15 @@ from slq_embed.artifact import SLQConfig, read_queries, read_record, write_folde
 from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, limit_pixels, load_backbone
 from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
 from slq_embed.fingerprint import Fingerprint, difference, fingerprint
+from slq_embed.initialisation import Initialisation, initial_queries
 from slq_embed.model_card import SLQModelCardData
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer
 from slq_embed.modules.latent_query_pooling import PoolingMode
+from slq_embed.prefix_keys import backbone_namespace
+from slq_embed.prefix_store import PrefixStore
 from slq_embed.query_tokens import Form, allocate, private_processor
 
 NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
-Initialisation = Literal["normal", "zeros", "tokens"]
 _QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
 
 
@@ -174,7 +176,7 @@ class SLQEncoder(SentenceTransformer):
         if max_pixels is not None:
             limit_pixels(processor, backbone, max_pixels)
         table = embedding_table(backbone)
-        queries = _initial_queries(init, num_queries, table, seed)
+        queries = initial_queries(init, num_queries, table, seed)
         tokens = allocate(processor.tokenizer, len(table), len(queries), form)
         told = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
         processor.chat_template = build_chat_template(
@@ -250,6 +252,44 @@ class SLQEncoder(SentenceTransformer):
     def backbone_fingerprint(self) -> Fingerprint:
         """The fingerprint that saving records; taken once, since the backbone is frozen."""
         return fingerprint(self.backbone)
+
+    @property
+    def prefix_store(self) -> PrefixStore | None:
+        """What keeps the prefixes of everything that is trained on or encoded; set it to attach or detach one.
+
+        Attaching reads all weights once, about 0.6 s for each GB, so that the store never answers for others.
+        """
+        return self._latent.source.store
+
+    @prefix_store.setter
+    def prefix_store(self, store: PrefixStore | None) -> None:
+        source = self._latent.source
+        source.store = store
+        source.namespace = b"" if store is None else store.tag + self._prefix_namespace
+
+    @cached_property
+    def _prefix_namespace(self) -> bytes:
+        return backbone_namespace(self.backbone, self.processor, self._latent.image_kwargs)
+
+    def forget(self, inputs: Sequence[Any], prompt: str | None = None) -> int:
+        """Remove the prefixes of inputs from the attached store for good.
+
+        Training fresh queries from what is left gives the model that would have come of a store without them.
+
+        Args:
+            inputs: In the form in which they were trained on or encoded: an image file and the picture decoded
+                from it are kept under different names.
+            prompt: The one they had.
+
+        Returns:
+            How many prefixes were there.
+
+        Raises:
+            ValueError: If no store is attached.
+        """
+        if self.prefix_store is None:
+            raise ValueError("There is nothing to forget: no prefix store is attached (model.prefix_store is None).")
+        return self.prefix_store.forget(self._latent.prefix_keys(inputs, prompt))
 
     def is_singular_input(self, inputs: Any) -> bool:
         """Whether this is one input and not a batch; a path and a dict are one input."""
@@ -393,21 +433,3 @@ class SLQEncoder(SentenceTransformer):
                 "the last step's weights. The log says why. Load a checkpoint: SLQEncoder(folder), or accept the last "
                 "weights: model.load_state_dict(model.state_dict())."
             )
-
-
-def _initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, seed: int | None) -> Tensor:
-    if isinstance(init, Tensor):
-        return init
-    if count < 1:
-        raise ValueError(f"num_queries is {count}, but at least 1 is needed.")
-    table, width = table.detach(), table.shape[1]
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, width, generator=generator)
-    choices: dict[str, Callable[[], Tensor]] = {
-        "normal": lambda: noise * width**-0.5,
-        "zeros": lambda: torch.zeros(count, width),
-        "tokens": lambda: table.float().mean(dim=0).cpu() + noise * float(table.float().std()),
-    }
-    if init not in choices:
-        raise ValueError(f"init is {init!r}, but one of {sorted(choices)} or a ({count}, {width}) tensor is needed.")
-    return choices[init]()

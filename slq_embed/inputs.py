@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,30 @@ MAX_ASPECT_RATIO = 100
 
 @dataclass(frozen=True)
 class Row:
-    """One input: at least one of a text and an RGB image."""
+    """One input: a text, an image that is decoded when it is asked for, or both.
+
+    Args:
+        text: The text.
+        source: The image, as :func:`read_image` takes it.
+    """
 
     text: str | None = None
-    image: Image.Image | None = None
+    source: Any = None
 
-    def messages(self, prompt: str | None = None) -> list[dict[str, Any]]:
+    @cached_property
+    def image(self) -> Image.Image | None:
+        """The decoded image, RGB.
+
+        Raises:
+            ValueError: If it cannot be decoded.
+        """
+        return None if self.source is None else read_image(self.source)
+
+    def messages(self, prompt: str | None = None, decode: bool = True) -> list[dict[str, Any]]:
         """The row as a chat, the prompt as its system message: the form in which Sentence Transformers sends it."""
         content: list[dict[str, Any]] = []
-        if self.image is not None:
-            content.append({"type": "image", "image": self.image})
+        if self.source is not None:
+            content.append({"type": "image", "image": self.image} if decode else {"type": "image"})
         if self.text is not None:
             content.append({"type": "text", "text": self.text})
         chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -38,21 +54,43 @@ class Row:
             chat.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt}]})
         return chat
 
+    def image_digest(self) -> bytes:
+        """What tells images apart: a digest of the file, which need not be decoded, or of decoded pixels.
+
+        Raises:
+            ValueError: If there is no such file.
+        """
+        source = self.source
+        if source is None:
+            return b""
+        if isinstance(source, Mapping):
+            source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+        if isinstance(source, str | Path):
+            source = _existing(source).read_bytes()
+        if isinstance(source, bytes | bytearray):
+            return hashlib.sha256(source).digest()
+        image = self.image
+        assert image is not None
+        return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+
 
 def read_row(value: Any) -> Row:
     """Read one input.
 
     Args:
-        value: A str (always text, never a path or URL), a PIL image, a ``pathlib.Path`` of an image, or a dict
-            with ``"text"`` (str), ``"image"`` (PIL image, path, or bytes of an image file), or both.
+        value: A str (always text, never a path or URL), a PIL image, a ``pathlib.Path`` of an image, a dict
+            with ``"text"`` (str), ``"image"`` (PIL image, path, or bytes of an image file), or both, or the dict
+            with ``"bytes"`` and ``"path"`` that ``datasets`` gives for an undecoded image.
 
     Raises:
-        ValueError: If it is none of these, or the image cannot be read. (Not TypeError: Sentence
-            Transformers answers that by trying again without the prompt.)
+        ValueError: If it is none of these. (Not TypeError: Sentence Transformers answers that by trying again
+            without the prompt.)
     """
     if isinstance(value, str):
         return Row(text=value)
     if isinstance(value, Mapping):
+        if set(value) == {"bytes", "path"}:
+            return Row(source=value)
         if not value or not set(value) <= {"text", "image"}:
             raise ValueError(f"An input dict has the keys {list(value)}, but 'text', 'image' or both are needed.")
         text, image = value.get("text"), value.get("image")
@@ -60,9 +98,9 @@ def read_row(value: Any) -> Row:
             raise ValueError(f"The 'text' of an input is a {type(text).__name__}, but a str is needed.")
         if text is None and image is None:
             raise ValueError("An input dict holds None only. Give it a text, an image, or both.")
-        return Row(text=text, image=None if image is None else read_image(image))
+        return Row(text, image)
     if isinstance(value, Image.Image | Path):
-        return Row(image=read_image(value))
+        return Row(source=value)
     raise ValueError(
         f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, a pathlib.Path of an image, or a "
         'dict such as {"image": image, "text": text}.'
@@ -91,10 +129,14 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, bytes | bytearray):
         return _open(io.BytesIO(source), f"{len(source)} bytes")
     if isinstance(source, str | Path):
-        if not Path(source).is_file():
-            raise ValueError(f"There is no image file {str(source)!r}. Check the path (URLs are not fetched).")
-        return _open(Path(source), repr(str(source)))
+        return _open(_existing(source), repr(str(source)))
     raise ValueError(f"An image is a {type(source).__name__}, but a PIL image, a path or bytes are needed.")
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"There is no image file {str(path)!r}. Check the path (URLs are not fetched).")
+    return Path(path)
 
 
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:

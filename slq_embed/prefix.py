@@ -3,41 +3,124 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "task", "prompt_length"}
-_BOOKKEEPING |= {"token_embeddings", "sentence_embedding", "log_temperature"}
+from slq_embed.backbones import text_config
+
+_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "prefix_key", "task"}
+_BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
+
+Layers = tuple[tuple[Tensor, Tensor], ...]
 
 
-@dataclass
-class Prefix:
-    """Keys and values of a left-padded batch of inputs.
+@dataclass(frozen=True)
+class PrefixRow:
+    """Keys and values of one input, without padding.
 
     Args:
-        cache: The backbone's cache; each layer ``(batch, heads, seq, head_dim)``.
-        attention_mask: ``(batch, seq)``, 1 for real tokens.
-        last_position: ``(batch,)``, the largest position of each row's real tokens.
+        layers: For each layer its keys and values, each ``(heads, seq, head_dim)``.
+        last_position: The largest position of its tokens.
         axes: How many axes positions have: 3 where the backbone has time, height and width, else 1.
     """
 
-    cache: Cache
+    layers: Layers
+    last_position: int
+    axes: int
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return int(self.layers[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(part.numel() * part.element_size() for layer in self.layers for part in layer)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a left-padded batch of inputs. Queries do not change it: it can be used again.
+
+    Args:
+        layers: For each layer its keys and values, each ``(batch, heads, seq, head_dim)``.
+        attention_mask: ``(batch, seq)``, 1 for real tokens.
+        last_position: ``(batch,)``, the largest position of each row's real tokens.
+        axes: As in :class:`PrefixRow`.
+    """
+
+    layers: Layers
     attention_mask: Tensor
     last_position: Tensor
     axes: int
 
+    def cache(self) -> DynamicCache:
+        """A cache that the backbone can extend; what it appends is not seen here."""
+        cache = DynamicCache()
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
 
-def strip_queries(features: dict[str, Any], num_queries: int) -> dict[str, Any]:
-    """Drop the query columns, which left padding puts last in every row, from all per-token features."""
-    shape = features["input_ids"].shape
-    return {
-        key: value[:, :-num_queries] if isinstance(value, Tensor) and value.shape == shape else value
-        for key, value in features.items()
-    }
+
+def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype) -> Prefix:
+    """Join inputs to a left-padded batch.
+
+    Args:
+        rows: At least one.
+        device: Where to bring what lies in main memory; a layer on an accelerator stays on its own.
+        dtype: Of the result's keys and values.
+    """
+    longest = max(row.length for row in rows)
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        heads, _, width = parts[0].shape
+        place = parts[0].device if parts[0].device.type != "cpu" else device
+        joined = torch.empty(len(parts), heads, longest, width, device=place, dtype=dtype)
+        for row, part in zip(joined, parts, strict=True):
+            padding = longest - part.shape[1]
+            row[:, :padding] = 0  # masked, but what is masked must be finite
+            row[:, padding:].copy_(part, non_blocking=True)
+        return joined
+
+    numbers = range(len(rows[0].layers))
+    layers = tuple(
+        (join([row.layers[n][0] for row in rows]), join([row.layers[n][1] for row in rows])) for n in numbers
+    )
+    lengths = torch.tensor([row.length for row in rows], device=device)
+    mask = torch.arange(longest, device=device)[None] >= longest - lengths[:, None]
+    last = torch.tensor([row.last_position for row in rows], device=device)
+    return Prefix(layers, mask.long(), last, rows[0].axes)
+
+
+class _PrefixReadyError(Exception):
+    """The last layer's keys and values are there: nothing that follows reaches the queries."""
+
+
+class _PrefixCache(DynamicCache):
+    """Stops the forward pass once the last layer has its keys and values: its attention and MLP, the final norm."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self._last = layers - 1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self._last:
+            raise _PrefixReadyError
+        return updated
 
 
 def backbone_inputs(features: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +144,7 @@ def token_positions(decoder: PreTrainedModel, features: dict[str, Any]) -> Tenso
     positions: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if (rope_index := getattr(decoder, "get_rope_index", None)) is None:
         return positions
-    if "pixel_values" not in features:
+    if not {"pixel_values", "mm_encoder_outputs"} & features.keys():
         return positions.expand(3, -1, -1)
     known = inspect.signature(rope_index).parameters
     return rope_index(**{key: value for key, value in features.items() if key in known})[0]
@@ -80,34 +163,44 @@ def last_positions(positions: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run_prefix(decoder: PreTrainedModel, features: dict[str, Any]) -> Prefix:
+def run_prefix(decoder: PreTrainedModel, features: dict[str, Any]) -> list[PrefixRow]:
     """Run the frozen backbone over everything before the queries, without autograd.
 
     Args:
         decoder: The backbone without its head.
-        features: Left-padded features without query columns.
+        features: Left-padded features.
+
+    Returns:
+        A prefix for each row; its keys and values are views of the batch's.
     """
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
-    output = decoder(
-        input_ids=features["input_ids"],
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
-        **backbone_inputs(features),
-    )
+    whole = _PrefixCache(text_config(decoder).num_hidden_layers)
+    with suppress(_PrefixReadyError):
+        decoder(
+            input_ids=features["input_ids"],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=whole,
+            use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
+            **backbone_inputs(features),
+        )
     axes = 3 if positions.ndim == 3 else 1
-    return Prefix(output.past_key_values, mask, last_positions(positions, mask), axes)
+    last = last_positions(positions, mask).tolist()
+    starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
+    layers = [(layer.keys, layer.values) for layer in whole.layers]
+    return [
+        PrefixRow(tuple((keys[row, :, start:], values[row, :, start:]) for keys, values in layers), last[row], axes)
+        for row, start in enumerate(starts)
+    ]
 
 
 def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Tensor:
     """Run the queries, and nothing else, against a prefix; autograd sees only them.
 
-    The prefix's cache grows by the queries: use each prefix once.
-
     Args:
         decoder: The backbone without its head.
-        prefix: From :func:`run_prefix`.
+        prefix: From :func:`collate`.
         queries: ``(Q, H)`` in the backbone's dtype.
 
     Returns:
@@ -119,7 +212,7 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Te
         inputs_embeds=queries.expand(batch, -1, -1),
         attention_mask=mask,
         position_ids=continue_positions(prefix.last_position, count, prefix.axes),
-        past_key_values=prefix.cache,
+        past_key_values=prefix.cache(),
         use_cache=True,
     )
     states: Tensor = output.last_hidden_state
@@ -127,13 +220,13 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Te
 
 
 def run_all_positions(decoder: PreTrainedModel, features: dict[str, Any], queries: Tensor) -> Tensor:
-    """Run prefix and queries as one sequence: the fastest way to encode, and the reference for training.
+    """Run prefix and queries as one sequence: the reference for the prefix path, and the faster way for short texts.
 
     The queries enter as embeddings, so no table and no hook of the shared backbone is touched.
 
     Args:
         decoder: The backbone without its head.
-        features: Left-padded features without query columns.
+        features: Left-padded features.
         queries: ``(Q, H)`` in the backbone's dtype.
 
     Returns:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbones import decoder_of, embedding_table, is_placed
-from slq_embed.inputs import read_row
-from slq_embed.prefix import Prefix, run_all_positions, run_prefix, run_queries, strip_queries
+from slq_embed.features import make_room, select_rows, strip_queries
+from slq_embed.inputs import Row, read_row
+from slq_embed.prefix import Prefix, run_all_positions, run_queries
+from slq_embed.prefix_keys import keys_to_tensor, prefix_key
+from slq_embed.prefix_source import PrefixSource
 
 
 class LatentQueryTransformer(InputModule):
@@ -21,8 +25,8 @@ class LatentQueryTransformer(InputModule):
     The backbone is shared, not owned: it is no submodule, so optimizers, DDP and state dicts see the latent
     queries alone. It is frozen here, stays in ``eval()`` and is moved with the module.
 
-    With gradients, the input (the prefix) runs once without autograd and only the queries are differentiated;
-    without, everything runs as one sequence. Both give the same states.
+    The input (the prefix) runs once without autograd, or comes from what :attr:`source` has kept; only the queries
+    are differentiated.
 
     Args:
         backbone: A multimodal LLM.
@@ -55,6 +59,7 @@ class LatentQueryTransformer(InputModule):
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.image_kwargs = dict(image_kwargs or {})
+        self.source = PrefixSource(backbone, self.processor.tokenizer.pad_token_id or 0)
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
@@ -98,32 +103,73 @@ class LatentQueryTransformer(InputModule):
         """No limit in tokens: the chat template caps the text in characters."""
         return int(self.tokenizer.model_max_length)
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, *, keyed: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
         """Turn inputs into features.
+
+        An input that comes several times is processed once; one whose prefix is kept is not processed at all.
 
         Args:
             inputs: Texts, images, or both; see :func:`slq_embed.inputs.read_row`.
             prompt: A system message.
+            keyed: Whether to name the inputs, so that equal ones share a prefix.
             **kwargs: ``processing_kwargs={"image": {...}}`` for the image processor; the rest is ignored.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, ``(batch, seq)``, left-padded, the queries in the last ``Q``
-            columns; image features for images.
+            ``input_ids`` and ``attention_mask``, ``(batch, seq)``, left-padded and without queries; image features
+            for images; if ``keyed``, ``prefix_key``, ``(batch, 2)``. Of a row that ``prefix_stored``, ``(batch,)``,
+            marks, there is nothing but the length.
 
         Raises:
             ValueError: If an input cannot be read; the message gives its place in ``inputs``.
         """
         if not inputs:
             return {}
-        chats, images = [], []
+        changes = (kwargs.get("processing_kwargs") or {}).get("image", {})
+        rows = []
         for place, value in enumerate(inputs):
-            try:
-                row = read_row(value)
-            except ValueError as error:
-                raise ValueError(f"Input {place} of {len(inputs)}: {error}") from error
-            chats.append(row.messages(prompt))
-            images.append(int(row.image is not None))
-        changes = kwargs.get("processing_kwargs") or {}
+            with _naming(place, len(inputs)):
+                rows.append(read_row(value))
+        everything = range(len(rows))
+        if not keyed:
+            return self._process(rows, everything, prompt, changes)
+        keys = self._keys(rows, prompt, changes)
+        stored = self.source.stored(keys)
+        first = {key: place for place, key in reversed(list(enumerate(keys))) if key not in stored}
+        if len(first) == len(rows):
+            features = self._process(rows, everything, prompt, changes)
+        else:
+            features = {}
+            if first:
+                needed = sorted(first.values())
+                again = [needed.index(first[key]) for key in keys if key in first]
+                features = select_rows(self._process(rows, needed, prompt, changes), again, self.source.image_token)
+            if stored:
+                features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
+        features["prefix_key"] = keys_to_tensor(keys)
+        return features
+
+    def prefix_keys(self, inputs: Sequence[Any], prompt: str | None = None) -> list[bytes]:
+        """Names under which the attached store keeps prefixes."""
+        return self._keys([read_row(value) for value in inputs], prompt, {})
+
+    def _keys(self, rows: Sequence[Row], prompt: str | None, changes: Mapping[str, Any]) -> list[bytes]:
+        texts = self.processor.apply_chat_template([row.messages(prompt, decode=False) for row in rows], tokenize=False)
+        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        names = []
+        for place, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
+            with _naming(place, len(rows)):
+                names.append(prefix_key(row, ids[: -len(self.queries)], self.source.namespace, changes))
+        return names
+
+    def _process(
+        self, rows: Sequence[Row], places: Sequence[int], prompt: str | None, changes: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        chats = []
+        for place in places:
+            with _naming(place, len(rows)):
+                chats.append(rows[place].messages(prompt))
         features = dict(
             self.processor.apply_chat_template(
                 chats,
@@ -132,43 +178,49 @@ class LatentQueryTransformer(InputModule):
                 return_tensors="pt",
                 processor_kwargs={
                     "text_kwargs": {"padding": True},
-                    "images_kwargs": {**self.image_kwargs, **changes.get("image", {})},
+                    "images_kwargs": {**self.image_kwargs, **changes},
                     "common_kwargs": {"return_tensors": "pt"},
                 },
             )
         )
         if "pixel_values" in features:
             # GradCache losses cut the pixels of a batch by this.
-            features["num_images_per_sample"] = torch.tensor(images)
-        return features
+            features["num_images_per_sample"] = torch.tensor([int(rows[place].source is not None) for place in places])
+        return strip_queries(features, len(self.queries))
 
     def prefix(self, features: dict[str, Any]) -> Prefix:
-        """Run everything before the queries, without autograd."""
-        return run_prefix(decoder_of(self.backbone), strip_queries(features, len(self.queries)))
+        """Everything before the queries, without autograd: kept, or computed once for each distinct input."""
+        return self.source.prefix(features, self.training)
 
     def query_states(self, prefix: Prefix) -> Tensor:
-        """States of the queries after a prefix, ``(batch, Q, H)``; the prefix can be used once."""
+        """States of the queries after a prefix, ``(batch, Q, H)``."""
         return run_queries(decoder_of(self.backbone), prefix, self._cast_queries())
 
     def all_positions(self, features: dict[str, Any]) -> Tensor:
-        """States of the queries from one pass over the whole sequence, ``(batch, Q, H)``."""
-        stripped = strip_queries(features, len(self.queries))
-        return run_all_positions(decoder_of(self.backbone), stripped, self._cast_queries())
+        """States of the queries from whole sequences, ``(batch, Q, H)``: the reference for the prefix path."""
+        return run_all_positions(decoder_of(self.backbone), features, self._cast_queries())
 
     def _cast_queries(self) -> Tensor:
         # Master weights stay float32 for the optimizer; only this copy is cast.
         table = embedding_table(self.backbone)
         return self.queries.to(table.device, table.dtype)
 
+    def train(self, mode: bool = True) -> LatentQueryTransformer:
+        """Set the mode; leaving training forgets the last step."""
+        if not mode:
+            self.source.memory.clear()
+        super().train(mode)
+        return self
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
-        if torch.is_grad_enabled() and self.queries.requires_grad:
+        if torch.is_grad_enabled() or self.training or self.source.store is not None:
             states = self.query_states(self.prefix(features))
-            if self.log_temperature is not None:
-                # As an output of the forward pass, so that DDP knows it is used.
-                features["log_temperature"] = self.log_temperature.clone()
-        else:
-            states = self.all_positions(features)
+        else:  # nothing to keep: whole sequences are a little faster for short texts
+            states = self.source.all_positions(features, self._cast_queries())
+        if self.log_temperature is not None and torch.is_grad_enabled():
+            # As an output of the forward pass, so that DDP knows it is used.
+            features["log_temperature"] = self.log_temperature.clone()
         features["token_embeddings"] = states.to(self.queries.device, torch.float32)
         return features
 
@@ -183,3 +235,11 @@ class LatentQueryTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Refuse: a latent query module alone cannot be saved."""
         raise RuntimeError("LatentQueryTransformer is saved by SLQEncoder.save_pretrained, which writes stock modules.")
+
+
+@contextmanager
+def _naming(place: int, total: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Input {place} of {total}: {error}") from error

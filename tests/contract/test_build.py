@@ -22,7 +22,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_public_names():
-    assert slq_embed.__all__ == ["SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]
+    assert slq_embed.__all__ == ["PrefixStore", "SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]
     assert issubclass(SLQEncoder, SentenceTransformer)
 
 

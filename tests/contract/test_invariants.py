@@ -136,8 +136,7 @@ def test_text_is_only_ever_text(checkpoint, images, kind, tmp_path):
             expected = module.tokenizer.decode(module.preprocess(["plain"])["input_ids"][0]).count(token)
             assert read.count(token) == expected, f"{text!r} put {token!r} into the sequence"
         ids = features["input_ids"][0].tolist()
-        assert ids[-4:] == list(encoder.slq.tokens.ids)
-        assert not set(ids[:-4]) & set(encoder.slq.tokens.ids)
+        assert not set(ids) & set(encoder.slq.tokens.ids)
         assert np.linalg.norm(encoder.encode(text)) == pytest.approx(1, abs=1e-5)
 
 

@@ -137,4 +137,4 @@ def test_rows_are_texts_images_or_both(tmp_path):
 )
 def test_anything_else_gets_a_message_that_says_what_to_do(value, message):
     with pytest.raises(ValueError, match=message):
-        read_row(value)
+        _ = read_row(value).image

@@ -1,0 +1,113 @@
+"""Features of a batch: choosing rows, joining rows, and splitting a batch into passes with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_PASS = {"cpu": 2048}
+"""Padded tokens that go through the backbone at once. On a CPU more of them leave its caches: 16 images of 208 tokens
+took 17 % longer at once than in fours (benchmarks/scaling.py)."""
+DEFAULT_TOKENS_PER_PASS = 32768
+
+
+def select_rows(features: dict[str, Any], rows: Sequence[int], image_token: int) -> dict[str, Any]:
+    """Cut rows out of a batch, in the order given, without the padding that they do not need.
+
+    Args:
+        features: Left-padded features.
+        rows: Places in the batch; one may come more than once.
+        image_token: Id of the token that stands for a piece of an image. Families lay pixels out by patch or by
+            tile: either way, a row has its share of them by its image tokens.
+    """
+    ids, index = features["input_ids"], torch.tensor(rows, device=features["input_ids"].device)
+    mask = features["attention_mask"][index]
+    first = int(mask.any(dim=0).int().argmax())
+    chosen: dict[str, Any] = {}
+    for key, value in features.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            chosen[key] = value
+        elif key == "pixel_values":
+            pieces = (ids == image_token).sum(dim=1)
+            chosen[key] = _ranges(value, pieces * len(value) // pieces.sum(), rows)
+        elif key.startswith("image_"):
+            chosen[key] = _ranges(value, features["num_images_per_sample"], rows)
+        else:
+            chosen[key] = value[index][:, first:] if value.shape == ids.shape else value[index]
+    if "pixel_values" in chosen and not len(chosen["pixel_values"]):
+        chosen = {key: value for key, value in chosen.items() if not key.startswith(("pixel_", "image_"))}
+    return chosen
+
+
+def _ranges(value: Tensor, counts: Tensor, rows: Sequence[int]) -> Tensor:
+    parts = value.split(counts.tolist())
+    if list(rows) == list(range(rows[0], rows[-1] + 1)):  # neighbours need no copy
+        start = int(counts[: rows[0]].sum())
+        return value[start : start + int(counts[list(rows)].sum())]
+    return torch.cat([parts[row] for row in rows])
+
+
+def split_into_passes(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Group rows of like length so that each group is one pass through the backbone.
+
+    Args:
+        lengths: Tokens of each row.
+        device: Where it computes; decides how many padded tokens a pass has.
+
+    Returns:
+        Places of the rows, longest first.
+    """
+    budget = TOKENS_PER_PASS.get(device.type, DEFAULT_TOKENS_PER_PASS)
+    passes: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not passes or (len(passes[-1]) + 1) * lengths[passes[-1][0]] > budget:
+            passes.append([])
+        passes[-1].append(row)
+    return passes
+
+
+def pad_left(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+    """Join vectors to ``(batch, longest)``, padded on the left."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+
+def strip_queries(features: dict[str, Any], num_queries: int) -> dict[str, Any]:
+    """Drop the query columns, which left padding puts last in every row, from all per-token features."""
+    shape = features["input_ids"].shape
+    return {
+        key: value[:, :-num_queries] if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in features.items()
+    }
+
+
+def make_room(features: dict[str, Any], lengths: Sequence[int | None], pad_token: int) -> dict[str, Any]:
+    """Put rows that are no more than a length between the rows of a batch.
+
+    Args:
+        features: Left-padded features of the rows whose length is ``None``; empty if there is none.
+        lengths: For each row of the result its length in tokens, or ``None`` for the next row of ``features``.
+        pad_token: Id that padding has.
+
+    Returns:
+        Features of all rows, with ``prefix_stored``, ``(batch,)``, true for the new ones.
+    """
+    given = [place for place, length in enumerate(lengths) if length is None]
+    shape = features["input_ids"].shape if given else torch.Size((0, 0))
+    longest = max([shape[1], *(length for length in lengths if length is not None)])
+    per_token = [key for key, value in features.items() if isinstance(value, Tensor) and value.shape == shape]
+    made = dict(features)
+    for key in per_token or ["input_ids", "attention_mask"]:
+        made[key] = torch.full((len(lengths), longest), pad_token if key == "input_ids" else 0)
+        if given:
+            made[key][given, longest - shape[1] :] = features[key]
+    for place, length in enumerate(lengths):
+        if length is not None:
+            made["attention_mask"][place, longest - length :] = 1
+    if (images := features.get("num_images_per_sample")) is not None:
+        made["num_images_per_sample"] = images.new_zeros(len(lengths))
+        made["num_images_per_sample"][given] = images
+    made["prefix_stored"] = torch.tensor([length is not None for length in lengths])
+    return made

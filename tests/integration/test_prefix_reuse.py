@@ -1,0 +1,284 @@
+"""Prefixes that are kept: the same embeddings and gradients, and the backbone does not run again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from datasets import Image
+from sentence_transformers.sentence_transformer import losses
+
+import slq_embed.prefix_source as prefix_source
+from slq_embed import PrefixStore, SLQEncoder
+from tests.checkpoints import FAMILIES
+from tests.training import toy_pairs, toy_train
+
+BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+@contextmanager
+def counting(monkeypatch):
+    """How many rows go through the language model and the vision tower."""
+    rows: Counter = Counter()
+
+    def counted(name, run):
+        def call(decoder, features, *rest):
+            rows[name] += len(features["input_ids"])
+            return run(decoder, features, *rest)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("run_prefix", "run_vision", "run_all_positions"):
+            patch.setattr(prefix_source, name, counted(name, getattr(prefix_source, name)))
+        yield rows
+
+
+def build(checkpoint, kind="qwen3_vl", **options):
+    settings = {"num_queries": 4, "seed": 0, "device": "cpu"} | options
+    return SLQEncoder.from_backbone(checkpoint(kind), **settings)
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_read_back_gives_the_same_embedding(checkpoint, mixed, kind, level, where, tmp_path, monkeypatch):
+    encoder = build(checkpoint, kind)
+    expected = encoder.encode(mixed)
+    encoder.prefix_store = PrefixStore(tmp_path if where == "folder" else None, level=level)
+    first = encoder.encode(mixed)
+    with counting(monkeypatch) as rows:
+        again = encoder.encode(mixed, batch_size=5)
+        one = np.stack([encoder.encode(value) for value in mixed])
+    assert np.abs(first - expected).max() < 1e-6
+    assert np.abs(again - expected).max() < 1e-6
+    assert np.abs(one - expected).max() < 1e-6
+    images, texts = 4, 2
+    if level == "keys_values":
+        assert not rows
+        assert encoder.prefix_store.counts.reused == 2 * len(mixed)
+    else:  # the language model runs again, the tower does not
+        assert rows == {"run_prefix": 2 * len(mixed)}
+        assert encoder.prefix_store.counts.reused == 2 * images
+        assert len(encoder.prefix_store) == len(mixed) - texts
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.03), ("int8", 0.05)])
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+def test_half_and_quarter_precision_stay_near(checkpoint, mixed, level, precision, tolerance, tmp_path):
+    encoder = build(checkpoint)
+    exact = PrefixStore(level=level)
+    encoder.prefix_store = exact
+    expected = encoder.encode(mixed)
+    encoder.prefix_store = PrefixStore(tmp_path, level=level, precision=precision)
+    encoder.encode(mixed)
+    found = encoder.encode(mixed)
+    assert 0 < np.abs(found - expected).max() < tolerance
+    assert encoder.prefix_store.nbytes < {"bfloat16": 0.62, "int8": 0.55}[precision] * exact.nbytes + 20_000
+
+
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+def test_the_host_trainer_runs_each_prefix_once_in_all_epochs(checkpoint, level, tmp_path, monkeypatch):
+    def train(store):
+        encoder = build(checkpoint)
+        encoder.prefix_store = store
+        trainer = toy_train(encoder, toy_pairs(), tmp_path, num_train_epochs=3, max_steps=-1)
+        return encoder.queries.detach(), [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+    expected, expected_losses = train(None)
+    with counting(monkeypatch) as rows:
+        found, found_losses = train(PrefixStore(tmp_path / "prefixes", level=level))
+    assert found_losses == pytest.approx(expected_losses, rel=1e-4)
+    assert (found - expected).abs().max() < 1e-4
+    if level == "keys_values":
+        assert rows == {"run_prefix": 16}  # 8 images and 8 texts
+    else:
+        assert rows == {"run_prefix": 48, "run_vision": 8}
+    with counting(monkeypatch) as rows:  # another run, with other settings, from the same folder
+        encoder = build(checkpoint, num_queries=6, seed=1)
+        encoder.prefix_store = PrefixStore(tmp_path / "prefixes", level=level)
+        toy_train(encoder, toy_pairs(), tmp_path, learning_rate=0.5, max_steps=2)
+    assert rows == ({} if level == "keys_values" else {"run_prefix": 16})
+
+
+def test_workers_see_what_a_folder_holds(checkpoint, tmp_path, monkeypatch):
+    encoder = build(checkpoint)
+    encoder.prefix_store = PrefixStore(tmp_path / "prefixes")
+    with counting(monkeypatch) as rows:
+        toy_train(encoder, toy_pairs(), tmp_path, num_train_epochs=3, max_steps=-1, dataloader_num_workers=2)
+    assert rows == {"run_prefix": 16}
+
+
+def test_undecoded_images_are_decoded_only_to_be_computed(checkpoint, tmp_path, monkeypatch):
+    pairs = toy_pairs()
+    pairs.dataset = pairs.dataset.cast_column("image", Image(decode=False))
+    encoder = build(checkpoint)
+    encoder.prefix_store = PrefixStore()
+    decoded = []
+    monkeypatch.setattr("slq_embed.inputs._to_rgb", lambda image, name: decoded.append(name) or image.convert("RGB"))
+    toy_train(encoder, pairs, tmp_path, num_train_epochs=3, max_steps=-1)
+    assert len(decoded) == 8
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_second_pass_of_gradcache_runs_no_prefix(encoder, images, monkeypatch, stored):
+    if stored:
+        encoder.prefix_store = PrefixStore()
+
+    def gradient(loss):
+        encoder.queries.grad = None
+        columns = [encoder.preprocess([*images, images[0]]), encoder.preprocess(["a", "bb", "ccc", "dd d", "e"])]
+        loss(columns, None).backward()
+        return encoder.queries.grad.clone()
+
+    encoder.train()
+    plain = gradient(losses.MultipleNegativesRankingLoss(encoder, **BOTH))
+    for _ in range(2):
+        if not stored:
+            encoder[0].source.memory.clear()
+        with counting(monkeypatch) as rows:
+            cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH))
+        assert (plain - cached).norm() < 1e-4 * plain.norm()
+        assert rows == ({} if stored else {"run_prefix": 9})  # 4 images, one of them twice, and 5 texts
+    encoder.eval()
+    assert not encoder[0].source.memory.rows
+
+
+def test_a_step_that_does_not_fit_is_run_again(encoder, images, monkeypatch):
+    encoder.train()
+    encoder[0].source.memory.budget = 1
+    loss = losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH)
+    with counting(monkeypatch) as rows:
+        loss([encoder.preprocess(images), encoder.preprocess(["a", "bb", "ccc", "d"])], None).backward()
+    assert rows == {"run_prefix": 16}
+
+
+def test_captions_of_one_image_share_its_prefix_and_its_processing(encoder, images, monkeypatch):
+    processed = []
+    process = encoder[0]._process
+    monkeypatch.setattr(
+        encoder[0], "_process", lambda rows, places, *rest: processed.extend(places) or process(rows, places, *rest)
+    )
+    batch = [images[0], images[1].copy(), images[0].copy(), images[1], images[0]]
+    encoder.train()
+    with counting(monkeypatch) as rows:
+        found = encoder(encoder.preprocess(batch))["sentence_embedding"]
+    assert processed == [0, 1]
+    assert rows == {"run_prefix": 2}
+    encoder.eval()
+    assert np.abs(found.detach().numpy() - encoder.encode(batch)).max() < 1e-6
+
+
+def test_a_name_covers_all_that_matters_and_nothing_else(checkpoint, images, tmp_path, monkeypatch):
+    store = PrefixStore(tmp_path / "prefixes")
+    inputs = [images[0], "a text"]
+
+    def computed(encoder, **options):
+        before = store.counts.computed
+        encoder.prefix_store = store
+        encoder.encode(inputs, **options)
+        return store.counts.computed - before
+
+    assert computed(build(checkpoint)) == 2
+    for same in ({"seed": 3}, {"num_queries": 7}, {"pooling": "last"}, {"init": "zeros"}, {"form": "merged"}):
+        assert computed(build(checkpoint, **same)) == 0, same
+    assert computed(build(checkpoint), prompt="Find it.") == 2
+    assert computed(build(checkpoint, instructions={"text": "Say {text}."})) == 1
+    assert computed(build(checkpoint, max_pixels=1024)) == 2
+    assert computed(build(checkpoint, dtype=torch.bfloat16)) == 2
+    assert computed(build(checkpoint, attn_implementation="eager")) == 2
+    smaller = {"processing_kwargs": {"image": {"size": {"shortest_edge": 256, "longest_edge": 512}}}}
+    assert computed(build(checkpoint), **smaller) == 2
+    changed = build(checkpoint)
+    with torch.no_grad():  # one weight, deep inside
+        next(p for n, p in changed.backbone.named_parameters() if "down_proj" in n)[0, 0] += 1e-3
+    assert computed(changed) == 2
+    other = PrefixStore(tmp_path / "prefixes", precision="int8")
+    encoder = build(checkpoint)
+    encoder.prefix_store = other
+    encoder.encode(inputs)
+    assert other.counts.reused == 0
+
+
+def test_what_is_over_the_budget_is_computed_again(encoder, mixed, tmp_path):
+    expected = encoder.encode(mixed)
+    for store in (PrefixStore(budget=30_000), PrefixStore(tmp_path, budget="30KB")):
+        encoder.prefix_store = store
+        for _ in range(2):
+            assert np.abs(encoder.encode(mixed) - expected).max() < 1e-6
+        assert 0 < len(store) < len(mixed)
+        assert store.nbytes <= 30_000
+        assert store.counts.computed == len(mixed) + store.counts.over_budget // 2
+        assert f"over the budget {store.counts.over_budget}" in repr(store)
+
+
+TRAIN = """
+import sys
+sys.path.insert(0, {root!r})
+from slq_embed import PrefixStore, SLQEncoder
+from tests.training import toy_pairs, toy_train
+if __name__ == "__main__":
+    encoder = SLQEncoder.from_backbone({checkpoint!r}, num_queries=4, seed=0, device="cpu")
+    encoder.prefix_store = PrefixStore({store!r})
+    toy_train(encoder, toy_pairs(), sys.argv[1], num_train_epochs=2, max_steps=-1, seed=int(sys.argv[2]))
+    print(encoder.prefix_store.counts.computed)
+"""
+
+
+def test_processes_that_share_a_folder_compute_each_prefix_once_in_all(checkpoint, tmp_path):
+    from pathlib import Path
+
+    root = str(Path(__file__).parents[2])
+    script = TRAIN.format(root=root, checkpoint=str(checkpoint()), store=str(tmp_path / "prefixes"))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / str(seed)), str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(2)
+    ]
+    done = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], done
+    assert sum(int(out.split()[-1]) for out, _ in done) == 16
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_forgotten_examples_leave_no_trace(checkpoint, tmp_path, where):
+    """Training from what is left is bit-identical to that store without them, and near to never having seen them."""
+    pairs = toy_pairs()
+    forgotten, kept = pairs.dataset.select(range(3)), pairs.dataset.select(range(3, 8))
+
+    def retrain(store, data):
+        encoder = build(checkpoint)
+        encoder.prefix_store = store
+        from slq_embed.data import ImageTextPairs
+
+        toy_train(encoder, ImageTextPairs(data), tmp_path / "out", num_train_epochs=3, max_steps=-1)
+        return encoder
+
+    def store_of(name):
+        return PrefixStore(tmp_path / name if where == "folder" else None)
+
+    first = retrain(store_of("all"), pairs.dataset)
+    store = first.prefix_store
+    without = PrefixStore()
+    without.write(store.read(first[0].prefix_keys([*kept["image"], *kept["text"]])))
+    assert first.forget(forgotten["image"]) == 3
+    assert first.forget(forgotten["text"]) == 3
+    assert first.forget(forgotten["text"]) == 0
+    assert len(store) == 10
+    computed = store.counts.computed
+    after = retrain(store, kept).queries.detach()
+    assert store.counts.computed == computed, "each epoch costs what a later epoch costs"
+    assert torch.equal(after, retrain(without, kept).queries.detach())
+    assert (after - retrain(None, kept).queries.detach()).abs().max() < 1e-5
+    assert (after - first.queries.detach()).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="no prefix store"):
+        build(checkpoint).forget(["x"])
