@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,24 +16,24 @@ from typing import Any
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from slq_embed.artifact import SLQConfig, read_queries, read_record, write_folder
-from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, limit_pixels, load_backbone
-from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
-from slq_embed.fingerprint import Fingerprint, difference, fingerprint
+from slq_embed.assembly import build_modules, find_backbone, join_modules
+from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, load_backbone
+from slq_embed.encoded_file import EncodedFile, encode_to_file
+from slq_embed.encoding import INFERENCE_SETTINGS, Encoded, encode_query_sets, infer, stream
+from slq_embed.fingerprint import Fingerprint, fingerprint
 from slq_embed.initialisation import Initialisation, initial_queries
 from slq_embed.model_card import SLQModelCardData
-from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer
+from slq_embed.modules import LatentQueryTransformer
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.prefix_keys import backbone_namespace
 from slq_embed.prefix_store import PrefixStore
-from slq_embed.query_tokens import Form, allocate, private_processor
+from slq_embed.query_tokens import Form
 
-NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
 _QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
 
 
@@ -171,29 +171,21 @@ class SLQEncoder(SentenceTransformer):
             processor = AutoProcessor.from_pretrained(
                 name, revision=revision, trust_remote_code=trust_remote_code, **hub, **(processor_kwargs or {})
             )
-        processor = private_processor(processor)
-        image_kwargs = {**family_of(backbone.config).image_kwargs, **(image_kwargs or {})}
-        if max_pixels is not None:
-            limit_pixels(processor, backbone, max_pixels)
-        table = embedding_table(backbone)
-        queries = initial_queries(init, num_queries, table, seed)
-        tokens = allocate(processor.tokenizer, len(table), len(queries), form)
-        told = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
-        processor.chat_template = build_chat_template(
-            processor, tokens.strings, max_text_chars=max_text_chars, instructions=told
+        modules, record = build_modules(
+            name,
+            commit,
+            backbone,
+            processor,
+            initial_queries(init, num_queries, embedding_table(backbone), seed),
+            pooling=pooling,
+            form=form,
+            instructions=instructions,
+            max_text_chars=max_text_chars,
+            max_pixels=max_pixels,
+            image_kwargs=image_kwargs,
         )
-        # Saving writes what the tokenizer was made with; attributes set later are not kept.
-        processor.tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
-        processor.tokenizer.model_max_length = NO_LIMIT
-        modules = [
-            LatentQueryTransformer(backbone, processor, queries, image_kwargs),
-            LatentQueryPooling(table.shape[1], pooling),
-            Normalize(),
-        ]
         model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
-        if name and Path(name).is_dir():
-            name = str(Path(name).resolve())
-        model.slq = SLQConfig(name, commit, tokens, pooling, form, max_text_chars, told, image_kwargs)
+        model.slq = record
         return model
 
     slq: SLQConfig
@@ -302,10 +294,71 @@ class SLQEncoder(SentenceTransformer):
         """
         return self._latent.preprocess(inputs, prompt=prompt, **kwargs)
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode texts and images; as :meth:`SentenceTransformer.encode`."""
+    num_workers: int | None = None
+    """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU."""
+
+    def encode(self, inputs: Any, *args: Any, query_sets: Mapping[str, SLQEncoder] | None = None, **kwargs: Any) -> Any:
+        """Encode texts and images; as :meth:`SentenceTransformer.encode`, with one addition.
+
+        Args:
+            inputs: Texts, images, or both; see :func:`slq_embed.inputs.read_row`.
+            *args: As for ``SentenceTransformer.encode``.
+            query_sets: Encoders on the same backbone, by name: each input runs once, and each of them embeds it.
+                Then only ``prompt``, ``prompt_name``, ``batch_size``, ``show_progress_bar``, ``convert_to_numpy``,
+                ``convert_to_tensor`` and ``normalize_embeddings`` may be given.
+            **kwargs: As for ``SentenceTransformer.encode``.
+
+        Returns:
+            As ``SentenceTransformer.encode``; with ``query_sets`` a dict of such results by name.
+
+        Raises:
+            ValueError: If an input cannot be read, or a query set does not fit.
+        """
         self._refuse_after_failed_reload()
-        return super().encode(*args, **kwargs)
+        if query_sets is None:
+            return super().encode(inputs, *args, **kwargs)
+        singular = self.is_singular_input(inputs)
+        kwargs["prompt"] = self._resolve_prompt(kwargs.get("prompt"), kwargs.pop("prompt_name", None))
+        found = encode_query_sets(self, [inputs] if singular else list(inputs), query_sets, *args, **kwargs)
+        return {name: rows[0] for name, rows in found.items()} if singular else found
+
+    def _inference(self, inputs: list[Any], **settings: Any) -> Any:
+        # What encode does in one process. Hosts before 6.1 have a loop of their own in its place, which is right too.
+        if settings["output_value"] != "sentence_embedding" or set(settings) - INFERENCE_SETTINGS:
+            return super()._inference(inputs, **settings)
+        if (device := settings.pop("device", None)) is not None and not is_placed(self.backbone):
+            self.to(device)
+        return infer(self, inputs, **settings)
+
+    def encode_stream(
+        self, inputs: Iterable[Any], *, batch_size: int = 32, prompt: str | None = None
+    ) -> Iterator[Encoded]:
+        """Encode any number of inputs and give results as they come; what cannot be read is skipped and listed.
+
+        Args:
+            inputs: Read 32 batches ahead, and sorted by size within those.
+            batch_size: Inputs a batch.
+            prompt: A system message.
+
+        Yields:
+            A batch of embeddings with the places of its inputs, not in the order of the inputs.
+        """
+        self._refuse_after_failed_reload()
+        return stream(self, enumerate(inputs), batch_size=batch_size, prompt=prompt, strict=False)
+
+    def encode_to_file(self, inputs: Sequence[Any], path: str | Path, **options: Any) -> EncodedFile:
+        """Encode into a memory-mapped file; a run that was killed goes on where it was.
+
+        Args:
+            inputs: Texts, images, or both, such as a list of paths.
+            path: A ``.npy`` file.
+            **options: See :func:`slq_embed.encoded_file.encode_to_file`.
+
+        Returns:
+            The embeddings, ``(len(inputs), H)``, and what was skipped.
+        """
+        self._refuse_after_failed_reload()
+        return encode_to_file(self, inputs, Path(path), **options)
 
     def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.
@@ -367,45 +420,13 @@ class SLQEncoder(SentenceTransformer):
         hub = {"token": load.get("token"), "cache_dir": load.get("cache_folder")}
         hub["local_files_only"] = load.get("local_files_only", False)
         own = {"revision": load.get("revision"), "trust_remote_code": load.get("trust_remote_code", False), **hub}
-        backbone = self._find_backbone(model_name_or_path, config, own, dict(load.get("model_kwargs") or {}))
+        model_kwargs = dict(load.get("model_kwargs") or {})
+        backbone = find_backbone(model_name_or_path, config, own, model_kwargs, self._given_backbone[0])
         processor = AutoProcessor.from_pretrained(model_name_or_path, **own, **(load.get("processor_kwargs") or {}))
         queries = read_queries(find)
         self.slq = config
-        modules: list[nn.Module] = [
-            LatentQueryTransformer(backbone, processor, queries, config.image_kwargs),
-            LatentQueryPooling(queries.shape[1], config.pooling),
-            Normalize(),
-        ]
+        modules = join_modules(backbone, processor, queries, config)
         return OrderedDict((str(number), module) for number, module in enumerate(modules)), OrderedDict()
-
-    def _find_backbone(
-        self, folder: str, config: SLQConfig, own: dict[str, Any], model_kwargs: dict[str, Any]
-    ) -> PreTrainedModel:
-        given = self._given_backbone[0]
-        if config.form == "merged" and given is None:  # an adapter saved from it names this folder
-            config.backbone = str(Path(folder).resolve()) if Path(folder).is_dir() else folder
-            config.revision = own["revision"]
-            return load_backbone(folder, **{**own, **model_kwargs})
-        if isinstance(given, PreTrainedModel):
-            backbone = given
-        else:
-            if given is not None:  # it has moved: saving again records where it is now
-                config.backbone = str(Path(given).resolve()) if Path(given).is_dir() else str(given)
-                config.revision = None
-            name, revision = config.backbone, config.revision
-            try:
-                backbone = load_backbone(name, **{**own, "revision": revision, **model_kwargs})
-            except OSError as error:
-                raise OSError(
-                    f"{folder} was trained on the backbone {config.backbone!r}, but nothing can be loaded from "
-                    f"{name!r}. Bring it back, or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
-                ) from error
-        if config.fingerprint is not None and (found := difference(config.fingerprint, backbone)) is not None:
-            raise ValueError(
-                f"{folder} was trained on the backbone {config.backbone!r}, but this one is another: {found}. "
-                "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."
-            )
-        return backbone
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:

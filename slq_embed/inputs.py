@@ -22,6 +22,21 @@ MAX_ASPECT_RATIO = 100
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A record that was left out.
+
+    Args:
+        name: The file, or the place among the inputs.
+        reason: What is wrong with it.
+        place: The place among the inputs, counted from 0, where they have one.
+    """
+
+    name: str
+    reason: str
+    place: int | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One input: a text, an image that is decoded when it is asked for, or both.
 

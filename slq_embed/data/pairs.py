@@ -18,25 +18,12 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
-from slq_embed.inputs import read_image
+from slq_embed.inputs import Skipped, read_image
 
 logger = logging.getLogger(__name__)
 
 FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("int64")})
 """Columns of a training set: an image, one of its captions, and the number of the image."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that was left out.
-
-    Args:
-        name: The file, or the place in the dataset.
-        reason: What is wrong with it.
-    """
-
-    name: str
-    reason: str
 
 
 @dataclass

@@ -1,0 +1,251 @@
+"""The encoding pipeline: the same embeddings as the simple path, streamed, resumable, for several query sets at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import slq_embed.encoding as encoding
+import slq_embed.prefix_source as prefix_source
+from slq_embed import PrefixStore, SLQEncoder
+from tests.checkpoints import FAMILIES
+
+ROOT = str(Path(__file__).parents[2])
+
+
+@pytest.fixture
+def folder(tmp_path) -> list[Path]:
+    """Images of mixed sizes."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(20):
+        size = rng.integers(16, 64, 2)
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+def simple(encoder, inputs) -> np.ndarray:
+    """One at a time, through the module itself."""
+    with torch.no_grad():
+        return np.concatenate([encoder(encoder.preprocess([v]))["sentence_embedding"].numpy() for v in inputs])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_pipeline_gives_what_the_simple_path_gives(checkpoint, folder, mixed, kind, workers):
+    encoder = SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device="cpu")
+    encoder.num_workers = workers
+    inputs = [*mixed, *folder]
+    assert np.abs(encoder.encode(inputs, batch_size=7) - simple(encoder, inputs)).max() < 1e-6
+
+
+def test_every_option_of_encode_gives_what_the_host_gives(encoder, mixed, monkeypatch):
+    calls = [
+        {},
+        {"prompt": "Find it."},
+        {"prompt_name": "query"},
+        {"normalize_embeddings": True, "truncate_dim": 8},
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"precision": "int8"},
+        {"output_value": "token_embeddings"},
+        {"output_value": None},
+        {"device": "cpu", "show_progress_bar": True},
+    ]
+    encoder.prompts["query"] = "A query."
+    found = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
+    found += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
+    monkeypatch.delattr(SLQEncoder, "_inference")
+    host = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
+    host += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
+    for call, ours, theirs in zip([*calls, "one", "none", "none", "query"], found, host, strict=True):
+        assert type(ours) is type(theirs), call
+        assert len(ours) == len(theirs), call
+        if isinstance(ours, np.ndarray):
+            assert ours.shape == theirs.shape, call
+            # A byte may fall on either side of a bound.
+            assert np.abs(ours.astype(float) - theirs.astype(float)).max(initial=0) <= (
+                1 if ours.dtype == np.int8 else 1e-6
+            )
+        elif isinstance(ours, torch.Tensor):
+            assert ours.shape == theirs.shape, call
+            assert ours.numel() == 0 or (ours - theirs).abs().max() < 1e-6
+        elif isinstance(ours[0], torch.Tensor):
+            assert all((a - b).abs().max() < 1e-6 for a, b in zip(ours, theirs, strict=True)), call
+
+
+def test_like_sizes_go_together(encoder, folder, monkeypatch):
+    """Batches as they come would have several times the padding."""
+    shapes = []
+    run = prefix_source.run_all_positions
+
+    def watched(decoder, features, queries):
+        mask = features["attention_mask"]
+        shapes.append((mask.numel(), int(mask.sum())))
+        return run(decoder, features, queries)
+
+    monkeypatch.setattr(prefix_source, "run_all_positions", watched)
+    inputs = [*folder, *("word " * n for n in range(1, 21))]
+    inputs = [inputs[n] for n in np.random.default_rng(1).permutation(40)]
+    encoder.encode(inputs, batch_size=5)
+    padded, real = map(sum, zip(*shapes, strict=True))
+    as_they_come = sum(encoder.preprocess(inputs[n : n + 5])["input_ids"].numel() for n in range(0, 40, 5))
+    assert padded - real < 0.35 * (as_they_come - real)
+
+
+def test_a_stream_is_read_as_it_is_needed(encoder, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", 2)
+    read = []
+
+    def endless():
+        number = 0
+        while True:
+            read.append(number)
+            yield f"text {number}"
+            number += 1
+
+    results = encoder.encode_stream(endless(), batch_size=4)
+    places = [place for _ in range(3) for place in next(results).places]
+    assert len(set(places)) == 12
+    assert max(places) < len(read) <= 16
+    first = next(encoder.encode_stream(["a", "b"]))
+    assert np.abs(first.embeddings[""][first.places.index(1)].numpy() - encoder.encode("b")).max() < 1e-6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_named_skipped_and_listed(encoder, folder, tmp_path, workers):
+    encoder.num_workers = workers
+    folder[3].write_bytes(b"no image")
+    folder[11].write_bytes(folder[11].read_bytes()[:-30])
+    inputs = [*folder, 5.0, "a text"]
+    results = list(encoder.encode_stream(inputs, batch_size=8))
+    skipped = {row.place: row for result in results for row in result.skipped}
+    assert set(skipped) == {3, 11, 20}
+    assert "3.png" in skipped[3].name
+    assert "cannot be decoded" in skipped[11].reason
+    assert "is a float" in skipped[20].reason
+    assert sorted(place for result in results for place in result.places) == sorted(set(range(22)) - set(skipped))
+    with pytest.raises(ValueError, match=r"Input \d+ \(.*(3|11)\.png\): .*(cannot be|no.?t an image)"):
+        encoder.encode(folder)
+
+
+def test_embeddings_in_a_file(encoder, folder, tmp_path):
+    folder[3].write_bytes(b"no image")
+    inputs = [*folder, "a text"]
+    result = encoder.encode_to_file(inputs, tmp_path / "e.npy", batch_size=4)
+    assert result.encoded == 20
+    assert "3.png" in result.report()
+    good = [n for n in range(21) if n != 3]
+    assert np.abs(result.embeddings[good] - encoder.encode([inputs[n] for n in good])).max() < 1e-6
+    assert np.isnan(result.embeddings[3]).all()
+    again = encoder.encode_to_file(inputs, tmp_path / "e.npy")
+    assert (again.encoded, len(again.skipped)) == (0, 1)
+    Image.new("RGB", (20, 20)).save(folder[3])
+    mended = encoder.encode_to_file(inputs, tmp_path / "e.npy")
+    assert (mended.encoded, mended.report()) == (1, "nothing was skipped")
+    assert not np.isnan(mended.embeddings).any()
+    for change, message in [
+        (lambda: encoder.encode_to_file(inputs[::-1], tmp_path / "e.npy"), "another inputs"),
+        (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", prompt="x"), "another model"),
+        (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", dtype="float16"), "another dtype"),
+        (lambda: encoder.encode_to_file(inputs, tmp_path / "e.bin"), r"ends in \.npy"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            change()
+    with torch.no_grad():
+        encoder.queries.add_(1)
+    with pytest.raises(ValueError, match="another model"):
+        encoder.encode_to_file(inputs, tmp_path / "e.npy")
+
+
+SLOW_ENCODER = f"""
+import sys, time
+sys.path.insert(0, {ROOT!r})
+from slq_embed import SLQEncoder
+import slq_embed.encoded_file as encoded_file
+encoded_file._BATCHES_A_FLUSH = 1
+encoder = SLQEncoder.from_backbone(sys.argv[1], num_queries=4, seed=0, device="cpu")
+forward = encoder.forward
+encoder.forward = lambda *a, **k: (time.sleep(0.1), forward(*a, **k))[1]
+print("ready", flush=True)
+encoder.encode_to_file([f"text {{n}}" for n in range(100)], sys.argv[2], batch_size=2)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(checkpoint, encoder, tmp_path):
+    path = tmp_path / "e.npy"
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW_ENCODER, str(checkpoint()), str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    progress = path.with_suffix(".progress.npy")
+    while not (progress.exists() and (np.load(progress) == 1).sum() >= 6) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    done = int((np.load(progress) == 1).sum())
+    assert 6 <= done < 100
+    inputs = [f"text {n}" for n in range(100)]
+    result = encoder.encode_to_file(inputs, path)
+    assert result.encoded == 100 - done
+    assert np.abs(result.embeddings - encoder.encode(inputs)).max() < 1e-6
+    assert json.loads(path.with_suffix(".json").read_text())["shape"] == [100, 32]
+
+
+def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_path, monkeypatch):
+    others = {
+        "few": SLQEncoder.from_backbone(encoder.backbone, num_queries=2, seed=1, backbone_name=str(checkpoint())),
+        "last": SLQEncoder.from_backbone(encoder.backbone, num_queries=6, seed=2, pooling="last", truncate_dim=8),
+    }
+    sets = {"own": encoder, **others}
+    alone = {name: model.encode(mixed) for name, model in sets.items()}
+    rows = []
+    run = prefix_source.run_prefix
+    monkeypatch.setattr(
+        prefix_source,
+        "run_prefix",
+        lambda decoder, features: rows.extend(features["input_ids"]) or run(decoder, features),
+    )
+    together = encoder.encode(mixed, query_sets=sets, batch_size=4)
+    assert len(rows) == len(mixed)
+    assert list(together) == ["own", "few", "last"]
+    for name in sets:
+        assert together[name].shape == alone[name].shape
+        assert np.abs(together[name] - alone[name]).max() < 1e-6
+    one = encoder.encode("hello", query_sets=sets)
+    assert np.abs(one["few"] - alone["few"][0]).max() < 1e-6
+    tensors = encoder.encode(mixed, query_sets=sets, convert_to_tensor=True, normalize_embeddings=True)
+    assert tensors["last"].norm(dim=1) == pytest.approx(torch.ones(6))
+    encoder.prefix_store = PrefixStore()
+    encoder.encode(mixed)
+    rows.clear()
+    assert np.abs(encoder.encode(mixed, query_sets=sets)["few"] - alone["few"]).max() < 1e-6
+    assert not rows
+    stranger = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+    told = SLQEncoder.from_backbone(encoder.backbone, instructions={"text": "Say {text}."})
+    for other, message in [(stranger, "another backbone"), (told, "other instructions")]:
+        with pytest.raises(ValueError, match=f"'bad' cannot share .* {message}"):
+            encoder.encode(mixed, query_sets={"bad": other})
+
+
+def test_workers_read_ahead_beside_a_gpu_only(monkeypatch, caplog):
+    assert encoding.default_workers(torch.device("cpu")) == 0
+    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 8 << 30}))
+    assert encoding.default_workers(torch.device("cuda")) == 8
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 64 << 20}))
+    assert encoding.default_workers(torch.device("cuda")) == 0
+    assert "--shm-size" in caplog.text
