@@ -186,7 +186,49 @@ class SLQEncoder(SentenceTransformer):
         )
         model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
         model.slq = record
+        model._plain_processor = processor
         return model
+
+    def with_queries(
+        self,
+        num_queries: int | None = None,
+        *,
+        init: Initialisation | Tensor = "normal",
+        seed: int | None = None,
+        pooling: PoolingMode | None = None,
+    ) -> SLQEncoder:
+        """Another encoder with fresh queries on the same backbone, which reads its inputs as this one does.
+
+        Args:
+            num_queries: How many; by default as many as here.
+            init: As for :meth:`from_backbone`.
+            seed: As for :meth:`from_backbone`.
+            pooling: As for :meth:`from_backbone`; by default as here.
+        """
+        model = type(self).from_backbone(
+            self.backbone,
+            self._plain_processor,
+            num_queries=num_queries or self.num_queries,
+            init=init,
+            seed=seed,
+            pooling=pooling or self.slq.pooling,
+            form=self.slq.form,
+            instructions=self.slq.instructions,
+            max_text_chars=self.slq.max_text_chars,
+            image_kwargs=self.slq.image_kwargs,
+            backbone_name=self.slq.backbone,
+            revision=self.slq.revision,
+            prompts=dict(self.prompts),
+            truncate_dim=self.truncate_dim,
+        )
+        model.processor.image_processor = self.processor.image_processor
+        return model
+
+    @cached_property
+    def _plain_processor(self) -> ProcessorMixin:
+        """The backbone's own: with its chat template, and a tokenizer that knows of no query tokens."""
+        found: ProcessorMixin = AutoProcessor.from_pretrained(self.slq.backbone, revision=self.slq.revision)
+        return found
 
     slq: SLQConfig
     """What will be recorded on saving."""

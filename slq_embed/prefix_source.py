@@ -51,7 +51,9 @@ class PrefixSource:
             places = range(len(features["input_ids"]))
             computed = self._compute(features, places)
             return collate([computed[place] for place in places], table.device, table.dtype)
-        keys = keys_from_tensor(features["prefix_key"])
+        keys = tuple(keys_from_tensor(features["prefix_key"]))
+        if keys in self.memory.joined:
+            return self.memory.joined[keys]
         places_of = {key: place for place, key in reversed(list(enumerate(keys)))}
         memory, differentiated = self.memory, torch.is_grad_enabled()
         if not self.shared and memory.used and not differentiated:
@@ -68,7 +70,10 @@ class PrefixSource:
             found |= self._from_vision(self.store, features, wanted)
         if self.shared or (training and not differentiated):
             memory.keep({key: found[key] for key in wanted})
-        return collate([found[key] for key in keys], table.device, table.dtype)
+        prefix = collate([found[key] for key in keys], table.device, table.dtype)
+        if self.shared:
+            memory.joined[keys] = prefix
+        return prefix
 
     def all_positions(self, features: dict[str, Any], queries: Tensor) -> Tensor:
         """States of the queries from passes over whole sequences, ``(batch, Q, H)``."""

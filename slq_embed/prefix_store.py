@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from slq_embed.prefix import PrefixRow
+from slq_embed.prefix import Prefix, PrefixRow
 from slq_embed.prefix_disk import DiskEntries
 
 Level = Literal["keys_values", "vision"]
@@ -209,6 +209,8 @@ class StepMemory:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self.rows: dict[bytes, PrefixRow] = {}
+        self.joined: dict[tuple[bytes, ...], Prefix] = {}
+        """Batches as several query sets see them."""
         self.used = False
         """Whether a pass with gradients has read from it, so that the next one without is another step."""
 
@@ -229,6 +231,7 @@ class StepMemory:
     def clear(self) -> None:
         """Forget the step."""
         self.rows.clear()
+        self.joined.clear()
         self.used = False
 
 
