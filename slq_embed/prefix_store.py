@@ -74,7 +74,7 @@ class PrefixStore:
         self.folder = None if folder is None else Path(folder)
         self.level, self.precision = level, precision
         self.counts = StoreCounts()
-        self.budget = _bytes(budget) if budget is not None else free_bytes(self.folder)
+        self.budget = parse_bytes(budget) if budget is not None else free_bytes(self.folder)
         self._memory: dict[bytes, Entry] = {}
         self._memory_bytes = 0
         self._disk = None if self.folder is None else DiskEntries(self.folder, self.budget)
@@ -243,7 +243,12 @@ def free_bytes(folder: Path | None) -> int:
     return shutil.disk_usage(there).free * 4 // 5
 
 
-def _bytes(size: int | str) -> int:
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or a string such as ``"40GB"``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
     if match is None:
         raise ValueError(f'budget is {size!r}, but a number of bytes or a string such as "40GB" is needed.')

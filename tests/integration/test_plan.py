@@ -1,0 +1,62 @@
+"""The estimate before a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from slq_embed import PrefixStore
+from slq_embed.data import from_records
+from slq_embed.plan import Option, Plan, plan_prefixes
+from tests.training import toy_pairs, toy_train
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_bytes_are_those_of_the_run(encoder, tmp_path, where):
+    folder = tmp_path / "prefixes" if where == "folder" else None
+    pairs = toy_pairs(16)
+    pairs = from_records(
+        [(str(n), row["image"], [row["text"], f"again {n:02}"]) for n, row in enumerate(pairs.dataset)]
+    )
+    own = PrefixStore()
+    encoder.prefix_store = own
+    plan = plan_prefixes(encoder, pairs.dataset, epochs=5, folder=folder, levels=["keys_values"], sample=32)
+    assert encoder.prefix_store is own
+    assert len(own) == 0
+    assert encoder.queries.grad is None
+    store = PrefixStore(folder)
+    assert len(store) == 0, "the sample leaves nothing behind"
+    encoder.prefix_store = store
+    toy_train(encoder, pairs, tmp_path, num_train_epochs=1, max_steps=-1)
+    (nothing, keys_values) = plan.options
+    assert keys_values.nbytes == pytest.approx(store.nbytes, rel=0.1)
+    assert keys_values.kept == 1
+    assert nothing.first == nothing.later > 0
+
+
+def test_the_choice_follows_the_measurement_and_can_be_read(tmp_path):
+    options = (
+        Option(None, 0, 0.0, 100.0, 100.0),
+        Option("keys_values", 41_000_000_000, 1.0, 110.0, 3.0),
+        Option("vision", 4_000_000_000, 1.0, 101.0, 40.0),
+    )
+    plan = Plan(options, 5, tmp_path, 50_000_000_000, "exact")
+    assert plan.choice.level == "keys_values"
+    assert plan.speedup == pytest.approx(500 / 122)
+    assert str(plan).startswith("5 epochs: 41 GB, 4.1x faster\n")
+    assert "-> keys_values" in str(plan)
+    store = plan.store()
+    assert store is not None
+    assert (store.level, store.budget, store.folder) == ("keys_values", 50_000_000_000, tmp_path)
+    once = Plan(options, 1, None, 10**9, "exact")
+    assert once.choice.level is None
+    assert once.store() is None
+    assert str(once).startswith("1 epochs: no store, 1.0x faster")
+
+
+def test_a_small_budget_keeps_its_share(encoder):
+    whole = plan_prefixes(encoder, toy_pairs(16).dataset, epochs=3, budget="1GB", levels=["keys_values"])
+    half = plan_prefixes(
+        encoder, toy_pairs(16).dataset, epochs=3, budget=whole.options[1].nbytes // 2, levels=["keys_values"]
+    )
+    assert half.options[1].kept == pytest.approx(0.5, abs=0.01)
+    assert half.options[1].later > 0
