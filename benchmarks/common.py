@@ -1,0 +1,228 @@
+"""What the benchmarks share: backbone shapes with random weights, inputs, timing, memory, a record of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, Qwen3VLConfig
+
+from slq_embed import pretrained
+
+QUERIES = 20
+WORDS = [
+    "a",
+    "red",
+    "circle",
+    "above",
+    "a",
+    "blue",
+    "square",
+    "and",
+    "two",
+    "green",
+    "stars",
+    "beside",
+    "a",
+    "small",
+    "yellow",
+    "ring",
+    "on",
+    "a",
+    "grey",
+    "ground",
+]
+PATCH = 16  # pixels; a token is two by two patches
+
+_ROPE = {"rope_type": "default", "rope_theta": 5000000.0}
+_TRUE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16}
+_TRUE_VISION |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
+_TRUE_TEXT = {"vocab_size": 151936, "num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128}
+_TRUE_TEXT |= {"rope_parameters": {**_ROPE, "mrope_section": [24, 20, 20]}}
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "design": {  # 59 M parameters: what two CPU cores can do
+        "text": {
+            "vocab_size": 8192,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]},
+        },
+        "vision": {
+            "depth": 8,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_heads": 6,
+            "num_position_embeddings": 1024,
+            "deepstack_visual_indexes": [4],
+        },
+    },
+    "qwen3-vl-2b": {
+        "text": {**_TRUE_TEXT, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16},
+        "vision": _TRUE_VISION,
+    },
+    "qwen3-vl-4b": {
+        "text": {
+            **_TRUE_TEXT,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        },
+        "vision": _TRUE_VISION,
+    },
+}
+"""Qwen3-VL shapes; the true sizes are those of the released configurations."""
+
+
+def build_config(shape: str) -> Qwen3VLConfig:
+    """A configuration that fits the embedded default's tokenizer."""
+    tiny = transformers.AutoConfig.from_pretrained(pretrained("mllm-tiny"))
+    sizes = SHAPES[shape]
+    text = {**tiny.text_config.to_dict(), **sizes["text"]}
+    vision = {**sizes["vision"], "patch_size": PATCH, "out_hidden_size": text["hidden_size"]}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: getattr(tiny, name) for name in names}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+def build_processor(min_pixels: int, max_pixels: int) -> ProcessorMixin:
+    processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
+    processor.image_processor.patch_size = PATCH
+    processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return processor
+
+
+def build_backbone(shape: str, device: str, dtype: str) -> PreTrainedModel:
+    """Random weights: speed and memory do not depend on the values."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(build_config(shape), dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def build_folder(folder: Path, shape: str, size: tuple[int, int], max_pixels: int | None = None) -> None:
+    """A checkpoint whose images have exactly the given size, or keep their own below ``max_pixels``."""
+    build_backbone(shape, "cpu", "float32").save_pretrained(folder)
+    pixels = size[0] * size[1]
+    build_processor(pixels if max_pixels is None else 32 * 32, max_pixels or pixels).save_pretrained(folder)
+
+
+def noise_image(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+def build_inputs(batch: int, size: tuple[int, int], words: int = 24) -> tuple[list[Image.Image], list[str]]:
+    rng = np.random.default_rng(0)
+    return [noise_image(rng, size) for _ in range(batch)], [" ".join(rng.choice(WORDS, words)) for _ in range(batch)]
+
+
+def to_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+
+
+def timed(call: Callable[[], Any], device: str) -> float:
+    """Seconds."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def rounds_of(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of rounds in which every call takes its turn; a first round warms up and is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            seconds = timed(call, device)
+            if turn:
+                taken[name].append(seconds)
+    return taken
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def peak_above_weights(step: Callable[[], Any], device: str) -> int:
+    """Bytes that two steps need at most, above what is loaded already; for a process of its own."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the step has freed is not the step's to use again
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = kilobytes("VmRSS")
+    step()
+    step()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+
+def in_own_process(script: str, *arguments: Any) -> str:
+    """The last word that a script prints."""
+    command = [sys.executable, "-W", "ignore", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.split()[-1]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="small and short: a check that it runs, not a measurement")
+    made.add_argument("--json", type=Path, help="file to write the results to")
+    made.add_argument("--rounds", type=int, default=None)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--shape", default="design", choices=SHAPES)
+    return made
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    where = cpu if args.device == "cpu" else torch.cuda.get_device_name()
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, sentence_transformers)}
+    return {"machine": where, "versions": versions, "dtype": args.dtype, "shape": args.shape, "rounds": args.rounds}
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
