@@ -129,6 +129,25 @@ def passes(bench: Bench, batch: int) -> dict[str, float]:
     return {name: value / (2 * batch) for name, value in found.items()}
 
 
+def paths(bench: Bench, batch: int) -> dict[str, float]:
+    """Seconds an input of encoding, as one sequence, and as a prefix that stops at its last layer's keys and then queries."""
+    model, calls = bench.encoder(), {}
+    for kind, inputs in zip(("image", "text"), build_inputs(batch, SIZE), strict=True):
+        batched = to_device(model.preprocess(inputs), model.device)
+
+        def prefix(batched: dict[str, Any] = batched) -> None:
+            with torch.inference_mode():
+                model[0].query_states(model[0].prefix(dict(batched)))
+
+        def whole(batched: dict[str, Any] = batched) -> None:
+            with torch.inference_mode():
+                model(dict(batched))
+
+        calls |= {f"{kind} whole": whole, f"{kind} prefix, queries": prefix}
+    model.eval()
+    return {name: value / batch for name, value in bench.medians(calls).items()}
+
+
 def stores(bench: Bench, batch: int) -> dict[str, dict[str, float]]:
     """Seconds a pair with preprocessing, bytes a pair, and the largest change of an embedding, for each kind of store."""
     inputs = build_inputs(batch, SIZE)
@@ -188,7 +207,7 @@ def sets(bench: Bench, batch: int) -> dict[str, float]:
     return {name: value / batch for name, value in bench.medians(calls).items()}
 
 
-PARTS = (images, tokens, queries, batches, passes, stores, sets)
+PARTS = (images, tokens, queries, batches, passes, paths, stores, sets)
 
 
 def main() -> None:

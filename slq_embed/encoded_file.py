@@ -18,7 +18,7 @@ from slq_embed.encoding import stream
 from slq_embed.inputs import Skipped
 
 if TYPE_CHECKING:
-    from slq_embed.encoder import SLQEncoder
+    from slq_embed.latent_query_encoder import LatentQueryEncoder
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
 _BATCHES_A_FLUSH = 16
@@ -52,7 +52,7 @@ class EncodedFile:
 
 
 def encode_to_file(
-    model: SLQEncoder,
+    model: LatentQueryEncoder,
     inputs: Sequence[Any],
     path: Path,
     *,
@@ -134,7 +134,7 @@ def encode_to_file(
     return result
 
 
-def _model_digest(model: SLQEncoder, prompt: str | None) -> str:
+def _model_digest(model: LatentQueryEncoder, prompt: str | None) -> str:
     whole: list[Any] = [asdict(model.backbone_fingerprint), model.slq.pooling, model.slq.instructions, prompt]
     whole += [model.slq.max_text_chars, model.slq.image_kwargs, model.truncate_dim]
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode())

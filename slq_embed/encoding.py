@@ -8,13 +8,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from sentence_transformers.util import batch_to_device, truncate_embeddings
+from sentence_transformers.util import truncate_embeddings
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.autonotebook import tqdm
@@ -23,7 +24,7 @@ from slq_embed.inputs import Skipped, read_row
 from slq_embed.prefix import Prefix
 
 if TYPE_CHECKING:
-    from slq_embed.encoder import SLQEncoder
+    from slq_embed.latent_query_encoder import LatentQueryEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Reader(Dataset[Any]):
         options: For the model's ``preprocess``.
     """
 
-    model: SLQEncoder
+    model: LatentQueryEncoder
     prompt: str | None
     options: Mapping[str, Any]
 
@@ -122,10 +123,11 @@ def sorted_batches(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterat
             yield window[start : start + batch_size]
 
 
-def default_workers(device: torch.device) -> int:
+@cache
+def default_workers(kind: str) -> int:
     """Processes that read ahead: up to 8 beside a GPU; none beside a CPU that computes, which they would slow down."""
     shared = Path("/dev/shm")
-    if device.type == "cpu" or sys.platform != "linux" or not shared.is_dir():
+    if kind == "cpu" or sys.platform != "linux" or not shared.is_dir():
         return 0
     if shutil.disk_usage(shared).free < _SHARED_MEMORY:
         logger.warning("Images are read in the main process: workers need 2 GB in %s (docker: --shm-size).", shared)
@@ -142,13 +144,13 @@ def _start_worker(number: int) -> None:
 
 
 def stream(
-    model: SLQEncoder,
+    model: LatentQueryEncoder,
     inputs: Iterable[tuple[int, Any]],
     *,
     batch_size: int,
     prompt: str | None,
     strict: bool,
-    query_sets: Mapping[str, SLQEncoder] | None = None,
+    query_sets: Mapping[str, LatentQueryEncoder] | None = None,
     **options: Any,
 ) -> Iterator[Encoded]:
     """Encode inputs as they come.
@@ -167,7 +169,7 @@ def stream(
         ValueError: If ``strict`` and an input cannot be read.
     """
     device = model.device
-    workers = default_workers(device) if model.num_workers is None else model.num_workers
+    workers = default_workers(device.type) if model.num_workers is None else model.num_workers
     loader = DataLoader(
         Reader(model, prompt, options),
         batch_size=None,
@@ -186,7 +188,10 @@ def stream(
         found: dict[str, Tensor] = {}
         if places:
             with torch.inference_mode():
-                features = batch_to_device(features, device)
+                features = {
+                    key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                    for key, value in features.items()
+                }
                 if query_sets is None:
                     found[""] = model(features)["sentence_embedding"]
                 else:
@@ -197,7 +202,7 @@ def stream(
         yield Encoded(places, found, skipped)
 
 
-def _after_prefix(model: SLQEncoder, prefix: Prefix) -> Tensor:
+def _after_prefix(model: LatentQueryEncoder, prefix: Prefix) -> Tensor:
     first: Any = model[0]
     features = {"token_embeddings": first.query_states(prefix).float()}
     for module in list(model)[1:]:
@@ -206,7 +211,7 @@ def _after_prefix(model: SLQEncoder, prefix: Prefix) -> Tensor:
     return embedding if model.truncate_dim is None else truncate_embeddings(embedding, model.truncate_dim)
 
 
-def check_query_sets(model: SLQEncoder, query_sets: Mapping[str, SLQEncoder]) -> None:
+def check_query_sets(model: LatentQueryEncoder, query_sets: Mapping[str, LatentQueryEncoder]) -> None:
     """Refuse query sets that would see another prefix.
 
     Raises:
@@ -227,7 +232,7 @@ def check_query_sets(model: SLQEncoder, query_sets: Mapping[str, SLQEncoder]) ->
 
 
 def infer(
-    model: SLQEncoder,
+    model: LatentQueryEncoder,
     inputs: Sequence[Any],
     *,
     prompt: str | None,
@@ -237,7 +242,7 @@ def infer(
     normalize_embeddings: bool,
     truncate_dim: int | None,
     output_value: str = "sentence_embedding",
-    query_sets: Mapping[str, SLQEncoder] | None = None,
+    query_sets: Mapping[str, LatentQueryEncoder] | None = None,
     **options: Any,
 ) -> Any:
     """What ``SentenceTransformer.encode`` does between reading its arguments and converting its result.
@@ -272,9 +277,9 @@ INFERENCE_SETTINGS |= {"truncate_dim", "output_value", "device", "processing_kwa
 
 
 def encode_query_sets(
-    model: SLQEncoder,
+    model: LatentQueryEncoder,
     inputs: Sequence[Any],
-    query_sets: Mapping[str, SLQEncoder],
+    query_sets: Mapping[str, LatentQueryEncoder],
     *,
     prompt: str | None = None,
     batch_size: int = 32,

@@ -10,7 +10,8 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB UNIQUE NOT NULL, shard TEXT NOT NULL,
     start INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, length INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS removals (id INTEGER PRIMARY KEY AUTOINCREMENT);
 """
 
 
@@ -65,7 +67,7 @@ class DiskEntries:
         self._pid = os.getpid()
         self._database: sqlite3.Connection | None = None
         self._places: dict[bytes, _Place] = {}
-        self._last_id, self._version = 0, -1
+        self._last_id, self._version, self._removed, self._bytes = 0, -1, 0, 0
         self._maps: dict[str, mmap.mmap] = {}
         self._verified: set[bytes] = set()
         self._owner, self._shard = uuid.uuid4().hex, ""
@@ -83,7 +85,7 @@ class DiskEntries:
             try:
                 self._database = self._connect()
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+                if isinstance(error, sqlite3.OperationalError):  # no damage: locked, no permission, no space
                     raise
                 logger.warning("The index of the prefix store %s is damaged (%s): starting anew.", self.folder, error)
                 for file in [*self.folder.glob("index.sqlite*"), *self.folder.glob("*.bin")]:
@@ -110,14 +112,15 @@ class DiskEntries:
         version = database.execute("PRAGMA data_version").fetchone()[0]
         if version != self._version:
             self._version = version
-            columns = "SELECT id, key, shard, start, size, crc, length FROM entries"
-            new = database.execute(f"{columns} WHERE id > ?", (self._last_id,)).fetchall()
-            if len(self._places) + len(new) != database.execute("SELECT COUNT(*) FROM entries").fetchone()[0]:
-                new = database.execute(columns).fetchall()  # some were removed or replaced
+            removed = database.execute("SELECT COALESCE(MAX(id), 0) FROM removals").fetchone()[0]
+            if removed != self._removed:
+                self._removed, self._last_id, self._bytes = removed, 0, 0
                 self._places.clear()
                 self._verified.clear()
-            for number, key, *place in new:
+            columns = "SELECT id, key, shard, start, size, crc, length FROM entries WHERE id > ?"
+            for number, key, *place in database.execute(columns, (self._last_id,)):
                 self._places[key] = _Place(*place)
+                self._bytes += self._places[key].size
                 self._last_id = max(self._last_id, number)
         return database
 
@@ -130,7 +133,8 @@ class DiskEntries:
     def nbytes(self) -> int:
         """Bytes of all payloads."""
         with self._lock:
-            return int(self._refresh().execute("SELECT COALESCE(SUM(size), 0) FROM entries").fetchone()[0])
+            self._refresh()
+            return self._bytes
 
     def lengths(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """Lengths of those that are there and, on this process's first touch, read back right."""
@@ -169,16 +173,31 @@ class DiskEntries:
         return None
 
     def _delete(self, keys: Iterable[bytes]) -> None:
-        for key in list(keys):
-            place = self._places.pop(key)
-            self._verified.discard(key)
-            # This very payload: another process may have replaced it already.
-            self._open().execute("DELETE FROM entries WHERE shard = ? AND start = ?", (place.shard, place.start))
+        # These very payloads: another process may have replaced one already.
+        gone = [(self._places[key].shard, self._places[key].start) for key in keys]
+        with self._transaction() as database:
+            database.executemany("DELETE FROM entries WHERE shard = ? AND start = ?", gone)
+            database.execute("INSERT INTO removals DEFAULT VALUES")
+        self._version = -1
+        self._refresh()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing; its own commits leave data_version as it is, so the next refresh is told to look."""
+        database = self._open()
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield database
+            database.execute("COMMIT")
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        self._version = -1
 
     def write(self, payloads: Mapping[bytes, tuple[bytes, int]]) -> int:
         """Add payloads with their lengths while the budget lasts; returns how many were taken."""
         with self._lock:
-            database = self._refresh()
+            self._refresh()
             rows: list[tuple[Any, ...]] = []
             new = {key: value for key, value in payloads.items() if key not in self._places}
             path = self._writable_shard()
@@ -187,9 +206,10 @@ class DiskEntries:
                     start = file.tell()
                     file.write(payload)
                     rows.append((key, path.name, start, len(payload), _checksum(key, length, payload), length))
-            database.execute("BEGIN IMMEDIATE")
-            try:
-                left = self.budget - database.execute("SELECT COALESCE(SUM(size), 0) FROM entries").fetchone()[0]
+            with self._transaction() as database:
+                self._version = -1
+                self._refresh()  # nobody else can write now: the sum is right
+                left = self.budget - self._bytes
                 taken = []
                 for row in rows:
                     if row[3] <= left:
@@ -199,13 +219,8 @@ class DiskEntries:
                     "INSERT OR IGNORE INTO entries (key, shard, start, size, crc, length) VALUES (?, ?, ?, ?, ?, ?)",
                     taken,
                 )
-                database.execute("COMMIT")
-            except BaseException:
-                database.execute("ROLLBACK")
-                raise
             if len(taken) < len(rows):
                 os.truncate(path, max((row[2] + row[3] for row in taken), default=rows[0][2]))
-            self._version = -1  # own commits leave data_version as it is: have the next refresh look
             return len(taken)
 
     def _writable_shard(self) -> Path:
@@ -233,22 +248,17 @@ class DiskEntries:
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
         """Say that this process computes these; returns those that no other living process has claimed."""
         with self._lock:
-            database = self._open()
+            self._open()
             if self._alive is None:
                 self._alive = FileLock(self.folder / f"{self._owner}.lock")  # held while this process lives
                 self._alive.acquire()
-            database.execute("BEGIN IMMEDIATE")
             mine = set()
-            try:
+            with self._transaction() as database:
                 for key in set(keys):
                     row = database.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
                     if row is None or row[0] == self._owner or not self._lives(row[0]):
                         database.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self._owner))
                         mine.add(key)
-                database.execute("COMMIT")
-            except BaseException:
-                database.execute("ROLLBACK")
-                raise
             return mine
 
     def release(self, keys: Iterable[bytes]) -> None:

@@ -125,10 +125,10 @@ class PrefixSource:
         self, store: PrefixStore, features: dict[str, Any], wanted: Mapping[bytes, int]
     ) -> dict[bytes, PrefixRow]:
         found: dict[bytes, PrefixRow] = {}
-        dtype = embedding_table(self._backbone[0]).dtype
+        table = embedding_table(self._backbone[0])
 
         def take(entries: dict[bytes, Entry]) -> None:
-            found.update({key: store.unpack(entry, dtype) for key, entry in entries.items()})
+            found.update({key: store.unpack(entry, table.dtype, table.device) for key, entry in entries.items()})
 
         def compute(places: dict[bytes, int]) -> dict[bytes, Entry]:
             _require_inputs(features, places.values(), store)
@@ -157,12 +157,13 @@ class PrefixSource:
 
         def take(entries: dict[bytes, Entry]) -> None:
             for key, entry in entries.items():
-                row = {
-                    name: store.unpack_states(name, entry, table.dtype).to(table.dtype) if states(name) else value
+                rows[key] = {
+                    name: store.unpack_states(name, entry, table.dtype, table.device).to(table.dtype)
+                    if states(name)
+                    else value.to(table.device)
                     for name, value in entry.items()
                     if not name.endswith(".scale")
                 }
-                rows[key] = {name: value.to(table.device) for name, value in row.items()}
 
         def compute(places: dict[bytes, int]) -> dict[bytes, Entry]:
             _require_inputs(features, places.values(), store)

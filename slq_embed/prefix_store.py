@@ -167,36 +167,41 @@ class PrefixStore:
             self._disk.close()
 
     def pack(self, row: PrefixRow) -> Entry:
-        """A prefix as an entry, in main memory."""
+        """A prefix as an entry, in main memory.
+
+        Raises:
+            ValueError: If the layers' states differ in shape.
+        """
         shapes = {part.shape for layer in row.layers for part in layer}
         if len(shapes) > 1:
             raise ValueError(
                 f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
                 'level="keys_values" cannot store. Use PrefixStore(level="vision").'
             )
-        whole = torch.stack([torch.stack([keys.cpu(), values.cpu()]) for keys, values in row.layers])
+        place = row.layers[0][0].device  # one copy to main memory, not two for each layer
+        whole = torch.stack([torch.stack([keys.to(place), values.to(place)]) for keys, values in row.layers])
         return {"position": torch.tensor([row.last_position, row.axes]), **self.pack_states("states", whole)}
 
-    def unpack(self, entry: Entry, dtype: torch.dtype) -> PrefixRow:
+    def unpack(self, entry: Entry, dtype: torch.dtype, device: torch.device) -> PrefixRow:
         """The inverse of :meth:`pack`; keys and values may be in the stored precision."""
-        whole = self.unpack_states("states", entry, dtype)
+        whole = self.unpack_states("states", entry, dtype, device)
         last, axes = entry["position"].tolist()
         return PrefixRow(tuple((layer[0], layer[1]) for layer in whole), last, axes)
 
     def pack_states(self, name: str, states: Tensor) -> Entry:
         """States ``(..., width)`` in the store's precision."""
-        if self.precision == "bfloat16":
-            return {name: states.to("cpu", torch.bfloat16)}
         if self.precision == "int8":
-            states = states.to("cpu", torch.float32)
-            scale = states.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-            return {name: (states / scale).round().to(torch.int8), f"{name}.scale": scale}
-        return {name: states.to("cpu").clone()}
+            scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+            return {name: (states / scale).round().to("cpu", torch.int8), f"{name}.scale": scale.cpu()}
+        kept = torch.bfloat16 if self.precision == "bfloat16" else states.dtype
+        return {name: states.to("cpu", kept, copy=True)}  # a copy, because rows are views of their batch
 
-    def unpack_states(self, name: str, entry: Entry, dtype: torch.dtype) -> Tensor:
+    def unpack_states(self, name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The inverse of :meth:`pack_states`."""
-        states = entry[name]
-        return states.to(dtype) * entry[f"{name}.scale"].to(dtype) if self.precision == "int8" else states
+        states = entry[name].to(device, non_blocking=True)
+        if self.precision == "int8":
+            states = states.to(dtype) * entry[f"{name}.scale"].to(device, dtype, non_blocking=True)
+        return states
 
 
 class StepMemory:

@@ -68,6 +68,20 @@ def test_training_on_a_folder_of_photos(tmp_path):
     assert (tmp_path / "o" / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_forgetting(tmp_path):
+    said = run("examples/forget.py", "--output", tmp_path / "out")
+    assert "14 prefixes removed" in said
+    assert "   0 prefixes computed for it; the index holds 57 pictures" in said
+    assert float(said.split()[-1]) < 1e-5
+
+
+def test_a_sweep(tmp_path):
+    said = run("examples/sweep.py", folder=tmp_path).splitlines()
+    assert said[0].split()[-1] == "mean_recall"
+    assert sum(line.endswith(" *") for line in said) == 1
+    assert "5 query sets in" in said[-1]
+
+
 @pytest.mark.skipif(not (PHOTOS / "flickr8k").is_dir(), reason=f"no Flickr8k at {PHOTOS}: set SLQ_DATA")
 def test_flickr8k_is_read():
     pairs = from_folder(PHOTOS / "flickr8k", split="val", limit=40)
@@ -89,9 +103,21 @@ def test_the_embedded_models_can_be_made_again(tmp_path):
 def test_the_benchmark_writes_its_json(tmp_path):
     run("benchmarks/training.py", "--quick", "--json", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
-    methods = {"encode", "prefix", "all_positions", "lora", "full_finetuning"}
+    methods = {"encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning"}
     assert set(result["seconds_per_step"]) == set(result["peak_bytes_above_weights"]) == methods
     assert all(value > 0 for value in result["seconds_per_step"].values())
+
+
+@pytest.mark.slow
+def test_the_other_benchmarks_write_their_json(tmp_path):
+    run("benchmarks/encoding.py", "--quick", "--json", tmp_path / "encoding.json")
+    encoding = json.loads((tmp_path / "encoding.json").read_text())
+    assert {"stock_paths", "stock_pil", "slq_images", "bare_images"} <= set(encoding["seconds"])
+    assert encoding["largest_difference"] < 1e-5
+    run("benchmarks/scaling.py", "--quick", "--json", tmp_path / "scaling.json", "--parts", "batches", "stores", "sets")
+    scaling = json.loads((tmp_path / "scaling.json").read_text())
+    assert scaling["stores"]["keys_values exact disk"]["change"] < 1e-5
+    assert scaling["sets"]["4 at once"] < scaling["sets"]["4 in turn"]
 
 
 @pytest.mark.slow

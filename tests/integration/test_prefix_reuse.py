@@ -174,6 +174,27 @@ def test_captions_of_one_image_share_its_prefix_and_its_processing(encoder, imag
     assert np.abs(found.detach().numpy() - encoder.encode(batch)).max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_prefix_stops_at_the_last_keys(checkpoint, kind):
+    """The last layer's MLP runs for the queries alone."""
+    encoder = build(checkpoint, kind)
+    last = encoder.backbone.base_model.language_model.layers[-1].mlp
+    lengths = []
+    last.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+    encoder.train()
+    encoder(encoder.preprocess(["a text", "another, longer text"]))
+    assert lengths == [4]
+
+
+def test_what_encoding_kept_can_be_trained_on(checkpoint, tmp_path, monkeypatch):
+    encoder, pairs = build(checkpoint), toy_pairs()
+    encoder.prefix_store = PrefixStore()
+    encoder.encode([*pairs.dataset["image"], *pairs.dataset["text"]])
+    with counting(monkeypatch) as rows:
+        toy_train(encoder, pairs, tmp_path)
+    assert not rows
+
+
 def test_a_name_covers_all_that_matters_and_nothing_else(checkpoint, images, tmp_path, monkeypatch):
     store = PrefixStore(tmp_path / "prefixes")
     inputs = [images[0], "a text"]

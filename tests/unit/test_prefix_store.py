@@ -44,7 +44,7 @@ def check(store: PrefixStore, numbers) -> None:
     found = store.read([key(n) for n in numbers])
     for n in numbers:
         if key(n) in found:
-            back, expected = store.unpack(found[key(n)], torch.float32), row(n, 5 + n)
+            back, expected = store.unpack(found[key(n)], torch.float32, torch.device("cpu")), row(n, 5 + n)
             assert (back.last_position, back.axes) == (expected.last_position, expected.axes)
             for got, wanted in zip(back.layers, expected.layers, strict=True):
                 assert torch.equal(got[0], wanted[0])
@@ -283,7 +283,7 @@ def test_layers_of_different_shapes_cannot_be_kept():
 def test_lower_precision_is_near(precision, error):
     store = PrefixStore(precision=precision)
     wanted = row(3)
-    back = store.unpack(store.pack(wanted), torch.float32)
+    back = store.unpack(store.pack(wanted), torch.float32, torch.device("cpu"))
     difference = max(
         float((got.float() - exact).abs().max())
         for layers in zip(back.layers, wanted.layers, strict=True)
