@@ -18,6 +18,7 @@ from PIL import Image
 import slq_embed.encoding as encoding
 import slq_embed.prefix_source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
+from slq_embed.latent_query_encoder import LatentQueryEncoder
 from tests.checkpoints import FAMILIES
 
 ROOT = str(Path(__file__).parents[2])
@@ -66,7 +67,7 @@ def test_every_option_of_encode_gives_what_the_host_gives(encoder, mixed, monkey
     encoder.prompts["query"] = "A query."
     found = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
     found += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
-    monkeypatch.delattr(SLQEncoder, "_inference")
+    monkeypatch.delattr(LatentQueryEncoder, "_inference")
     host = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
     host += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
     for call, ours, theirs in zip([*calls, "one", "none", "none", "query"], found, host, strict=True):
