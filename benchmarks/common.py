@@ -1,4 +1,4 @@
-"""What the benchmarks share: backbone shapes with random weights, inputs, timing, memory, a record of the machine."""
+"""What the benchmarks share: inputs, timing, memory, a record of the machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ import sentence_transformers
 import torch
 import transformers
 from PIL import Image
+from shapes import SHAPES
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, Qwen3VLConfig
-
-from slq_embed import pretrained
 
 QUERIES = 20
 WORDS = [
@@ -49,83 +47,6 @@ WORDS = [
     "grey",
     "ground",
 ]
-PATCH = 16  # pixels; a token is two by two patches
-
-_ROPE = {"rope_type": "default", "rope_theta": 5000000.0}
-_TRUE_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "num_heads": 16}
-_TRUE_VISION |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
-_TRUE_TEXT = {"vocab_size": 151936, "num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128}
-_TRUE_TEXT |= {"rope_parameters": {**_ROPE, "mrope_section": [24, 20, 20]}}
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "design": {  # 59 M parameters: what two CPU cores can do
-        "text": {
-            "vocab_size": 8192,
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]},
-        },
-        "vision": {
-            "depth": 8,
-            "hidden_size": 384,
-            "intermediate_size": 1536,
-            "num_heads": 6,
-            "num_position_embeddings": 1024,
-            "deepstack_visual_indexes": [4],
-        },
-    },
-    "qwen3-vl-2b": {
-        "text": {**_TRUE_TEXT, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16},
-        "vision": _TRUE_VISION,
-    },
-    "qwen3-vl-4b": {
-        "text": {
-            **_TRUE_TEXT,
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision": _TRUE_VISION,
-    },
-}
-"""Qwen3-VL shapes; the true sizes are those of the released configurations."""
-
-
-def build_config(shape: str) -> Qwen3VLConfig:
-    """A configuration that fits the embedded default's tokenizer."""
-    tiny = transformers.AutoConfig.from_pretrained(pretrained("mllm-tiny"))
-    sizes = SHAPES[shape]
-    text = {**tiny.text_config.to_dict(), **sizes["text"]}
-    vision = {**sizes["vision"], "patch_size": PATCH, "out_hidden_size": text["hidden_size"]}
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ids = {name: getattr(tiny, name) for name in names}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-
-
-def build_processor(min_pixels: int, max_pixels: int) -> ProcessorMixin:
-    processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
-    processor.image_processor.patch_size = PATCH
-    processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    return processor
-
-
-def build_backbone(shape: str, device: str, dtype: str) -> PreTrainedModel:
-    """Random weights: speed and memory do not depend on the values."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(build_config(shape), dtype=getattr(torch, dtype))
-    return model.eval()
-
-
-def build_folder(folder: Path, shape: str, size: tuple[int, int], max_pixels: int | None = None) -> None:
-    """A checkpoint whose images have exactly the given size, or keep their own below ``max_pixels``."""
-    build_backbone(shape, "cpu", "float32").save_pretrained(folder)
-    pixels = size[0] * size[1]
-    build_processor(pixels if max_pixels is None else 32 * 32, max_pixels or pixels).save_pretrained(folder)
 
 
 def noise_image(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:

@@ -2,7 +2,7 @@
 
     python benchmarks/encoding.py [--quick] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-2b]
 
-JPEG files of mixed sizes (their areas log-uniform from 96 x 96 to 704 x 704 pixels, sides from 1:2 to 2:1) and texts of 3
+JPEG files of mixed sizes (their areas log-uniform from 96 x 96 to by default 704 x 704 pixels, sides from 1:2 to 2:1) and texts of 3
 to 120 words, in random order, float32 unless said otherwise. Stock gets the files once as paths, as it must where a
 collection is larger than memory, and once as opened PIL images, which it can sort by size; batch size 32, its default. "Bare" is the
 forward pass alone, over features that were made before, in passes of like length: the limit. On CUDA, also the share of
@@ -24,7 +24,6 @@ import torch
 from common import (
     QUERIES,
     WORDS,
-    build_folder,
     machine,
     medians,
     noise_image,
@@ -37,17 +36,16 @@ from common import (
 )
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from shapes import build_folder
 
 from slq_embed import SLQEncoder
 
-MAX_PIXELS = 704 * 704
 
-
-def build_images(folder: Path, count: int) -> list[Path]:
+def build_images(folder: Path, count: int, max_pixels: int) -> list[Path]:
     rng = np.random.default_rng(0)
     paths = []
     for number in range(count):
-        area = np.exp(rng.uniform(np.log(96**2), np.log(MAX_PIXELS)))
+        area = np.exp(rng.uniform(np.log(96**2), np.log(max_pixels)))
         ratio = np.exp(rng.uniform(np.log(0.5), np.log(2)))
         size = (int((area * ratio) ** 0.5), int((area / ratio) ** 0.5))
         paths.append(folder / f"{number}.jpg")
@@ -121,6 +119,7 @@ def main() -> None:
     made.add_argument("--images", type=int, default=None)
     made.add_argument("--texts", type=int, default=None)
     made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--max-pixels", type=int, default=704 * 704)
     made.add_argument("--workers", type=int, nargs="+", default=None, help="more worker counts to try")
     args = made.parse_args()
     quiet()
@@ -130,7 +129,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        build_folder(folder / "backbone", args.shape, (704, 704), MAX_PIXELS)
+        build_folder(folder / "backbone", args.shape, args.dtype, args.max_pixels)
         options: dict[str, Any] = {"device": args.device}
         kwargs = {"model_kwargs": {"dtype": dtype}}
         fresh = SLQEncoder.from_backbone(folder / "backbone", num_queries=QUERIES, seed=0, dtype=dtype, **options)
@@ -138,7 +137,7 @@ def main() -> None:
         del fresh
         stock = SentenceTransformer(str(folder / "slq"), **options, **kwargs)
         ours = SLQEncoder(folder / "slq", **options, **kwargs)
-        files = build_images(folder, args.images)
+        files = build_images(folder, args.images, args.max_pixels)
         names = [str(path) for path in files]
         texts = build_texts(args.texts)
 
@@ -164,7 +163,12 @@ def main() -> None:
         calls |= {f"slq_images_{count}_workers": with_workers(count) for count in args.workers or []}
         difference = float(np.abs(calls["slq_images"]() - calls["stock_paths"]()).max())
         taken = rounds_of(calls, args.rounds, args.device)
-        result = machine(args) | {"images": args.images, "texts": args.texts, "batch": args.batch}
+        result = machine(args) | {
+            "images": args.images,
+            "texts": args.texts,
+            "batch": args.batch,
+            "max_pixels": args.max_pixels,
+        }
         if args.device != "cpu":
             result["gpu_busy"] = busy_share(calls["slq_images"])
             result["matrix_rate"], result["prefill_rate"] = matrix_rate(dtype), prefill_rate(ours)

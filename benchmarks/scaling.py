@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from common import (
-    build_backbone,
     build_inputs,
-    build_processor,
     machine,
     medians,
     parser,
@@ -27,6 +25,7 @@ from common import (
     to_device,
     write,
 )
+from shapes import build_backbone, build_processor
 
 from slq_embed import PrefixStore, SLQEncoder, features
 from slq_embed.losses import symmetric_info_nce
@@ -42,7 +41,7 @@ class Bench:
         self.backbone = build_backbone(args.shape, args.device, args.dtype)
 
     def encoder(self, queries: int = 20) -> SLQEncoder:
-        processor = build_processor(32 * 32, 2048 * 2048)
+        processor = build_processor(self.args.shape, 32 * 32, 2048 * 2048)
         return SLQEncoder.from_backbone(self.backbone, processor, num_queries=queries, seed=0, backbone_name="random")
 
     def step(self, model: SLQEncoder, inputs: Any, preprocess: bool = False) -> Callable[[], None]:

@@ -3,7 +3,7 @@
     python benchmarks/training.py [--quick] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-4b]
 
 One backbone shape (by default Qwen3-VL, 59 M parameters; random weights: speed and memory do not depend on the
-values), one batch of images of 208 tokens with texts of 24 words. Times are medians of rounds in which every method
+values), one batch of images (by default of 208 tokens) with texts of 24 words. Times are medians of rounds in which every method
 takes its turn, so that a noisy machine slows all of them alike; preprocessing is left out of all of them. Memory is
 the peak above the loaded weights, each method in a process of its own; the largest batch is a straight line through
 the peaks of two batches. Five epochs with five captions an image are timed as they are for our path; the other
@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from common import (
     QUERIES,
-    build_backbone,
     build_inputs,
-    build_processor,
     in_own_process,
     machine,
     medians,
@@ -33,28 +31,27 @@ from common import (
     to_device,
     write,
 )
+from shapes import build_backbone, build_processor
 from torch import Tensor
 
 from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.losses import symmetric_info_nce
 
 METHODS = ("encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning")
-IMAGE_SIZE = (512, 416)  # width, height in pixels: 16 x 13 = 208 tokens
 EPOCHS, CAPTIONS = 5, 5
 
 
 def build_encoder(args: argparse.Namespace) -> SLQEncoder:
     backbone = build_backbone(args.shape, args.device, args.dtype)
-    pixels = IMAGE_SIZE[0] * IMAGE_SIZE[1]
-    return SLQEncoder.from_backbone(
-        backbone, build_processor(pixels, pixels), num_queries=QUERIES, seed=0, backbone_name="random"
-    )
+    pixels = args.image_size[0] * args.image_size[1]
+    processor = build_processor(args.shape, pixels, pixels)
+    return SLQEncoder.from_backbone(backbone, processor, num_queries=QUERIES, seed=0, backbone_name="random")
 
 
 def build_step(method: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one step of a method on the same batch."""
     model = build_encoder(args)
-    inputs = build_inputs(args.batch, IMAGE_SIZE)
+    inputs = build_inputs(args.batch, args.image_size)
     if method == "prefix_stored":
         model.prefix_store = PrefixStore()
         model.encode([*inputs[0], *inputs[1]])
@@ -114,7 +111,7 @@ def five_epochs(args: argparse.Namespace) -> float:
     """Seconds of our path for EPOCHS x CAPTIONS steps over one batch of images, each time with another caption."""
     model = build_encoder(args)
     model.prefix_store = PrefixStore()
-    images, texts = build_inputs(args.batch * CAPTIONS, IMAGE_SIZE)
+    images, texts = build_inputs(args.batch * CAPTIONS, args.image_size)
     images = images[: args.batch]
     captions = [texts[n * args.batch : (n + 1) * args.batch] for n in range(CAPTIONS)]
     model.train()
@@ -138,6 +135,7 @@ def five_epochs(args: argparse.Namespace) -> float:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--batch", type=int, default=None)
+    made.add_argument("--image-size", type=int, nargs=2, default=(512, 416), help="width and height in pixels")
     made.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     made.add_argument("--memory", type=float, default=4.0, help="GB above the weights, for the largest batch")
     made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA")
@@ -154,13 +152,19 @@ def main() -> None:
     del steps
     seconds = medians(taken)
     shared = ["--device", args.device, "--dtype", args.dtype, "--shape", args.shape]
+    shared += ["--image-size", *args.image_size]
     shared += ["--checkpointing"] if args.checkpointing else []
     batches = [args.batch] if args.quick else [args.batch, args.batch // 2]
     peaks = {
         method: [int(in_own_process(__file__, "--memory-of", method, "--batch", batch, *shared)) for batch in batches]
         for method in args.methods
     }
-    result = machine(args) | {"batch": args.batch, "seconds_per_step": seconds, "all_seconds": taken}
+    result = machine(args) | {
+        "batch": args.batch,
+        "image_size": args.image_size,
+        "seconds_per_step": seconds,
+        "all_seconds": taken,
+    }
     result["peak_bytes_above_weights"] = {method: peak[0] for method, peak in peaks.items()}
     print(f"{result['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds")
     print(result["versions"])

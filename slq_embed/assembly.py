@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.artifact import SLQConfig
 from slq_embed.backbones import embedding_table, family_of, limit_pixels, load_backbone
-from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template
+from slq_embed.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template, replace_queries
 from slq_embed.fingerprint import difference
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer
 from slq_embed.modules.latent_query_pooling import PoolingMode
@@ -57,6 +58,28 @@ def build_modules(
         name = str(Path(name).resolve())
     record = SLQConfig(name, commit, tokens, pooling, form, max_text_chars, told, image_kwargs)
     return join_modules(backbone, processor, queries, record), record
+
+
+def rebuild_modules(
+    record: SLQConfig, backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor, pooling: PoolingMode
+) -> tuple[list[nn.Module], SLQConfig]:
+    """Put other latent queries on an encoder's backbone, which are to read their inputs as its own do.
+
+    Args:
+        record: What is recorded of the encoder.
+        backbone: Its backbone.
+        processor: Its processor; copied.
+        queries: The queries, ``(Q, H)``.
+        pooling: Their pooling.
+
+    Returns:
+        As :func:`build_modules`.
+    """
+    processor = private_processor(processor)
+    tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), record.form)
+    processor.chat_template = replace_queries(processor.chat_template, record.tokens.strings, tokens.strings)
+    fresh = replace(record, tokens=tokens, pooling=pooling, fingerprint=None, loss=None, log_temperature=None)
+    return join_modules(backbone, processor, queries, fresh), fresh
 
 
 def join_modules(

@@ -125,6 +125,23 @@ def build_chat_template(
     return f"{_BODY}{''.join(cases)}{{%- else -%}}{turn(False, True, False)}{{%- endif -%}}{queries}"
 
 
+def replace_queries(template: str, before: Iterable[str], after: Iterable[str]) -> str:
+    """A template of :func:`build_chat_template` with other query tokens.
+
+    Args:
+        template: The template.
+        before: Strings of its query tokens.
+        after: Strings of the new ones.
+
+    Raises:
+        ValueError: If the template does not end with those query tokens.
+    """
+    ending = _literal("".join(before))
+    if not template.endswith(ending):
+        raise ValueError("The chat template does not end with the model's query tokens: it was changed after loading.")
+    return template[: len(template) - len(ending)] + _literal("".join(after))
+
+
 def _literal(text: str) -> str:
     # A Jinja string, because template text next to {%- -%} loses its white space.
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 from tqdm.autonotebook import tqdm
 
 from slq_embed.encoding import stream
-from slq_embed.inputs import Skipped
+from slq_embed.inputs import Skipped, read_row
+from slq_embed.prefix_keys import settings_digest
 
 if TYPE_CHECKING:
     from slq_embed.latent_query_encoder import LatentQueryEncoder
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
 _BATCHES_A_FLUSH = 16
+_SAMPLED_INPUTS = 64
 
 
 @dataclass
@@ -61,11 +64,12 @@ def encode_to_file(
     dtype: str = "float32",
     show_progress_bar: bool = True,
 ) -> EncodedFile:
-    """Encode into a ``.npy`` file. Beside it, ``.progress.npy`` says which rows are done, and ``.json`` of what.
+    """Encode into a ``.npy`` file. Beside it, ``.progress.npy`` says which rows are done, ``.progress.json`` of what.
 
     Args:
         model: The encoder.
-        inputs: Texts, images, or both.
+        inputs: Texts, images, or both. A list of texts and paths is compared whole with an earlier run's; of images in
+            memory, or of a dataset, 64 are.
         path: The file; where an earlier run has left it unfinished, that run is continued.
         batch_size: Inputs a batch.
         prompt: A system message.
@@ -80,7 +84,7 @@ def encode_to_file(
     """
     if path.suffix != ".npy":
         raise ValueError(f"The file is {str(path)!r}, but a name that ends in .npy is needed.")
-    progress_path, record_path = path.with_suffix(".progress.npy"), path.with_suffix(".json")
+    progress_path, record_path = path.with_suffix(".progress.npy"), path.with_suffix(".progress.json")
     shape = (len(inputs), model.get_embedding_dimension())
     record = {
         "shape": list(shape),
@@ -113,7 +117,12 @@ def encode_to_file(
         fresh.clear()
 
     results = stream(
-        model, ((int(n), inputs[int(n)]) for n in waiting), batch_size=batch_size, prompt=prompt, strict=False
+        model,
+        ((int(n), inputs[int(n)]) for n in waiting),
+        batch_size=batch_size,
+        prompt=prompt,
+        strict=False,
+        truncate_dim=model.truncate_dim,
     )
     with tqdm(total=len(inputs), initial=len(inputs) - len(waiting), disable=not show_progress_bar) as bar:
         for number, batch in enumerate(results, start=1):
@@ -136,17 +145,22 @@ def encode_to_file(
 
 def _model_digest(model: LatentQueryEncoder, prompt: str | None) -> str:
     whole: list[Any] = [asdict(model.backbone_fingerprint), model.slq.pooling, model.slq.instructions, prompt]
-    whole += [model.slq.max_text_chars, model.slq.image_kwargs, model.truncate_dim]
+    whole += [model.slq.max_text_chars, model.truncate_dim]
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode())
+    digest.update(settings_digest(model.backbone, model.processor, model.slq.image_kwargs))
     digest.update(model.queries.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _inputs_digest(inputs: Sequence[Any]) -> str:
-    """Of texts and paths; what has no name of its own counts by its type."""
+    """Of all texts and paths of a list; of anything else, which is dear to read, the content at some places."""
     digest = hashlib.sha256()
-    if isinstance(inputs, list | tuple):
-        for value in inputs:
-            named = str(value) if isinstance(value, str | Path) else type(value).__name__
-            digest.update(f"{len(named)} {named}".encode())
+    sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
+    for place in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
+        if isinstance(value := inputs[place], str | Path):
+            digest.update(f"{len(str(value))} {value}".encode())
+        elif place in sample:
+            with suppress(ValueError):  # it will be skipped and named
+                row = read_row(value)
+                digest.update(f"{place} {row.text} ".encode() + row.image_digest())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from slq_embed.artifact import SLQConfig, read_queries, read_record, write_folder
-from slq_embed.assembly import build_modules, find_backbone, join_modules
+from slq_embed.assembly import build_modules, find_backbone, join_modules, rebuild_modules
 from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, load_backbone
 from slq_embed.initialisation import Initialisation, initial_queries
 from slq_embed.latent_query_encoder import LatentQueryEncoder
@@ -176,7 +176,6 @@ class SLQEncoder(LatentQueryEncoder):
         )
         model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
         model.slq = record
-        model._plain_processor = processor
         return model
 
     def with_queries(
@@ -195,30 +194,24 @@ class SLQEncoder(LatentQueryEncoder):
             seed: As for :meth:`from_backbone`.
             pooling: As for :meth:`from_backbone`; by default as here.
         """
-        model = type(self).from_backbone(
+        table = embedding_table(self.backbone)
+        modules, record = rebuild_modules(
+            self.slq,
             self.backbone,
-            self._plain_processor,
-            num_queries=num_queries or self.num_queries,
-            init=init,
-            seed=seed,
-            pooling=pooling or self.slq.pooling,
-            form=self.slq.form,
-            instructions=self.slq.instructions,
-            max_text_chars=self.slq.max_text_chars,
-            image_kwargs=self.slq.image_kwargs,
-            backbone_name=self.slq.backbone,
-            revision=self.slq.revision,
+            self.processor,
+            initial_queries(init, num_queries or self.num_queries, table, seed),
+            pooling or self.slq.pooling,
+        )
+        model = type(self)(
+            modules=modules,
+            device=str(self.device),
             prompts=dict(self.prompts),
+            default_prompt_name=self.default_prompt_name,
+            similarity_fn_name=self.similarity_fn_name,
             truncate_dim=self.truncate_dim,
         )
-        model.processor.image_processor = self.processor.image_processor
+        model.slq, model.num_workers = record, self.num_workers
         return model
-
-    @cached_property
-    def _plain_processor(self) -> ProcessorMixin:
-        """The backbone's own: with its chat template, and a tokenizer that knows of no query tokens."""
-        found: ProcessorMixin = AutoProcessor.from_pretrained(self.slq.backbone, revision=self.slq.revision)
-        return found
 
     def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.autonotebook import tqdm
 
+from slq_embed.chat_template import replace_queries
 from slq_embed.inputs import Skipped, read_row
 from slq_embed.prefix import Prefix
 
@@ -124,10 +126,15 @@ def sorted_batches(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterat
 
 
 @cache
-def default_workers(kind: str) -> int:
-    """Processes that read ahead: up to 8 beside a GPU; none beside a CPU that computes, which they would slow down."""
+def default_workers(kind: str, daemon: bool) -> int:
+    """Processes that read ahead: up to 8 beside a GPU; none beside a CPU that computes, which they would slow down.
+
+    Args:
+        kind: Type of the device.
+        daemon: Whether this process may have no children, as in ``SentenceTransformer.start_multi_process_pool``.
+    """
     shared = Path("/dev/shm")
-    if kind == "cpu" or sys.platform != "linux" or not shared.is_dir():
+    if kind == "cpu" or daemon or sys.platform != "linux" or not shared.is_dir():
         return 0
     if shutil.disk_usage(shared).free < _SHARED_MEMORY:
         logger.warning("Images are read in the main process: workers need 2 GB in %s (docker: --shm-size).", shared)
@@ -150,7 +157,9 @@ def stream(
     batch_size: int,
     prompt: str | None,
     strict: bool,
+    truncate_dim: int | None = None,
     query_sets: Mapping[str, LatentQueryEncoder] | None = None,
+    most_workers: int | None = None,
     **options: Any,
 ) -> Iterator[Encoded]:
     """Encode inputs as they come.
@@ -161,15 +170,20 @@ def stream(
         batch_size: Inputs a batch.
         prompt: A system message.
         strict: Whether an input that cannot be read is an error, or skipped and listed.
+        truncate_dim: How much of the model's embeddings to give; query sets have their own.
         query_sets: Encoders on the same backbone that read their inputs alike; by default the model alone, under
             the name ``""``.
+        most_workers: Where more would have nothing to do.
         **options: For the model's ``preprocess``.
 
     Raises:
         ValueError: If ``strict`` and an input cannot be read.
     """
     device = model.device
-    workers = default_workers(device.type) if model.num_workers is None else model.num_workers
+    workers = model.num_workers
+    if workers is None:
+        workers = default_workers(device.type, multiprocessing.current_process().daemon)
+    workers = workers if most_workers is None else min(workers, most_workers)
     loader = DataLoader(
         Reader(model, prompt, options),
         batch_size=None,
@@ -184,7 +198,8 @@ def stream(
     model.eval()
     for places, features, skipped in loader:
         if skipped and strict:
-            raise ValueError(f"{skipped[0].name.capitalize()}: {skipped[0].reason}")
+            name = skipped[0].name
+            raise ValueError(f"{name[0].upper()}{name[1:]}: {skipped[0].reason}")
         found: dict[str, Tensor] = {}
         if places:
             with torch.inference_mode():
@@ -193,7 +208,7 @@ def stream(
                     for key, value in features.items()
                 }
                 if query_sets is None:
-                    found[""] = model(features)["sentence_embedding"]
+                    found[""] = _truncated(model(features)["sentence_embedding"], truncate_dim)
                 else:
                     first: Any = model[0]
                     prefix = first.prefix(features)
@@ -207,8 +222,11 @@ def _after_prefix(model: LatentQueryEncoder, prefix: Prefix) -> Tensor:
     features = {"token_embeddings": first.query_states(prefix).float()}
     for module in list(model)[1:]:
         features = module(features)
-    embedding = features["sentence_embedding"]
-    return embedding if model.truncate_dim is None else truncate_embeddings(embedding, model.truncate_dim)
+    return _truncated(features["sentence_embedding"], model.truncate_dim)
+
+
+def _truncated(embeddings: Tensor, truncate_dim: int | None) -> Tensor:
+    return embeddings if truncate_dim is None else truncate_embeddings(embeddings, truncate_dim)
 
 
 def check_query_sets(model: LatentQueryEncoder, query_sets: Mapping[str, LatentQueryEncoder]) -> None:
@@ -224,11 +242,17 @@ def check_query_sets(model: LatentQueryEncoder, query_sets: Mapping[str, LatentQ
             "other instructions": other.slq.instructions == model.slq.instructions,
             "another max_text_chars": other.slq.max_text_chars == model.slq.max_text_chars,
             "other image_kwargs": other.slq.image_kwargs == model.slq.image_kwargs,
+            "another chat template": _read_alike(model, other),
             "other image sizes": other.processor.image_processor.to_dict() == model.processor.image_processor.to_dict(),
         }
         for difference, same in reads.items():
             if not same:
                 raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")
+
+
+def _read_alike(*models: LatentQueryEncoder) -> bool:
+    bare = {replace_queries(model.processor.chat_template, model.slq.tokens.strings, ()) for model in models}
+    return len(bare) == 1
 
 
 def infer(
@@ -254,13 +278,21 @@ def infer(
         ValueError: If an input cannot be read.
     """
     whole: dict[str, Tensor] = {}
+    texts_only = all(isinstance(value, str) for value in inputs)
     results = stream(
-        model, enumerate(inputs), batch_size=batch_size, prompt=prompt, strict=True, query_sets=query_sets, **options
+        model,
+        enumerate(inputs),
+        batch_size=batch_size,
+        prompt=prompt,
+        strict=True,
+        truncate_dim=truncate_dim,
+        query_sets=query_sets,
+        most_workers=0 if texts_only else (len(inputs) - 1) // batch_size,
+        **options,
     )
     progress = tqdm(results, desc="Batches", total=-(-len(inputs) // batch_size), disable=not show_progress_bar)
     for result in progress:
         for name, rows in result.embeddings.items():
-            rows = rows if truncate_dim is None else truncate_embeddings(rows, truncate_dim)
             rows = torch.nn.functional.normalize(rows, dim=-1) if normalize_embeddings else rows
             rows = rows.cpu() if save_to_cpu else rows
             if name not in whole:

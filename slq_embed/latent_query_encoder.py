@@ -18,9 +18,8 @@ from slq_embed.artifact import SLQConfig
 from slq_embed.backbones import is_placed
 from slq_embed.encoded_file import EncodedFile, encode_to_file
 from slq_embed.encoding import INFERENCE_SETTINGS, Encoded, encode_query_sets, infer, stream
-from slq_embed.fingerprint import Fingerprint, fingerprint
+from slq_embed.fingerprint import Fingerprint, fingerprint, weights_sha256
 from slq_embed.modules import LatentQueryTransformer
-from slq_embed.prefix_keys import backbone_namespace
 from slq_embed.prefix_store import PrefixStore
 
 
@@ -91,18 +90,27 @@ class LatentQueryEncoder(SentenceTransformer):
         """What keeps the prefixes of everything that is trained on or encoded; set it to attach or detach one.
 
         Attaching reads all weights once, about 0.6 s for each GB, so that the store never answers for others.
+
+        Raises:
+            ValueError: On attaching a store of keys and values to a backbone that lies on several devices.
         """
         return self._latent.source.store
 
     @prefix_store.setter
     def prefix_store(self, store: PrefixStore | None) -> None:
         source = self._latent.source
+        devices = {str(weight.device) for weight in self.backbone.parameters()}
+        if store is not None and store.level == "keys_values" and len(devices) > 1:
+            raise ValueError(
+                f"The backbone lies on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
+                'brings them back to one. Use PrefixStore(level="vision"), or load the backbone on one device.'
+            )
+        source.namespace = b"" if store is None else store.tag + self._weights_sha256
         source.store = store
-        source.namespace = b"" if store is None else store.tag + self._prefix_namespace
 
     @cached_property
-    def _prefix_namespace(self) -> bytes:
-        return backbone_namespace(self.backbone, self.processor, self._latent.image_kwargs)
+    def _weights_sha256(self) -> bytes:
+        return weights_sha256(self.backbone)
 
     def forget(self, inputs: Sequence[Any], prompt: str | None = None) -> int:
         """Remove the prefixes of inputs from the attached store for good.
@@ -166,7 +174,7 @@ class LatentQueryEncoder(SentenceTransformer):
         return {name: rows[0] for name, rows in found.items()} if singular else found
 
     def _inference(self, inputs: list[Any], **settings: Any) -> Any:
-        # What encode does in one process. Hosts before 6.1 have a loop of their own in its place, which is right too.
+        # What encode does in one process. Hosts before 6.2 have a loop of their own in its place, which is right too.
         if settings["output_value"] != "sentence_embedding" or set(settings) - INFERENCE_SETTINGS:
             return super()._inference(inputs, **settings)
         if (device := settings.pop("device", None)) is not None and not is_placed(self.backbone):
@@ -187,7 +195,14 @@ class LatentQueryEncoder(SentenceTransformer):
             A batch of embeddings with the places of its inputs, not in the order of the inputs.
         """
         self._refuse_after_failed_reload()
-        return stream(self, enumerate(inputs), batch_size=batch_size, prompt=prompt, strict=False)
+        return stream(
+            self,
+            enumerate(inputs),
+            batch_size=batch_size,
+            prompt=prompt,
+            strict=False,
+            truncate_dim=self.truncate_dim,
+        )
 
     def encode_to_file(self, inputs: Sequence[Any], path: str | Path, **options: Any) -> EncodedFile:
         """Encode into a memory-mapped file; a run that was killed goes on where it was.

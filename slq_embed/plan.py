@@ -7,17 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from sentence_transformers.util import batch_to_device
 
+from slq_embed.backbones import decoder_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.prefix_store import Level, Precision, PrefixStore, free_bytes, parse_bytes
+from slq_embed.vision_features import takes_vision_features
 
 LABELS = ("label", "labels", "score", "scores")  # columns that the host does not encode
-LEVELS: tuple[Level, ...] = ("keys_values", "vision")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def plan_prefixes(
     folder: str | Path | None = None,
     budget: int | str | None = None,
     precision: Precision = "exact",
-    levels: Sequence[Level] = LEVELS,
+    levels: Sequence[Level] | None = None,
     sample: int = 16,
 ) -> Plan:
     """Estimate bytes and seconds of a training run with and without a prefix store, and choose.
@@ -113,12 +114,15 @@ def plan_prefixes(
         folder: As for :class:`PrefixStore`.
         budget: As for :class:`PrefixStore`.
         precision: As for :class:`PrefixStore`.
-        levels: What may be chosen.
+        levels: What may be chosen; by default every level that the backbone and transformers' version allow.
         sample: Rows that are measured, a batch.
 
     Returns:
         The plan: print it, and give ``model.prefix_store`` its :meth:`Plan.store`.
     """
+    decoder = decoder_of(model.backbone)
+    if levels is None:
+        levels = [level for level in get_args(Level) if level != "vision" or takes_vision_features(decoder)]
     folder = None if folder is None else Path(folder)
     limit = free_bytes(folder) if budget is None else parse_bytes(budget)
     columns = [name for name in dataset.column_names if name not in LABELS]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -50,11 +50,10 @@ class DiskEntries:
 
     Args:
         folder: Made if it is not there.
-        budget: Most bytes of payloads, over all processes.
     """
 
-    def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget = folder, budget
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
         self.damaged = 0
@@ -74,7 +73,7 @@ class DiskEntries:
         self._alive: Any = None  # a file lock
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "budget": self.budget}
+        return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -174,9 +173,9 @@ class DiskEntries:
 
     def _delete(self, keys: Iterable[bytes]) -> None:
         # These very payloads: another process may have replaced one already.
-        gone = [(self._places[key].shard, self._places[key].start) for key in keys]
+        gone = [(key, self._places[key].shard, self._places[key].start) for key in keys]
         with self._transaction() as database:
-            database.executemany("DELETE FROM entries WHERE shard = ? AND start = ?", gone)
+            database.executemany("DELETE FROM entries WHERE key = ? AND shard = ? AND start = ?", gone)
             database.execute("INSERT INTO removals DEFAULT VALUES")
         self._version = -1
         self._refresh()
@@ -194,8 +193,8 @@ class DiskEntries:
             raise
         self._version = -1
 
-    def write(self, payloads: Mapping[bytes, tuple[bytes, int]]) -> int:
-        """Add payloads with their lengths while the budget lasts; returns how many were taken."""
+    def write(self, payloads: Mapping[bytes, tuple[bytes, int]]) -> None:
+        """Add payloads with their lengths; what is there already stays."""
         with self._lock:
             self._refresh()
             rows: list[tuple[Any, ...]] = []
@@ -207,21 +206,10 @@ class DiskEntries:
                     file.write(payload)
                     rows.append((key, path.name, start, len(payload), _checksum(key, length, payload), length))
             with self._transaction() as database:
-                self._version = -1
-                self._refresh()  # nobody else can write now: the sum is right
-                left = self.budget - self._bytes
-                taken = []
-                for row in rows:
-                    if row[3] <= left:
-                        left -= row[3]
-                        taken.append(row)
                 database.executemany(
                     "INSERT OR IGNORE INTO entries (key, shard, start, size, crc, length) VALUES (?, ?, ?, ?, ?, ?)",
-                    taken,
+                    rows,
                 )
-            if len(taken) < len(rows):
-                os.truncate(path, max((row[2] + row[3] for row in taken), default=rows[0][2]))
-            return len(taken)
 
     def _writable_shard(self) -> Path:
         path = self.folder / self._shard
@@ -232,17 +220,23 @@ class DiskEntries:
         return path
 
     def remove(self, keys: Iterable[bytes]) -> int:
-        """Remove payloads: first from the index, then their bytes, which are overwritten with zeros."""
+        """Remove payloads: first from the index, then every byte that no entry names is overwritten with zeros.
+
+        That takes in what an earlier removal that was killed, or a killed writer, has left.
+        """
         with self._lock:
             self._refresh()
-            gone = {key: self._places[key] for key in set(keys) if key in self._places}
+            gone = [key for key in set(keys) if key in self._places]
             self._delete(gone)
-            for place in gone.values():
-                path = self.folder / place.shard
-                if path.is_file() and path.stat().st_size >= place.start + place.size:
-                    with path.open("r+b") as file:
-                        file.seek(place.start)
-                        file.write(bytes(place.size))
+            for path in self.folder.glob("*.bin"):
+                named = sorted((p.start, p.start + p.size) for p in self._places.values() if p.shard == path.name)
+                with path.open("r+b") as file:
+                    end = 0
+                    for start, stop in [*named, (path.stat().st_size, 0)]:
+                        _overwrite(file, end, start)
+                        end = stop
+                    file.flush()
+                    os.fsync(file.fileno())
             return len(gone)
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
@@ -298,6 +292,12 @@ class DiskEntries:
             for mapped in self._maps.values():
                 mapped.close()
             self._reset()
+
+
+def _overwrite(file: BinaryIO, start: int, stop: int) -> None:
+    file.seek(start)
+    while (left := stop - file.tell()) > 0:
+        file.write(bytes(min(left, 1 << 20)))
 
 
 def _checksum(key: bytes, length: int, payload: bytes) -> int:

@@ -11,19 +11,17 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbones import embedding_table
-from slq_embed.fingerprint import weights_sha256
 from slq_embed.inputs import Row
 
 KEY_BYTES = 16
 
 
-def backbone_namespace(backbone: PreTrainedModel, processor: ProcessorMixin, image_kwargs: Mapping[str, Any]) -> bytes:
-    """A digest of all that decides a prefix beside its input: weights, precision, kernels, image processing.
+def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_kwargs: Mapping[str, Any]) -> bytes:
+    """A digest of what decides a prefix beside its input and the weights: precision, kernels, image processing.
 
     The chat template is left to the input's own name, because it also holds the query tokens, which no prefix sees.
     """
     decisive = [
-        weights_sha256(backbone).hex(),
         str(embedding_table(backbone).dtype),
         str(backbone.config._attn_implementation),
         processor.image_processor.to_dict(),
@@ -32,20 +30,18 @@ def backbone_namespace(backbone: PreTrainedModel, processor: ProcessorMixin, ima
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).digest()
 
 
-def prefix_key(row: Row, tokens: Sequence[int], namespace: bytes, changes: Mapping[str, Any]) -> bytes:
+def prefix_key(row: Row, tokens: Sequence[int], namespace: bytes) -> bytes:
     """Name a prefix in 128 bits.
 
     Args:
         row: The input.
         tokens: Its token ids without queries, an image being one token.
-        namespace: From :func:`backbone_namespace`.
-        changes: How this call changes the image processing.
+        namespace: What names the weights, the settings, and how a store keeps its entries.
 
     Raises:
         ValueError: If the image cannot be read.
     """
-    settings = json.dumps(dict(changes), sort_keys=True, default=str)
-    whole = namespace + f"{settings} {list(tokens)} ".encode() + row.image_digest()
+    whole = namespace + f"{list(tokens)} ".encode() + row.image_digest()
     return hashlib.blake2b(whole, digest_size=KEY_BYTES).digest()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +49,16 @@ class PrefixSource:
             training: Whether a training step asks: what it computes without autograd is kept for the second pass.
         """
         table = embedding_table(self._backbone[0])
+        # What is kept must be what the backbone itself computes, not what a trainer's autocast makes of it.
+        with torch.autocast(table.device.type, enabled=False) if self.store is not None else nullcontext():
+            return self._prefix(features, training, table)
+
+    def _prefix(self, features: dict[str, Any], training: bool, table: Tensor) -> Prefix:
         if "prefix_key" not in features:
             places = range(len(features["input_ids"]))
             computed = self._compute(features, places)
             return collate([computed[place] for place in places], table.device, table.dtype)
-        keys = tuple(keys_from_tensor(features["prefix_key"]))
-        if keys in self.memory.joined:
-            return self.memory.joined[keys]
+        keys = keys_from_tensor(features["prefix_key"])
         places_of = {key: place for place, key in reversed(list(enumerate(keys)))}
         memory, differentiated = self.memory, torch.is_grad_enabled()
         if not self.shared and memory.used and not differentiated:
@@ -62,6 +67,7 @@ class PrefixSource:
         found = {key: memory.rows[key] for key in places_of if key in memory.rows}
         wanted = {key: place for key, place in places_of.items() if key not in found}
         if self.store is None:
+            _require_inputs(features, wanted.values())
             computed = self._compute(features, list(wanted.values()))
             found |= {key: computed[place] for key, place in wanted.items()}
         elif self.store.level == "keys_values":
@@ -70,10 +76,7 @@ class PrefixSource:
             found |= self._from_vision(self.store, features, wanted)
         if self.shared or (training and not differentiated):
             memory.keep({key: found[key] for key in wanted})
-        prefix = collate([found[key] for key in keys], table.device, table.dtype)
-        if self.shared:
-            memory.joined[keys] = prefix
-        return prefix
+        return collate([found[key] for key in keys], table.device, table.dtype)
 
     def all_positions(self, features: dict[str, Any], queries: Tensor) -> Tensor:
         """States of the queries from passes over whole sequences, ``(batch, Q, H)``."""
@@ -102,9 +105,9 @@ class PrefixSource:
         store: PrefixStore,
         wanted: Mapping[bytes, int],
         take: Callable[[dict[bytes, Entry]], None],
-        compute: Callable[[dict[bytes, int]], dict[bytes, Entry]],
+        compute: Callable[[dict[bytes, int]], dict[bytes, Callable[[], Entry]]],
     ) -> None:
-        """Hand over what the store has; compute, keep and hand over the rest, unless another process is at it."""
+        """Hand over what the store has; compute and keep the rest, unless another process is at it."""
         entries = store.read(wanted)
         take(entries)
         missing = {key: place for key, place in wanted.items() if key not in entries}
@@ -113,11 +116,13 @@ class PrefixSource:
             try:
                 entries = store.read(missing)  # again: it may have come before the claim
                 take(entries)
-                computed = compute({key: place for key, place in missing.items() if key in mine - set(entries)})
-                store.write(computed)
+                made = compute({key: place for key, place in missing.items() if key in mine - set(entries)})
+                store.counts.computed += len(made)
+                over = len(made) if store.full else store.write({key: pack() for key, pack in made.items()})
+                store.counts.over_budget += over
             finally:
                 store.release(mine)
-            missing = {key: place for key, place in missing.items() if key not in entries and key not in computed}
+            missing = {key: place for key, place in missing.items() if key not in entries and key not in made}
             if missing:
                 store.wait(missing)
 
@@ -130,12 +135,12 @@ class PrefixSource:
         def take(entries: dict[bytes, Entry]) -> None:
             found.update({key: store.unpack(entry, table.dtype, table.device) for key, entry in entries.items()})
 
-        def compute(places: dict[bytes, int]) -> dict[bytes, Entry]:
-            _require_inputs(features, places.values(), store)
+        def compute(places: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
+            _require_inputs(features, places.values())
             rows = self._compute(features, list(places.values()))
             new = {key: rows[place] for key, place in places.items()}
             found.update(new)
-            return {key: store.pack(row) for key, row in new.items()}
+            return {key: partial(store.pack, row) for key, row in new.items()}
 
         self._through(store, wanted, take, compute)
         return found
@@ -165,18 +170,19 @@ class PrefixSource:
                     if not name.endswith(".scale")
                 }
 
-        def compute(places: dict[bytes, int]) -> dict[bytes, Entry]:
-            _require_inputs(features, places.values(), store)
-            keys, entries = {place: key for key, place in places.items()}, {}
+        def pack(row: dict[str, Tensor]) -> Entry:
+            entry: Entry = {}
+            for name, value in row.items():
+                entry |= store.pack_states(name, value) if states(name) else {name: value.cpu().clone()}
+            return entry
+
+        def compute(places: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
+            _require_inputs(features, places.values())
+            keys = {place: key for key, place in places.items()}
             for group in self._passes(features, list(keys)):
                 made = run_vision(decoder, select_rows(features, group, self.image_token), self.image_token)
-                for place, row in zip(group, made, strict=True):
-                    rows[keys[place]] = row
-                    entry: Entry = {}
-                    for name, value in row.items():
-                        entry |= store.pack_states(name, value) if states(name) else {name: value.cpu().clone()}
-                    entries[keys[place]] = entry
-            return entries
+                rows.update({keys[place]: row for place, row in zip(group, made, strict=True)})
+            return {key: partial(pack, rows[key]) for key in places}
 
         self._through(store, images, take, compute)
         computed = self._compute(features, list(texts.values()))
@@ -189,10 +195,10 @@ class PrefixSource:
         return found
 
 
-def _require_inputs(features: dict[str, Any], places: Iterable[int], store: PrefixStore) -> None:
+def _require_inputs(features: dict[str, Any], places: Iterable[int]) -> None:
     stored = features.get("prefix_stored")
     if stored is not None and stored[list(places)].any():
         raise RuntimeError(
-            f"A prefix was in {store} when its batch was made, and is gone or damaged now. Do not forget or delete "
+            "A prefix was in the store when its batch was made, and is gone or damaged now. Do not detach or forget "
             "prefixes while a model trains from them; start again from the last checkpoint, it will be computed anew."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from slq_embed.prefix import Prefix, PrefixRow
+from slq_embed.prefix import PrefixRow
 from slq_embed.prefix_disk import DiskEntries
 
 Level = Literal["keys_values", "vision"]
@@ -42,7 +43,7 @@ class StoreCounts:
 class PrefixStore:
     """Keeps what the frozen backbone computed, in memory or in a folder.
 
-    Attach it with :meth:`slq_embed.SLQEncoder.keep_prefixes`. What does not fit the budget is computed again each
+    Attach it with ``model.prefix_store = PrefixStore(...)``. What does not fit the budget is computed again each
     time; nothing is thrown out to make room, because epochs come round in circles. Entries are named by backbone,
     precision, image processing, prompt and content, so a store never gives a prefix of something else, and other
     queries, losses, seeds and learning rates reuse it. A folder may be shared by processes: each prefix is computed by
@@ -50,7 +51,9 @@ class PrefixStore:
 
     Args:
         folder: Where to keep prefixes; without one, in memory.
-        budget: Most bytes: a number, ``"40GB"``, or by default half of the free memory, four fifths of the free disk.
+        budget: Most bytes: a number, ``"40GB"``, or by default half of the free memory (shared out among the processes
+            of a machine), or what is there and four fifths of the free disk. Writers that fill a folder at once may
+            pass it by a batch each.
         level: ``"keys_values"`` of all layers: only the queries remain to be run. ``"vision"``: the vision tower's
             features, several times smaller; the language model runs again, and texts are not kept.
         precision: How keys, values and features are kept: ``"exact"`` as computed, ``"bfloat16"``, or ``"int8"`` with
@@ -74,10 +77,13 @@ class PrefixStore:
         self.folder = None if folder is None else Path(folder)
         self.level, self.precision = level, precision
         self.counts = StoreCounts()
-        self.budget = parse_bytes(budget) if budget is not None else free_bytes(self.folder)
+        self.full = False
+        """Whether a prefix did not fit: from then on none is prepared to be kept, until some are forgotten."""
         self._memory: dict[bytes, Entry] = {}
         self._memory_bytes = 0
-        self._disk = None if self.folder is None else DiskEntries(self.folder, self.budget)
+        free = free_bytes(self.folder) if budget is None else 0
+        self._disk = None if self.folder is None else DiskEntries(self.folder)
+        self.budget = free + self.nbytes if budget is None else parse_bytes(budget)
 
     def __repr__(self) -> str:
         where = "in memory" if self.folder is None else f"in {self.folder}"
@@ -120,20 +126,23 @@ class PrefixStore:
         self.counts.reused += len(found)
         return found
 
-    def write(self, entries: Mapping[bytes, Entry]) -> None:
-        """Keep entries while the budget lasts."""
-        self.counts.computed += len(entries)
+    def write(self, entries: Mapping[bytes, Entry]) -> int:
+        """Keep entries while the budget lasts; returns how many did not fit."""
+        new = [key for key in entries if key not in self._memory]
+        payloads = {} if self._disk is None else {key: safetensors.torch.save(entries[key]) for key in new}
+        left, fitting = self.budget - self.nbytes, []
+        for key in new:
+            size = _nbytes(entries[key]) if self._disk is None else len(payloads[key])
+            if size <= left:
+                fitting.append(key)
+                left -= size
+        self.full = len(fitting) < len(new)
         if self._disk is not None:
-            payloads = {key: (safetensors.torch.save(entry), _length(entry)) for key, entry in entries.items()}
-            self.counts.over_budget += len(entries) - self._disk.write(payloads)
-            return
-        for key, entry in entries.items():
-            size = sum(part.numel() * part.element_size() for part in entry.values())
-            if key in self._memory or self._memory_bytes + size > self.budget:
-                self.counts.over_budget += key not in self._memory
-                continue
-            self._memory[key] = entry
-            self._memory_bytes += size
+            self._disk.write({key: (payloads[key], _length(entries[key])) for key in fitting})
+        else:
+            self._memory |= {key: entries[key] for key in fitting}
+            self._memory_bytes = self.budget - left
+        return len(new) - len(fitting)
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those that this process is to compute; others are being computed elsewhere."""
@@ -150,15 +159,18 @@ class PrefixStore:
             self._disk.wait(keys)
 
     def forget(self, keys: Iterable[bytes]) -> int:
-        """Remove prefixes for good; in a folder, their bytes are overwritten. Not while others train from it.
+        """Remove prefixes for good; in a folder, their bytes are overwritten. Not while others write to it.
+
+        In a folder this also overwrites what a killed writer has left behind.
 
         Returns:
             How many were there.
         """
+        self.full = False
         if self._disk is not None:
             return self._disk.remove(keys)
         gone = [self._memory.pop(key) for key in set(keys) if key in self._memory]
-        self._memory_bytes -= sum(part.numel() * part.element_size() for entry in gone for part in entry.values())
+        self._memory_bytes -= sum(map(_nbytes, gone))
         return len(gone)
 
     def close(self) -> None:
@@ -205,7 +217,7 @@ class PrefixStore:
 
 
 class StepMemory:
-    """Prefixes of one training step, for its second pass (GradCache) and for other query sets.
+    """Prefixes of one training step, for its second pass (GradCache) or for other query sets.
 
     Args:
         budget: Most bytes; by default half of what is free where the first prefix lies.
@@ -213,37 +225,34 @@ class StepMemory:
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
+        self.nbytes = 0
         self.rows: dict[bytes, PrefixRow] = {}
-        self.joined: dict[tuple[bytes, ...], Prefix] = {}
-        """Batches as several query sets see them."""
         self.used = False
         """Whether a pass with gradients has read from it, so that the next one without is another step."""
 
     def keep(self, rows: Mapping[bytes, PrefixRow]) -> None:
         """Keep rows while the budget lasts."""
-        if not rows:
-            return
-        device = next(iter(rows.values())).layers[0][0].device
-        if self.budget is None:
-            self.budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else free_bytes(None)
-        left = self.budget - sum(row.nbytes for row in self.rows.values())
         for key, row in rows.items():
-            left -= row.nbytes
-            if left < 0:
+            if self.budget is None:
+                device = row.layers[0][0].device
+                self.budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else free_bytes(None)
+            if self.nbytes + row.nbytes > self.budget:
                 return
+            self.nbytes += row.nbytes
             self.rows[key] = row
 
     def clear(self) -> None:
         """Forget the step."""
         self.rows.clear()
-        self.joined.clear()
+        self.nbytes = 0
         self.used = False
 
 
 def free_bytes(folder: Path | None) -> int:
-    """What a store may take by default: half of the free memory, or four fifths of the free disk."""
+    """What a store may take by default: half of the free memory, shared out, or four fifths of the free disk."""
     if folder is None:
-        return int(psutil.virtual_memory().available // 2)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and accelerate
+        return int(psutil.virtual_memory().available // (2 * processes))
     there = next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
     return shutil.disk_usage(there).free * 4 // 5
 
@@ -258,6 +267,10 @@ def parse_bytes(size: int | str) -> int:
     if match is None:
         raise ValueError(f'budget is {size!r}, but a number of bytes or a string such as "40GB" is needed.')
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _nbytes(entry: Entry) -> int:
+    return sum(part.numel() * part.element_size() for part in entry.values())
 
 
 def _length(entry: Entry) -> int:

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 
 Form = Literal["adapter", "merged"]
 
+_OWN = re.compile(r"<\|slq_\d+\|>")
 _RESERVED = re.compile(r"<\|?(reserved|unused|extra_id|special)[ _-]?(special_token)?[ _-]?\d+\|?>|\[unused\d+\]", re.I)
 
 
@@ -46,7 +47,7 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form) -> QueryTo
     new rows at the table's end.
 
     Args:
-        tokenizer: The tokenizer to teach, changed in place.
+        tokenizer: The tokenizer to teach, changed in place; it may know other query tokens already.
         table_rows: Rows of the backbone's embedding table.
         count: How many queries.
         form: The form in which the model will be saved.
@@ -55,13 +56,14 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form) -> QueryTo
         ValueError: If the adapter form is asked for and there are too few rows that no text uses.
     """
     strings = tuple(f"<|slq_{number}|>" for number in range(count))
-    used = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    vocabulary = tokenizer.get_vocab()
+    taught = sum(_OWN.fullmatch(token) is not None for token in vocabulary)  # on another query set's tokenizer
+    used = max(len(tokenizer), max(vocabulary.values()) + 1) - taught
     spare = table_rows - used
     if spare >= count or form == "merged":
         tokenizer.add_special_tokens({"additional_special_tokens": strings}, replace_extra_special_tokens=False)
         ids = tuple(int(number) for number in tokenizer.convert_tokens_to_ids(list(strings)))
         return QueryTokens(strings, ids, "spare" if max(ids) < table_rows else "resized")
-    vocabulary = tokenizer.get_vocab()
     reserved = sorted((row, token) for token, row in vocabulary.items() if _RESERVED.fullmatch(token))
     reserved = [(row, token) for row, token in reserved if row < table_rows][-count:]
     if len(reserved) < count:

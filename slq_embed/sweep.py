@@ -160,8 +160,12 @@ def sweep(
     try:
         host = SentenceTransformerTrainer(model, args, train_dataset=train_dataset, loss=every, **trainer)
         host.add_callback(_ClipEach(losses))
+        for variant in made:  # the host does this to its own model
+            variant.encoder.forward = host.accelerator.autocast()(variant.encoder.forward)
         host.train()
     finally:
+        for variant in made:
+            variant.encoder.__dict__.pop("forward", None)
         source.shared = False
         source.memory.clear()
     last = every.history[-max(1, len(every.history) // 10) :]

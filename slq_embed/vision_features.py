@@ -15,6 +15,11 @@ from slq_embed.features import pad_left
 from slq_embed.prefix import backbone_inputs
 
 
+def takes_vision_features(decoder: PreTrainedModel) -> bool:
+    """Whether this version of transformers can run a backbone on what its vision tower made earlier."""
+    return "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
+
+
 @torch.no_grad()
 def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: int) -> list[dict[str, Tensor]]:
     """Run the vision tower over a batch in which every row has an image.
@@ -31,7 +36,7 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
     Raises:
         ValueError: If this version of transformers cannot take vision features.
     """
-    if "mm_encoder_outputs" not in inspect.signature(decoder.forward).parameters:
+    if not takes_vision_features(decoder):
         raise ValueError(
             f"This version of transformers cannot run {type(decoder).__name__} on vision features (it has no "
             'mm_encoder_outputs). Use PrefixStore(level="keys_values"), or transformers 5.23 or later.'

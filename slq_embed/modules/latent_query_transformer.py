@@ -15,7 +15,7 @@ from slq_embed.backbones import decoder_of, embedding_table, is_placed
 from slq_embed.features import make_room, select_rows, strip_queries
 from slq_embed.inputs import Row, read_row
 from slq_embed.prefix import Prefix, run_all_positions, run_queries
-from slq_embed.prefix_keys import keys_to_tensor, prefix_key
+from slq_embed.prefix_keys import keys_to_tensor, prefix_key, settings_digest
 from slq_embed.prefix_source import PrefixSource
 
 
@@ -157,10 +157,13 @@ class LatentQueryTransformer(InputModule):
     def _keys(self, rows: Sequence[Row], prompt: str | None, changes: Mapping[str, Any]) -> list[bytes]:
         texts = self.processor.apply_chat_template([row.messages(prompt, decode=False) for row in rows], tokenize=False)
         tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        namespace = self.source.namespace
+        if namespace:  # else the names only tell the inputs of this call apart
+            namespace += settings_digest(self.backbone, self.processor, {**self.image_kwargs, **changes})
         names = []
         for place, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
             with _naming(place, len(rows)):
-                names.append(prefix_key(row, ids[: -len(self.queries)], self.source.namespace, changes))
+                names.append(prefix_key(row, ids[: -len(self.queries)], namespace))
         return names
 
     def _process(

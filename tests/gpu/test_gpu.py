@@ -8,7 +8,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from slq_embed import SLQEncoder
+from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
 from tests.training import toy_pairs, toy_train
 
@@ -44,6 +44,39 @@ def test_moving_takes_the_backbone_along(checkpoint, mixed):
     model.to("cuda")
     assert model.backbone.device.type == model.queries.device.type == "cuda"
     assert cosine(model.encode(mixed), expected) > 1 - 1e-3
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_workers_read_ahead_and_give_the_same(checkpoint, mixed, kind):
+    model = SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device="cuda")
+    model.num_workers = 0
+    expected = model.encode(mixed * 4, batch_size=3)
+    model.num_workers = 3
+    assert cosine(model.encode(mixed * 4, batch_size=3), expected) > 1 - 1e-5
+
+
+def test_a_pool_of_processes_encodes(checkpoint, mixed):
+    model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cuda")
+    pool = model.start_multi_process_pool(["cuda:0", "cuda:0"])
+    try:
+        assert cosine(model.encode(mixed, pool=pool, chunk_size=2), model.encode(mixed)) > 1 - 1e-3
+    finally:
+        model.stop_multi_process_pool(pool)
+
+
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_prefixes_give_the_same(checkpoint, mixed, tmp_path, level, dtype):
+    model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cuda", dtype=dtype)
+    expected = model.encode(mixed)
+    for store in (PrefixStore(level=level), PrefixStore(tmp_path, level=level)):
+        model.prefix_store = store
+        for _ in range(2):
+            assert cosine(model.encode(mixed), expected) > (1 - 1e-5 if dtype == torch.float32 else 0.99)
+        assert store.counts.reused > 0
+    before = store.counts.computed
+    toy_train(model, toy_pairs(), tmp_path / "run", num_train_epochs=3, max_steps=-1, use_cpu=False, bf16=True)
+    assert store.counts.computed - before == (16 if level == "keys_values" else 8)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash_attn is not installed")

@@ -141,6 +141,40 @@ def test_a_bad_image_is_named_skipped_and_listed(encoder, folder, tmp_path, work
         encoder.encode(folder)
 
 
+@pytest.mark.parametrize("workers", [None, 2])
+def test_no_worker_is_started_for_nothing(encoder, folder, monkeypatch, workers):
+    started = []
+    loader = encoding.DataLoader
+    monkeypatch.setattr(encoding, "DataLoader", lambda *a, **k: started.append(k["num_workers"]) or loader(*a, **k))
+    monkeypatch.setattr(encoding, "default_workers", lambda kind, daemon: 2)
+    encoder.num_workers = workers
+    encoder.encode(folder[0])
+    encoder.encode(folder[:4], batch_size=4)
+    encoder.encode(["a text"] * 40, batch_size=4)
+    encoder.encode(folder[:6], batch_size=4)
+    encoder.encode(folder, batch_size=4)
+    assert started == [0, 0, 0, 1, 2]
+
+
+def test_shorter_embeddings_in_a_stream_and_a_file(encoder, mixed, tmp_path):
+    encoder.truncate_dim = 8
+    expected = encoder.encode(mixed)
+    assert expected.shape == (6, 8)
+    (result,) = encoder.encode_stream(mixed)
+    assert np.abs(result.embeddings[""].numpy() - expected[result.places]).max() < 1e-6
+    assert np.abs(encoder.encode_to_file(mixed, tmp_path / "e.npy").embeddings - expected).max() < 1e-6
+
+
+def test_inputs_without_names_are_told_apart(encoder, images, tmp_path):
+    inputs = [*images, {"text": "in blue", "image": images[0]}]
+    file = tmp_path / "e.npy"
+    encoder.encode_to_file(inputs, file)
+    assert encoder.encode_to_file([images[0].copy(), *inputs[1:]], file).encoded == 0
+    for other in ([images[1], *inputs[1:]], [*images, {"text": "in red", "image": images[0]}]):
+        with pytest.raises(ValueError, match="another inputs"):
+            encoder.encode_to_file(other, file)
+
+
 def test_embeddings_in_a_file(encoder, folder, tmp_path):
     folder[3].write_bytes(b"no image")
     inputs = [*folder, "a text"]
@@ -203,7 +237,7 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint, encoder, tmp_path):
     result = encoder.encode_to_file(inputs, path)
     assert result.encoded == 100 - done
     assert np.abs(result.embeddings - encoder.encode(inputs)).max() < 1e-6
-    assert json.loads(path.with_suffix(".json").read_text())["shape"] == [100, 32]
+    assert json.loads(path.with_suffix(".progress.json").read_text())["shape"] == [100, 32]
 
 
 def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_path, monkeypatch):
@@ -237,16 +271,20 @@ def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_pat
     assert not rows
     stranger = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
     told = SLQEncoder.from_backbone(encoder.backbone, instructions={"text": "Say {text}."})
-    for other, message in [(stranger, "another backbone"), (told, "other instructions")]:
+    turned = encoder.with_queries(2)
+    turned.processor.chat_template = turned.processor.chat_template.replace("user", "reader")
+    refused = [(stranger, "another backbone"), (told, "other instructions"), (turned, "another chat template")]
+    for other, message in refused:
         with pytest.raises(ValueError, match=f"'bad' cannot share .* {message}"):
             encoder.encode(mixed, query_sets={"bad": other})
 
 
 def test_workers_read_ahead_beside_a_gpu_only(monkeypatch, caplog):
-    assert encoding.default_workers("cpu") == 0
+    assert encoding.default_workers("cpu", False) == 0
     monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 8 << 30}))
-    assert encoding.default_workers.__wrapped__("cuda") == 8
+    assert encoding.default_workers.__wrapped__("cuda", False) == 8
+    assert encoding.default_workers.__wrapped__("cuda", True) == 0
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 64 << 20}))
-    assert encoding.default_workers.__wrapped__("cuda") == 0
+    assert encoding.default_workers.__wrapped__("cuda", False) == 0
     assert "--shm-size" in caplog.text

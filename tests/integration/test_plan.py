@@ -53,6 +53,14 @@ def test_the_choice_follows_the_measurement_and_can_be_read(tmp_path):
     assert str(once).startswith("1 epochs: no store, 1.0x faster")
 
 
+def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
+    pairs = toy_pairs(4).dataset
+    levels = [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options]
+    assert levels == [None, "keys_values", "vision"]
+    monkeypatch.setattr("slq_embed.plan.takes_vision_features", lambda decoder: False)
+    assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
+
+
 def test_a_small_budget_keeps_its_share(encoder):
     whole = plan_prefixes(encoder, toy_pairs(16).dataset, epochs=3, budget="1GB", levels=["keys_values"])
     half = plan_prefixes(

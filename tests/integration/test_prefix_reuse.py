@@ -215,6 +215,10 @@ def test_a_name_covers_all_that_matters_and_nothing_else(checkpoint, images, tmp
     assert computed(build(checkpoint, attn_implementation="eager")) == 2
     smaller = {"processing_kwargs": {"image": {"size": {"shortest_edge": 256, "longest_edge": 512}}}}
     assert computed(build(checkpoint), **smaller) == 2
+    later = build(checkpoint)
+    assert computed(later) == 0
+    later.processor.image_processor.size["longest_edge"] = 512  # after the store was attached
+    assert computed(later) == 2
     changed = build(checkpoint)
     with torch.no_grad():  # one weight, deep inside
         next(p for n, p in changed.backbone.named_parameters() if "down_proj" in n)[0, 0] += 1e-3
@@ -236,6 +240,61 @@ def test_what_is_over_the_budget_is_computed_again(encoder, mixed, tmp_path):
         assert store.nbytes <= 30_000
         assert store.counts.computed == len(mixed) + store.counts.over_budget // 2
         assert f"over the budget {store.counts.over_budget}" in repr(store)
+
+
+def test_what_cannot_be_kept_is_not_prepared(encoder, mixed, tmp_path, monkeypatch):
+    packed = []
+    pack = PrefixStore.pack
+    monkeypatch.setattr(PrefixStore, "pack", lambda self, row: packed.append(row) or pack(self, row))
+    for store in (PrefixStore(budget=30_000), PrefixStore(tmp_path, budget="30KB")):
+        encoder.prefix_store = store
+        encoder.encode(mixed)
+        assert store.full
+        packed.clear()
+        encoder.encode(mixed)
+        assert not packed
+        assert store.counts.over_budget == 2 * (len(mixed) - len(store))
+
+
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+def test_a_trainers_autocast_does_not_reach_what_is_kept(checkpoint, mixed, level):
+    encoder, other = build(checkpoint), build(checkpoint)
+    encoder.prefix_store, other.prefix_store = PrefixStore(level=level), PrefixStore(level=level)
+    other.encode(mixed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder.train()
+        encoder(encoder.preprocess(mixed))
+    keys = encoder[0].prefix_keys(mixed)
+    found, expected = encoder.prefix_store.read(keys), other.prefix_store.read(keys)
+    assert len(found) == len(expected) > 0
+    name = "states" if level == "keys_values" else "features"
+    for key in found:
+        assert found[key][name].dtype == torch.float32
+        assert (found[key][name] - expected[key][name]).abs().max() < 1e-5
+
+
+def test_a_store_of_keys_and_values_refuses_a_backbone_on_several_devices(encoder):
+    encoder.backbone.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(0, device="meta")))
+    with pytest.raises(ValueError, match=r'several devices \(cpu, meta\).*level="vision"'):
+        encoder.prefix_store = PrefixStore()
+    assert encoder.prefix_store is None
+    encoder.prefix_store = None
+
+
+def test_a_store_that_leaves_before_its_batch_is_missed(encoder, images):
+    encoder.prefix_store = PrefixStore()
+    encoder.encode(images)
+    features = encoder.preprocess(images)
+    encoder.prefix_store = None
+    with pytest.raises(RuntimeError, match="gone or damaged"):
+        encoder(features)
+
+
+def test_pixels_that_are_not_those_of_the_rows_are_refused(encoder, images):
+    features = encoder.preprocess(images)
+    features["pixel_values"] = features["pixel_values"][:-3]
+    with pytest.raises(ValueError, match="Cut batches by rows"):
+        encoder.train()(features)
 
 
 TRAIN = """

@@ -20,13 +20,19 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, stored):
+@pytest.mark.parametrize(("stored", "bf16"), [(False, False), (True, False), (False, True)])
+def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, stored, bf16):
     pairs = toy_pairs()
     before = encoder.queries.detach().clone()
     if stored:
         encoder.prefix_store = PrefixStore(tmp_path / "prefixes")
-    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01, "max_grad_norm": 0.5}
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "max_grad_norm": 0.5,
+        "bf16": bf16,
+    }
     with counting(monkeypatch) as rows:
         result = sweep(
             encoder,
@@ -42,7 +48,7 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
     for given, variant in zip(VARIANTS, result.variants, strict=True):
         alone = SLQEncoder.from_backbone(
             encoder.backbone,
-            encoder._plain_processor,
+            backbone_name=encoder.slq.backbone,
             num_queries=given["num_queries"],
             seed=given["seed"],
             pooling=given.get("pooling", "mean"),

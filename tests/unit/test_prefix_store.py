@@ -62,7 +62,7 @@ def test_what_was_written_is_read_back(store):
     fill(store, 4)
     assert store.lengths([key(n) for n in range(6)]) == {key(n): 5 + n for n in range(4)}
     check(store, range(4))
-    assert len(store) == store.counts.computed == store.counts.reused == 4
+    assert len(store) == store.counts.reused == 4
     assert store.nbytes >= sum(row(n, 5 + n).nbytes for n in range(4))
     fill(store, 4)
     assert len(store) == 4
@@ -86,6 +86,44 @@ def test_forgotten_bytes_are_gone_from_the_disk(tmp_path):
     assert any(secret in file.read_bytes() for file in files)
     store.forget([key(1)])
     assert not any(secret in file.read_bytes() for file in files)
+
+
+def test_what_a_killed_writer_left_is_gone_too(tmp_path):
+    store = PrefixStore(tmp_path)
+    fill(store, 3)
+    (shard,) = tmp_path.glob("*.bin")
+    with shard.open("ab") as file:  # appended, and killed before it was indexed
+        file.write(b"secret" * 1000)
+    orphan = tmp_path / "0.bin"
+    orphan.write_bytes(b"secret" * 1_000_000)
+    assert store.forget([key(1)]) == 1
+    assert not any(b"secret" in file.read_bytes() for file in (shard, orphan))
+    check(PrefixStore(tmp_path), [0, 2])
+    assert len(store.read([key(0), key(2)])) == 2
+
+
+def test_by_default_a_folder_may_grow_by_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("slq_embed.prefix_store.free_bytes", lambda folder: 1000)
+    first = PrefixStore(tmp_path, budget="1GB")
+    fill(first, 3)
+    assert PrefixStore(tmp_path).budget == first.nbytes + 1000
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = PrefixStore().budget
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert PrefixStore().budget < alone / 4
+
+
+def test_a_full_store_says_so_until_something_is_forgotten(store):
+    fill(store, 2)
+    store.budget = store.nbytes + 1
+    assert not store.full
+    assert store.write({key(5): store.pack(row(5))}) == 1
+    assert store.full
+    store.forget([key(0)])
+    assert not store.full
+    assert store.write({key(0): store.pack(row(0))}) == 0
 
 
 def test_a_folder_is_found_again(tmp_path):
