@@ -129,7 +129,7 @@ def passes(bench: Bench, batch: int) -> dict[str, float]:
 
 
 def paths(bench: Bench, batch: int) -> dict[str, float]:
-    """Seconds an input of encoding, as one sequence, and as a prefix that stops at its last layer's keys and then queries."""
+    """Seconds an input of encoding: as one sequence; as a prefix that stops at its last layer's keys and then queries."""
     model, calls = bench.encoder(), {}
     for kind, inputs in zip(("image", "text"), build_inputs(batch, SIZE), strict=True):
         batched = to_device(model.preprocess(inputs), model.device)
@@ -142,7 +142,12 @@ def paths(bench: Bench, batch: int) -> dict[str, float]:
             with torch.inference_mode():
                 model(dict(batched))
 
-        calls |= {f"{kind} whole": whole, f"{kind} prefix, queries": prefix}
+        def alone(batched: dict[str, Any] = batched) -> None:
+            model[0].source.store = PrefixStore(budget=0, one_by_one=True)
+            prefix(batched)
+            model[0].source.store = None
+
+        calls |= {f"{kind} whole": whole, f"{kind} prefix, queries": prefix, f"{kind} one by one, queries": alone}
     model.eval()
     return {name: value / batch for name, value in bench.medians(calls).items()}
 
@@ -206,7 +211,31 @@ def sets(bench: Bench, batch: int) -> dict[str, float]:
     return {name: value / batch for name, value in bench.medians(calls).items()}
 
 
-PARTS = (images, tokens, queries, batches, passes, paths, stores, sets)
+def sweeps(bench: Bench, batch: int) -> dict[str, float]:
+    """Seconds a pair of a training step for one and for four query sets, first and later epochs."""
+    inputs, calls = build_inputs(batch, SIZE), {}
+    for name in ("first", "later"):
+        model = bench.encoder()
+        if name == "later":
+            model.prefix_store = PrefixStore()
+            model.encode([*inputs[0], *inputs[1]])
+        for count in (1, 4):
+            made = [model.with_queries(seed=n) for n in range(count)]
+            for other in made:
+                other[0].source = model[0].source
+            steps = [bench.step(other, inputs) for other in made]
+
+            def step(model: SLQEncoder = model, steps: list[Callable[[], None]] = steps) -> None:
+                model[0].source.shared = True
+                model[0].source.memory.clear()
+                for take in steps:
+                    take()
+
+            calls[f"{count} {name}"] = step
+    return {name: value / batch for name, value in bench.medians(calls).items()}
+
+
+PARTS = (images, tokens, queries, batches, passes, paths, stores, sets, sweeps)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python examples/sweep.py [--scenes 1000] [--steps 60]
 
-Hardware: 2 CPU cores, about 3 minutes. Expected output: a table with a line for each setting; the best has a star.
+Hardware: 2 CPU cores, under a minute. Expected output: a table with a line for each setting; the best has a star.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from slq_embed.prefix import Prefix, PrefixRow, collate, run_all_positions, run_
 from slq_embed.prefix_keys import keys_from_tensor
 from slq_embed.prefix_store import Entry, PrefixStore, StepMemory
 from slq_embed.vision_features import join_rows, run_vision
+
+T = TypeVar("T")
 
 
 class PrefixSource:
@@ -90,8 +92,12 @@ class PrefixSource:
 
     def _passes(self, features: dict[str, Any], places: Sequence[int]) -> list[list[int]]:
         lengths = features["attention_mask"].sum(dim=1).tolist()
-        groups = split_into_passes([lengths[place] for place in places], features["input_ids"].device)
-        return [[places[member] for member in group] for group in groups]
+        return self._group(places, [lengths[place] for place in places], features["input_ids"].device)
+
+    def _group(self, members: Sequence[T], lengths: Sequence[int], device: torch.device) -> list[list[T]]:
+        if self.store is not None and self.store.one_by_one:
+            return [[member] for member in members]
+        return [[members[place] for place in group] for group in split_into_passes(lengths, device)]
 
     def _compute(self, features: dict[str, Any], places: Sequence[int]) -> dict[int, PrefixRow]:
         found: dict[int, PrefixRow] = {}
@@ -188,8 +194,7 @@ class PrefixSource:
         computed = self._compute(features, list(texts.values()))
         found = {key: computed[place] for key, place in texts.items()}
         keys = list(images)
-        for group in split_into_passes([len(rows[key]["input_ids"]) for key in keys], table.device):
-            chosen = [keys[member] for member in group]
+        for chosen in self._group(keys, [len(rows[key]["input_ids"]) for key in keys], table.device):
             joined = join_rows([rows[key] for key in chosen], self.pad_token)
             found |= dict(zip(chosen, run_prefix(decoder, joined), strict=True))
         return found

@@ -58,6 +58,8 @@ class PrefixStore:
             features, several times smaller; the language model runs again, and texts are not kept.
         precision: How keys, values and features are kept: ``"exact"`` as computed, ``"bfloat16"``, or ``"int8"`` with
             a scale for each token and head.
+        one_by_one: Whether each prefix gets a pass of its own. That takes longer at first, but makes its bits
+            independent of what stood beside it, and so of whether that is forgotten later.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -70,12 +72,13 @@ class PrefixStore:
         budget: int | str | None = None,
         level: Level = "keys_values",
         precision: Precision = "exact",
+        one_by_one: bool = False,
     ) -> None:
         for name, value, choices in (("level", level, Level), ("precision", precision, Precision)):
             if value not in get_args(choices):
                 raise ValueError(f"{name} is {value!r}, but one of {get_args(choices)} is needed.")
         self.folder = None if folder is None else Path(folder)
-        self.level, self.precision = level, precision
+        self.level, self.precision, self.one_by_one = level, precision, one_by_one
         self.counts = StoreCounts()
         self.full = False
         """Whether a prefix did not fit: from then on none is prepared to be kept, until some are forgotten."""
@@ -109,7 +112,7 @@ class PrefixStore:
     @property
     def tag(self) -> bytes:
         """What of the settings is part of an entry's name."""
-        return f"{self.level} {self.precision}".encode()
+        return f"{self.level} {self.precision} {self.one_by_one}".encode()
 
     def lengths(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """Lengths in tokens of the prefixes that are kept."""

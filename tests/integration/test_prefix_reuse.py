@@ -329,6 +329,29 @@ def test_processes_that_share_a_folder_compute_each_prefix_once_in_all(checkpoin
     assert sum(int(out.split()[-1]) for out, _ in done) == 16
 
 
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+def test_forgetting_from_prefixes_computed_one_by_one_is_exact(checkpoint, tmp_path, level):
+    """Bit for bit as if what was forgotten had never been there, after as many steps as one likes."""
+    from slq_embed.data import ImageTextPairs
+
+    pairs = toy_pairs(12)
+    kept = ImageTextPairs(pairs.dataset.select(range(5, 12)))
+
+    def train(store, data):
+        encoder = build(checkpoint)
+        encoder.prefix_store = store
+        toy_train(encoder, data, tmp_path / "out", num_train_epochs=12, max_steps=-1, per_device_train_batch_size=3)
+        return encoder
+
+    first = train(PrefixStore(tmp_path / "all", level=level, one_by_one=True), pairs)
+    forgotten = pairs.dataset.select(range(5))
+    first.forget(forgotten["image"])
+    first.forget(forgotten["text"])
+    after = train(first.prefix_store, kept)
+    never = train(PrefixStore(level=level, one_by_one=True), kept)
+    assert torch.equal(after.queries, never.queries)
+
+
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_forgotten_examples_leave_no_trace(checkpoint, tmp_path, where):
     """Training from what is left is bit-identical to that store without them, and near to never having seen them."""

@@ -12,7 +12,7 @@ from tests.training import arguments, toy_pairs
 
 
 @pytest.mark.parametrize("count", [2, 7])
-@pytest.mark.parametrize(("form", "rows"), [("adapter", {}), ("merged", {"spare": 1})])
+@pytest.mark.parametrize(("form", "rows"), [("adapter", {"spare": 7}), ("merged", {"spare": 1})])
 def test_a_loaded_model_gives_others_its_template_once(checkpoint, mixed, tmp_path, form, rows, count):
     backbone = checkpoint(**rows)
     told = {"text": "Say {text}."}

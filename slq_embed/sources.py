@@ -1,0 +1,76 @@
+"""What callers of a search service hand over for an image: paths, URIs, URLs, bytes, files; brought into one form."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+MAX_FETCHED_BYTES = 64 << 20
+FETCH_SECONDS = 20.0
+
+_DATA_URI = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w-]+=[^;,]*)*(;base64)?,", re.I)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.I)  # two letters or more: one is a drive
+
+
+def open_image(source: Any, *, fetch: bool = False) -> Any:
+    """Bring an image into a form that :func:`slq_embed.inputs.read_row` takes, without decoding it.
+
+    Args:
+        source: A path, a ``file:``, ``data:`` or (if ``fetch``) ``http(s):`` URI, bytes of an image file, a binary file
+            such as ``io.BytesIO``, or a PIL image.
+        fetch: Whether to fetch URLs. Off by default: a text that names an address must not make a server call it.
+
+    Returns:
+        A ``pathlib.Path``, an input dict with bytes, or the PIL image as it came.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be fetched.
+    """
+    if isinstance(source, bytes | bytearray):
+        return {"image": bytes(source)}
+    if isinstance(source, io.IOBase):
+        source.seek(0)
+        return {"image": source.read()}
+    if not isinstance(source, str):
+        return source
+    if (match := _DATA_URI.match(source)) is not None:
+        return {"image": _decode(source[match.end() :], bool(match[1]))}
+    if not _SCHEME.match(source):
+        return Path(source)
+    parts = urlsplit(source)
+    if parts.scheme == "file":
+        return Path(url2pathname(unquote(parts.path)))
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"{source[:80]!r} is neither a path nor a file:, data:, http: or https: URI.")
+    if not fetch:
+        raise ValueError(f"{source[:200]!r} is a URL, and URLs are not fetched unless asked: pass fetch_urls=True.")
+    return {"image": _fetch(source)}
+
+
+def _decode(payload: str, base_64: bool) -> bytes:
+    if not base_64:
+        return unquote_to_bytes(payload)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"A data URI of {len(payload)} characters does not hold base64: {error}.") from error
+
+
+def _fetch(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "slq-embed"})
+    try:
+        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
+            content: bytes = answer.read(MAX_FETCHED_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ValueError(f"{url!r} cannot be fetched: {error}") from error
+    if len(content) > MAX_FETCHED_BYTES:
+        raise ValueError(f"{url!r} is larger than {MAX_FETCHED_BYTES >> 20} MiB. Download it, and pass the file.")
+    return content

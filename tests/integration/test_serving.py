@@ -1,0 +1,158 @@
+"""One encoder for many callers: loaded once, safe in threads, smaller batches when memory runs out, bad input by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import slq_embed.serving as serving
+from slq_embed import SLQEncoder
+from slq_embed.serving import UnreadableInputsError, embed, embed_images, shared_encoder
+from slq_embed.sources import open_image
+
+
+@pytest.fixture
+def picture(tmp_path, images) -> Path:
+    path = tmp_path / "a picture.png"
+    images[0].save(path)
+    return path
+
+
+def test_a_model_is_loaded_once(encoder, tmp_path, monkeypatch):
+    encoder.save_pretrained(tmp_path / "slq")
+    monkeypatch.chdir(tmp_path)
+    first = shared_encoder(tmp_path / "slq", device="cpu")
+    assert shared_encoder("slq", device="cpu") is first
+    assert shared_encoder("slq", device="cpu", truncate_dim=8) is not first
+    assert shared_encoder(first) is first
+    with pytest.raises(ValueError, match="loaded already, so device cannot"):
+        shared_encoder(first, device="cpu")
+
+
+def test_every_form_of_an_image_is_read(encoder, images, picture):
+    expected = encoder.encode(images[0])
+    raw = picture.read_bytes()
+    forms = [str(picture), picture, picture.as_uri(), raw, io.BytesIO(raw), images[0], picture.open("rb")]
+    forms.append("data:image/png;base64," + base64.b64encode(raw).decode())
+    found = embed_images(encoder, forms)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.com/a.png", "pass fetch_urls=True"),
+        ("ftp://example.com/a.png", "neither a path nor"),
+        ("data:image/png;base64,%%%", "does not hold base64"),
+    ],
+)
+def test_a_source_that_cannot_be_opened_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        open_image(source)
+
+
+def test_a_url_is_fetched_when_asked(encoder, images, picture, monkeypatch):
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            good = self.path == "/picture.png"
+            self.send_response(200 if good else 404)
+            self.end_headers()
+            self.wfile.write(picture.read_bytes() if good else b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        found = embed_images(encoder, [f"{address}/picture.png"], fetch_urls=True)
+        assert np.abs(found[0] - encoder.encode(images[0])).max() < 1e-6
+        with pytest.raises(UnreadableInputsError, match=r"gone\.png' cannot be fetched: .*404"):
+            embed_images(encoder, [f"{address}/gone.png"], fetch_urls=True)
+        monkeypatch.setattr("slq_embed.sources.MAX_FETCHED_BYTES", 10)
+        with pytest.raises(ValueError, match="is larger than"):
+            open_image(f"{address}/picture.png", fetch=True)
+    finally:
+        server.shutdown()
+
+
+def test_one_bad_image_fails_alone_and_by_name(encoder, images, picture, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:-40])
+    sources = [images[1], str(broken), "https://example.com/a.png", picture, tmp_path / "none.png"]
+    with pytest.raises(UnreadableInputsError, match=r"3 of 5 .*broken\.png.*pass fetch_urls.*none\.png") as caught:
+        embed_images(encoder, sources, batch_size=2)
+    assert [row.place for row in caught.value.skipped] == [1, 2, 4]
+    good = caught.value.embeddings[[0, 3]]
+    assert np.abs(good - encoder.encode([images[1], images[0]])).max() < 1e-6
+    assert np.isnan(caught.value.embeddings[[1, 2, 4]]).all()
+    with pytest.raises(UnreadableInputsError, match="1 of 2"):
+        embed(encoder, ["a text", 5.0])
+
+
+def test_a_batch_that_does_not_fit_is_halved(encoder, mixed, monkeypatch, caplog):
+    expected = encoder.encode(mixed)
+    sizes = []
+    forward = encoder.forward
+
+    def limited(features, **kwargs):
+        sizes.append(len(features["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(encoder, "forward", limited)
+    assert np.abs(embed(encoder, mixed, batch_size=6) - expected).max() < 1e-6
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert "going on with 3 at a time" in caplog.text
+    monkeypatch.setattr(encoder, "forward", lambda *a, **k: limited({"input_ids": range(9)}))
+    with pytest.raises(RuntimeError, match="One input alone does not fit"):
+        embed(encoder, mixed)
+    monkeypatch.setattr(encoder, "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        embed(encoder, mixed)
+
+
+def test_threads_may_embed_at_once_and_while_the_backbone_answers(checkpoint, mixed):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+    other = encoder.with_queries(2, seed=1)
+    assert serving.lock_of(encoder) is serving.lock_of(other)
+    expected = encoder.encode(mixed), other.encode(mixed)
+    prompt = encoder.tokenizer("what is that", return_tensors="pt")
+
+    def answer():
+        return encoder.backbone.generate(**prompt, max_new_tokens=12, do_sample=False)
+
+    said = answer()
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(answer) for _ in range(4)]
+        rows = [pool.submit(embed, (encoder, other)[n % 2], mixed[n % 6 :] + mixed[: n % 6]) for n in range(24)]
+        for n, row in enumerate(rows):
+            wanted = np.roll(expected[n % 2], -(n % 6), axis=0)
+            assert np.abs(row.result() - wanted).max() < 1e-5
+        assert all(torch.equal(found.result(), said) for found in answers)
+
+
+def test_shorter_embeddings_are_normalised(encoder, mixed):
+    encoder.truncate_dim = 8
+    found = embed(encoder, mixed)
+    assert found.shape == (6, 8)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(6))
+    assert np.abs(embed(encoder, mixed, normalize=False) - encoder.encode(mixed)).max() < 1e-6
+
+
+def test_nothing_in_nothing_out(encoder):
+    assert embed(encoder, []).shape == embed_images(encoder, []).shape == (0, 32)
+    with Image.new("RGB", (8, 8)) as image:
+        assert embed_images(encoder, [image]).shape == (1, 32)
