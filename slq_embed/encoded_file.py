@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm.autonotebook import tqdm
 
 from slq_embed.encoding import stream
+from slq_embed.fingerprint import encoder_digest
 from slq_embed.inputs import Skipped, read_row
 from slq_embed.prefix_keys import settings_digest
 
@@ -144,12 +145,8 @@ def encode_to_file(
 
 
 def _model_digest(model: LatentQueryEncoder, prompt: str | None) -> str:
-    whole: list[Any] = [asdict(model.backbone_fingerprint), model.slq.pooling, model.slq.instructions, prompt]
-    whole += [model.slq.max_text_chars, model.truncate_dim]
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode())
-    digest.update(settings_digest(model.backbone, model.processor, model.slq.image_kwargs))
-    digest.update(model.queries.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    settings = settings_digest(model.backbone, model.processor, model.slq.image_kwargs)
+    return hashlib.sha256(encoder_digest(model).encode() + settings + repr(prompt).encode()).hexdigest()
 
 
 def _inputs_digest(inputs: Sequence[Any]) -> str:

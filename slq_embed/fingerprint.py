@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from slq_embed.backbones import embedding_table
+
+if TYPE_CHECKING:
+    from slq_embed.latent_query_encoder import LatentQueryEncoder
 
 # What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
 _VOLATILE: tuple[str, ...] = (
@@ -78,6 +81,17 @@ def difference(recorded: Fingerprint, backbone: PreTrainedModel) -> str | None:
             return None
         return "its token embeddings are others"
     return None if found.table_sha256 == recorded.table_sha256 else "its token embeddings are others"
+
+
+def encoder_digest(model: LatentQueryEncoder) -> str:
+    """A digest of all that decides an encoder's embeddings, but for the precision that its backbone computes in."""
+    print_ = model.backbone_fingerprint
+    decisive: list[Any] = [print_.config_sha256, print_.table_sha256, model.slq.pooling, model.slq.instructions]
+    decisive += [model.slq.max_text_chars, model.truncate_dim, model.slq.image_kwargs]
+    decisive += [model.processor.image_processor.to_dict()]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode())
+    digest.update(model.queries.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def weights_sha256(backbone: PreTrainedModel) -> bytes:

@@ -1,0 +1,98 @@
+"""What an index knows of its rows beside their embeddings: an id and metadata each, in a small database."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_SCHEMA = "CREATE TABLE records (row INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, metadata TEXT NOT NULL)"
+_AT_ONCE = 500  # values in one statement
+
+
+class IndexRecords:
+    """Ids and metadata by row number. A row without a record was deleted.
+
+    In memory; a saved file is read where it lies, and copied into memory when something is to change.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        if path is None:
+            self._database = sqlite3.connect(":memory:", check_same_thread=False)
+            self._database.execute(_SCHEMA)
+        else:
+            self._database = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
+            )
+        self._frozen = path is not None
+        self._count: int = self._database.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _writable(self) -> sqlite3.Connection:
+        if self._frozen:
+            copy = sqlite3.connect(":memory:", check_same_thread=False)
+            self._database.backup(copy)
+            self._database.close()
+            self._database, self._frozen = copy, False
+        return self._database
+
+    def add(self, first: int, ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Add records for the rows from ``first`` on.
+
+        Raises:
+            sqlite3.IntegrityError: If an id is there already.
+        """
+        rows = ((first + n, id_, json.dumps(dict(metadata[n]))) for n, id_ in enumerate(ids))
+        with self._writable() as database:
+            database.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+        self._count += len(ids)
+
+    def rows_of(self, ids: Iterable[str]) -> dict[str, int]:
+        """Rows of those ids that are there."""
+        return {id_: row for row, id_ in self._select("SELECT row, id FROM records WHERE id IN ({})", list(ids))}
+
+    def get(self, rows: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+        """Ids and metadata of those rows that were not deleted."""
+        found = self._select("SELECT row, id, metadata FROM records WHERE row IN ({})", list(rows))
+        return {row: (id_, json.loads(metadata)) for row, id_, metadata in found}
+
+    def _select(self, query: str, values: list[Any]) -> Iterable[Any]:
+        for start in range(0, len(values), _AT_ONCE):
+            part = values[start : start + _AT_ONCE]
+            yield from self._database.execute(query.format(",".join("?" * len(part))), part)
+
+    def remove(self, rows: Iterable[int]) -> None:
+        """Delete records."""
+        gone = [(row,) for row in rows]
+        with self._writable() as database:
+            database.execute("PRAGMA secure_delete = ON")
+            database.executemany("DELETE FROM records WHERE row = ?", gone)
+        self._count -= len(gone)
+
+    def rows(self) -> list[int]:
+        """All rows that were not deleted, in order."""
+        return [row for (row,) in self._database.execute("SELECT row FROM records ORDER BY row")]
+
+    def renumber(self) -> None:
+        """Number the rows from 0 on, in order."""
+        with self._writable() as database:
+            whole = database.execute("SELECT id, metadata FROM records ORDER BY row").fetchall()
+            database.execute("DELETE FROM records")
+            database.executemany(
+                "INSERT INTO records VALUES (?, ?, ?)", ((row, *values) for row, values in enumerate(whole))
+            )
+
+    def save(self, path: Path) -> None:
+        """Write to a file that is not there yet."""
+        with sqlite3.connect(path) as target:
+            self._database.backup(target)
+            target.execute("VACUUM")  # no trace of what was deleted
+        target.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
