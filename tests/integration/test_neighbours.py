@@ -1,0 +1,87 @@
+"""Tools that take a Sentence Transformers model take an SLQ folder: nothing of this package is in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slq_embed import pretrained
+from slq_embed.data.scene_text import captions
+from slq_embed.data.scenes import render, sample_scenes
+
+MODEL = pretrained("slq-tiny")
+SCENES = sample_scenes(12, "test")
+TEXTS = [captions(scene)[0] for scene in SCENES]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, scene in enumerate(SCENES):
+        render(scene, seed=number).save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(len(SCENES))]
+
+
+def test_chroma(pictures, tmp_path):
+    chromadb = pytest.importorskip("chromadb")
+    from chromadb.utils.embedding_functions import SentenceTransformerEmbeddingFunction
+
+    client = chromadb.PersistentClient(str(tmp_path / "chroma"), settings=chromadb.Settings(anonymized_telemetry=False))
+    function = SentenceTransformerEmbeddingFunction(model_name=MODEL)
+    collection = client.create_collection("scenes", embedding_function=function)
+    collection.add(ids=[str(n) for n in range(12)], documents=pictures)  # stock models open paths of pictures
+    found = collection.query(query_texts=TEXTS, n_results=1)["ids"]
+    assert sum(line == [str(n)] for n, line in enumerate(found)) >= 11
+    assert collection.query(query_texts=pictures[3:4], n_results=1)["ids"] == [["3"]]
+
+
+def test_lancedb(pictures, tmp_path):
+    lancedb = pytest.importorskip("lancedb")
+    from lancedb.embeddings import get_registry
+    from lancedb.pydantic import LanceModel, Vector
+
+    function = get_registry().get("sentence-transformers").create(name=MODEL)
+
+    class Picture(LanceModel):
+        path: str = function.SourceField()
+        vector: Vector(function.ndims()) = function.VectorField()  # type: ignore[valid-type]
+
+    table = lancedb.connect(str(tmp_path / "lance")).create_table("scenes", schema=Picture)
+    table.add([{"path": path} for path in pictures])
+    found = [table.search(text).limit(1).to_pydantic(Picture)[0].path for text in TEXTS]
+    assert sum(path == wanted for path, wanted in zip(found, pictures, strict=True)) >= 11
+
+
+def test_haystack(pictures):
+    pytest.importorskip("haystack")
+    pytest.importorskip("haystack_integrations.components.embedders.sentence_transformers")
+    from haystack import Document
+    from haystack.components.retrievers.in_memory import InMemoryEmbeddingRetriever
+    from haystack.document_stores.in_memory import InMemoryDocumentStore
+    from haystack.utils import ComponentDevice
+    from haystack_integrations.components.embedders import sentence_transformers as embedders
+
+    cpu = ComponentDevice.from_str("cpu")
+    made = {
+        name: getattr(embedders, f"SentenceTransformers{name}Embedder")(model=MODEL, device=cpu, progress_bar=False)
+        for name in ("Text", "Document", "DocumentImage")
+    }
+    for embedder in made.values():
+        embedder.warm_up()
+
+    def first(store: InMemoryDocumentStore, query: str) -> str | None:
+        embedding = made["Text"].run(text=query)["embedding"]
+        return InMemoryEmbeddingRetriever(store, top_k=1).run(query_embedding=embedding)["documents"][0].content
+
+    documents = [Document(content=text, meta={"file_path": path}) for text, path in zip(TEXTS, pictures, strict=True)]
+    for name in ("Document", "DocumentImage"):
+        store = InMemoryDocumentStore(embedding_similarity_function="cosine")
+        store.write_documents(made[name].run(documents=documents)["documents"])
+        assert sum(first(store, text) == text for text in TEXTS) >= 11, name
+    assert Path(documents[0].meta["file_path"]).is_file()
