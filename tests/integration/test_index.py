@@ -258,3 +258,11 @@ def test_a_save_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         index.save(tmp_path)
     assert len(EmbeddingIndex.load(tmp_path)) == 500
+
+
+def test_the_nearest_may_all_be_deleted():
+    index = filled(count=2000)
+    query = vectors(1, seed=1)
+    order = (query @ vectors(2000).T)[0].argsort()[::-1]
+    index.delete([f"n{n}" for n in order[:200]])
+    assert [hit.id for hit in index.search_embeddings(query, 3)[0]] == [f"n{n}" for n in order[200:203]]
