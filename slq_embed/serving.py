@@ -49,15 +49,16 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
 
     Args:
         model: A folder, a hub name, or an encoder, which is given back.
-        **kwargs: For :class:`~slq_embed.SLQEncoder`.
+        **kwargs: For :class:`~slq_embed.SLQEncoder`; None is as good as nothing.
 
     Raises:
         ValueError: If an encoder comes with arguments for loading, or the folder is no SLQ model.
         OSError: If nothing can be loaded from there.
     """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}  # a default spelled out is the same
     if isinstance(model, SLQEncoder):
-        if given := sorted(key for key, value in kwargs.items() if value is not None):
-            raise ValueError(f"The model is loaded already, so {', '.join(given)} cannot be given.")
+        if kwargs:
+            raise ValueError(f"The model is loaded already, so {', '.join(sorted(kwargs))} cannot be given.")
         return model
     name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     key = json.dumps([name, kwargs], sort_keys=True, default=repr)

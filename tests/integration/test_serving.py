@@ -32,6 +32,7 @@ def test_a_model_is_loaded_once(encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = shared_encoder(tmp_path / "slq", device="cpu")
     assert shared_encoder("slq", device="cpu") is first
+    assert shared_encoder("slq", device="cpu", truncate_dim=None, revision=None) is first
     assert shared_encoder("slq", device="cpu", truncate_dim=8) is not first
     assert shared_encoder(first) is first
     with pytest.raises(ValueError, match="loaded already, so device cannot"):

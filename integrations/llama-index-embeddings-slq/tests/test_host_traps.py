@@ -1,0 +1,87 @@
+"""What the README warns of is so in this host, and what it advises helps; a cache does not mix queries with texts."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+
+import faiss
+import numpy as np
+import pytest
+from llama_index.core import StorageContext
+from llama_index.core.indices import MultiModalVectorStoreIndex
+from llama_index.core.schema import ImageNode
+from llama_index.core.storage.kvstore import SimpleKVStore
+from llama_index.embeddings.slq import SLQEmbedding, base
+from llama_index.vector_stores.faiss import FaissMapVectorStore, FaissVectorStore
+
+
+def index_of(nodes, embedding, **kwargs) -> MultiModalVectorStoreIndex:
+    return MultiModalVectorStoreIndex(nodes, embed_model=embedding, image_embed_model=embedding, **kwargs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_index.embeddings.clip") is not None, reason="CLIP is there")
+def test_the_image_embedding_must_be_named(embedding, nodes):
+    with pytest.raises(ImportError, match="clip"):
+        MultiModalVectorStoreIndex(nodes, embed_model=embedding)
+
+
+def test_an_image_without_text_and_metadata_is_dropped(embedding, scenes):
+    bare = ImageNode(image_path=str(scenes[0].picture))
+    described = ImageNode(image_path=str(scenes[1].picture), metadata={"scene": 1})
+    index = index_of([bare, described], embedding)
+    found = index.as_retriever(image_similarity_top_k=2).text_to_image_retrieve(scenes[0].caption)
+    assert [row.node.node_id for row in found] == [described.node_id]
+
+
+def test_two_plain_faiss_stores_mix_up_their_nodes(embedding, nodes, scenes):
+    def first_scenes(text, image) -> list:
+        index = index_of(
+            nodes, embedding, storage_context=StorageContext.from_defaults(vector_store=text, image_store=image)
+        )
+        retriever = index.as_retriever(similarity_top_k=1)
+        return [retriever.text_retrieve(s.caption)[0].node for s in scenes]
+
+    plain = first_scenes(*(FaissVectorStore(faiss.IndexFlatIP(192)) for _ in range(2)))
+    assert any(isinstance(node, ImageNode) for node in plain), "texts were asked for"
+    mapped = first_scenes(*(FaissMapVectorStore(faiss.IndexIDMap2(faiss.IndexFlatIP(192))) for _ in range(2)))
+    assert not any(isinstance(node, ImageNode) for node in mapped)
+
+
+def test_two_faiss_stores_in_one_folder_overwrite_each_other(embedding, nodes, tmp_path):
+    text, image = (FaissMapVectorStore(faiss.IndexIDMap2(faiss.IndexFlatIP(192))) for _ in range(2))
+    context = StorageContext.from_defaults(vector_store=text, image_store=image)
+    index_of(nodes, embedding, storage_context=context)
+    context.persist(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"default__vector_store.json", "image__vector_store.json", "id_map.json"} <= names
+    again = FaissMapVectorStore.from_persist_path(str(tmp_path / "default__vector_store.json"))
+    assert again._node_id_to_faiss_id_map != text._node_id_to_faiss_id_map
+
+
+@pytest.fixture
+def cached(encoder) -> SLQEmbedding:
+    return SLQEmbedding(
+        model=encoder, query_instruction="ask.", text_instruction="keep.", embeddings_cache=SimpleKVStore()
+    )
+
+
+@pytest.mark.parametrize("query_first", [True, False])
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_cache_keeps_queries_apart_from_texts(cached, encoder, query_first, is_async, monkeypatch):
+    def both() -> tuple:
+        asked = {"query": None, "text": None}
+        for kind in asked if query_first else reversed(asked):
+            if is_async:
+                asked[kind] = asyncio.run(getattr(cached, f"aget_{kind}_embedding")("a red circle"))
+            else:
+                asked[kind] = getattr(cached, f"get_{kind}_embedding")("a red circle")
+        return asked["query"], asked["text"]
+
+    first = both()
+    expected = [encoder.encode("a red circle", prompt=prompt) for prompt in ("ask.", "keep.")]
+    assert np.abs(np.array(first) - expected).max() < 1e-6
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    monkeypatch.setattr(base, "embed", None)  # nothing is computed again
+    assert both() == first
+    assert cached.get_text_embedding_batch(["a red circle"]) == [first[1]]
