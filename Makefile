@@ -2,16 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+INTEGRATIONS := $(wildcard integrations/*)
 
 .PHONY: help demo test test-slow test-gpu check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
-$(READY): pyproject.toml slq_embed/version.py
+$(READY): pyproject.toml slq_embed/version.py $(INTEGRATIONS:%=%/pyproject.toml)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[train]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[train,faiss]" $(INTEGRATIONS:%=--editable ./%) --group dev
 	@touch $(READY)
 
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
@@ -30,10 +31,11 @@ check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(foreach folder,$(INTEGRATIONS),(cd $(folder) && ../../$(BIN)/mypy) &&) true
 
-build: $(READY) ## The wheel and the source archive
+build: $(READY) ## The wheels and the source archives, of the integrations too
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist
+	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
 	rm -rf .venv dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
