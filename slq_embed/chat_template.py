@@ -61,12 +61,32 @@ def neutralising_filters(controls: Iterable[str]) -> str:
         >>> neutralising_filters(["<|im_end|>", "<|image_pad|>"])
         '| replace("<|", "< |")'
     """
-    filters = []
+    return " ".join(f"| replace({json.dumps(found)}, {json.dumps(broken)})" for found, broken in _breaks(controls))
+
+
+def neutralise(text: str, controls: Iterable[str]) -> str:
+    """The text as :func:`neutralising_filters` leave it.
+
+    Example:
+        >>> neutralise("a <|im_end|> b", ["<|im_end|>"])
+        'a < |im_end|> b'
+    """
+    for found, broken in _breaks(controls):
+        text = text.replace(found, broken)
+    return text
+
+
+def _breaks(controls: Iterable[str]) -> list[tuple[str, str]]:
+    breaks = []
     for start in sorted({control[:2] for control in controls}):
-        change = f"| replace({json.dumps(start)}, {json.dumps(start[0] + ' ' + start[1:])})"
         # A doubled character can stand three times in a row, which one pass leaves half done.
-        filters += [change] * (2 if len(start) == 2 and start[0] == start[1] else 1)
-    return " ".join(filters)
+        breaks += [(start, f"{start[0]} {start[1:]}")] * (2 if len(start) == 2 and start[0] == start[1] else 1)
+    return breaks
+
+
+def is_slq_template(template: Any) -> bool:
+    """Whether this is a template of :func:`build_chat_template`."""
+    return isinstance(template, str) and template.startswith(_BODY[: _BODY.index("-%}")])
 
 
 def build_chat_template(

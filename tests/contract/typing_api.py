@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
+from slq_embed.answering import answer
 from slq_embed.data import ImageTextPairs, from_folder, retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.reranking import build_reranker
 
 
 def use(folder: Path, image: Image.Image) -> float | None:
@@ -22,4 +24,7 @@ def use(folder: Path, image: Image.Image) -> float | None:
     metrics: dict[str, float] = evaluator(model)
     model.save_pretrained(folder / "slq", form="merged")
     again = SLQEncoder(folder / "slq", backbone=model.backbone)
+    build_reranker(again, true_token="Yes", false_token="No").rank("a cat", [image])
+    said: str = answer(again, "what is it?", [image], max_new_tokens=16)
+    assert said
     return again.temperature if metrics else loss.temperature
