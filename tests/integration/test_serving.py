@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_halved(encoder, mixed, monkeypatch, caplog
     with pytest.raises(RuntimeError, match="One input alone does not fit"):
         embed(encoder, mixed)
     monkeypatch.setattr(encoder, "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         embed(encoder, mixed)
 
 
