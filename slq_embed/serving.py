@@ -60,6 +60,7 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
             raise ValueError(f"The model is loaded already, so {', '.join(given)} cannot be given.")
         return model
     name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}  # not given: the same model
     key = json.dumps([name, kwargs], sort_keys=True, default=repr)
     with _GUARD:
         if (found := _LOADED.get(key)) is None:
