@@ -8,6 +8,7 @@ import io
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -25,7 +26,7 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
 
     Args:
         source: A path, a ``file:``, ``data:`` or (if ``fetch``) ``http(s):`` URI, bytes of an image file, a binary file
-            such as ``io.BytesIO``, or a PIL image.
+            such as ``io.BytesIO``, or a PIL image; or an input dict whose ``"image"`` is one of these.
         fetch: Whether to fetch URLs. Off by default: a text that names an address must not make a server call it.
 
     Returns:
@@ -34,6 +35,9 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
     Raises:
         ValueError: If it is none of these, or cannot be fetched.
     """
+    if isinstance(source, Mapping):
+        opened = open_image(source.get("image"), fetch=fetch)
+        return {**source, **(opened if isinstance(opened, dict) else {"image": opened})}
     if isinstance(source, bytes | bytearray):
         return {"image": bytes(source)}
     if isinstance(source, io.IOBase):

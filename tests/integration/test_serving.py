@@ -49,6 +49,17 @@ def test_every_form_of_an_image_is_read(encoder, images, picture):
     assert np.abs(found - expected).max() < 1e-6
 
 
+def test_an_image_with_a_text_is_read_in_every_form(encoder, images, picture):
+    expected = encoder.encode({"image": images[0], "text": "in blue"})
+    raw = picture.read_bytes()
+    forms = [str(picture), picture.as_uri(), raw, io.BytesIO(raw), images[0]]
+    found = embed_images(encoder, [{"image": form, "text": "in blue"} for form in forms] + [{"text": "in blue"}])
+    assert np.abs(found[:-1] - expected).max() < 1e-6
+    assert np.abs(found[-1] - encoder.encode("in blue")).max() < 1e-6
+    with pytest.raises(UnreadableInputsError, match="pass fetch_urls=True"):
+        embed_images(encoder, [{"image": "https://example.com/a.png", "text": "in blue"}])
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,0 +1,220 @@
+"""SLQEmbeddings: LangChain's embeddings interface over an SLQ model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from langchain_core.embeddings import Embeddings
+from langchain_core.runnables.config import run_in_executor
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_serializer
+from slq_embed import SLQEncoder
+from slq_embed.serving import embed, embed_images, shared_encoder
+
+Result = TypeVar("Result")
+
+# Not asyncio's own executor: calls that wait for the model would hold up everything else that uses it, such as name
+# look-ups. One of these threads computes; the others open files or fetch.
+_THREADS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="langchain-slq")
+
+
+class SLQEmbeddings(BaseModel, Embeddings):
+    """Embeddings of texts, images, and images with texts, in one space, from an SLQ model.
+
+    Objects for the same folder or hub name and the same ``device``, ``truncate_dim`` and ``model_kwargs`` share one
+    model in memory, with each other and with every other caller of :func:`slq_embed.serving.shared_encoder`. All
+    methods may be called from any thread.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or if a loaded model comes with arguments for loading.
+        OSError: If nothing can be loaded from there.
+
+    Example:
+        >>> from slq_embed import pretrained
+        >>> embeddings = SLQEmbeddings(model=pretrained("slq-tiny"))
+        >>> len(embeddings.embed_query("a red circle"))
+        192
+    """
+
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", populate_by_name=True, protected_namespaces=()
+    )
+
+    model: str | Path | SLQEncoder = Field(validation_alias=AliasChoices("model", "model_name"))
+    """A folder, a hub name, or a loaded model. ``model_name`` is another name for it."""
+    device: str | None = None
+    """Such as ``"cuda:1"``; by default the first accelerator, else the CPU."""
+    batch_size: PositiveInt = 32
+    """Inputs a batch; halved as long as a batch does not fit into memory."""
+    query_prompt: str | None = None
+    """A system message for queries; by default the prompt that the model was saved with as ``"query"``."""
+    document_prompt: str | None = None
+    """A system message for documents; by default the prompt that the model was saved with as ``"document"``."""
+    image_prompt: str | None = None
+    """A system message for images; by default the prompt for documents, which is what stores hold."""
+    truncate_dim: PositiveInt | None = None
+    """Numbers of an embedding to keep, for models trained for that; what is left is normalised again."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Further arguments for :class:`slq_embed.SLQEncoder`: ``revision``, ``token``, ``backbone``, ``model_kwargs``..."""
+    show_progress: bool = False
+    """Whether to show a progress bar."""
+    fetch_urls: bool = False
+    """Whether to fetch images from URLs; off, because a server must not call every address that a caller names."""
+
+    _encoder: SLQEncoder | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Load the model now, so that a wrong name fails here."""
+        _ = self.encoder
+
+    @property
+    def encoder(self) -> SLQEncoder:
+        """The model itself, ready for everything else that it does."""
+        if self._encoder is None:
+            self._encoder = shared_encoder(
+                self.model, **{"device": self.device, "truncate_dim": self.truncate_dim, **self.model_kwargs}
+            )
+        return self._encoder
+
+    @property
+    def model_name(self) -> str:
+        """What was given as ``model``; of a loaded model, a description."""
+        return self._describe_model(self.model)
+
+    @field_serializer("model")
+    def _describe_model(self, model: str | Path | SLQEncoder) -> str:
+        if isinstance(model, SLQEncoder):
+            return f"<SLQEncoder in memory, {model.num_queries} x {model.get_embedding_dimension()}>"
+        return str(model)
+
+    def __repr_args__(self) -> Any:
+        """The fields, with a name in place of a loaded model, which prints pages."""
+        return [(name, self.model_name if name == "model" else value) for name, value in super().__repr_args__()]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """What is pickled: the settings. Whoever reads them loads the model anew, or shares it.
+
+        Raises:
+            ValueError: If a loaded model was given, since nothing says where it can be loaded from.
+        """
+        if isinstance(self.model, SLQEncoder):
+            raise ValueError(
+                "These embeddings hold a loaded SLQEncoder, which is not pickled. Save it with save_pretrained, and "
+                "pass the folder: SLQEmbeddings(model=folder)."
+            )
+        return {**super().__getstate__(), "__pydantic_private__": {"_encoder": None}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SLQEmbeddings:
+        """A copy that shares the model; weights are never copied."""
+        return self.model_copy()
+
+    def _prompt(self, given: str | None, name: str) -> str | None:
+        return self.encoder.prompts.get(name) if given is None else given
+
+    def _settings(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "show_progress_bar": self.show_progress}
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed texts that will be found.
+
+        Args:
+            texts: Always texts, even if they spell a path or a URL.
+
+        Returns:
+            A vector of length ``H`` for each text, with norm 1.
+
+        Raises:
+            UnreadableInputsError: If something is no text; its message names which.
+            RuntimeError: If one text alone does not fit into memory.
+        """
+        prompt = self._prompt(self.document_prompt, "document")
+        rows: list[list[float]] = embed(self.encoder, list(texts), prompt=prompt, **self._settings()).tolist()
+        return rows
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embed a text that is searched with.
+
+        Args:
+            text: Always a text, even if it spells a path or a URL.
+
+        Returns:
+            A vector of length ``H``, with norm 1.
+
+        Raises:
+            UnreadableInputsError: If it is no text.
+            RuntimeError: If it does not fit into memory.
+        """
+        prompt = self._prompt(self.query_prompt, "query")
+        row: list[float] = embed(self.encoder, [text], prompt=prompt, **self._settings())[0].tolist()
+        return row
+
+    def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        """Embed images.
+
+        Args:
+            uris: For each image a path, a ``file:`` or ``data:`` URI, bytes of an image file, a binary file such as
+                ``io.BytesIO``, a PIL image, or, with ``fetch_urls=True``, a URL.
+
+        Returns:
+            A vector of length ``H`` for each image, with norm 1.
+
+        Raises:
+            UnreadableInputsError: If images cannot be read: its message names them and says why, and its
+                ``embeddings`` hold the vectors of all others.
+            RuntimeError: If one image alone does not fit into memory.
+        """
+        given = self.document_prompt if self.image_prompt is None else self.image_prompt
+        return self._embed_images(uris, self._prompt(given, "document"))
+
+    def embed_images(self, uris: Sequence[Any]) -> list[list[float]]:
+        """The same as :meth:`embed_image`, under the name that some stores call."""
+        return self.embed_image(uris)
+
+    def embed_inputs(self, inputs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """Embed composed queries: an image with a text that says what should be different.
+
+        Search with the vectors through ``store.similarity_search_by_vector``.
+
+        Args:
+            inputs: Dicts with ``"image"`` (as for :meth:`embed_image`), ``"text"``, or both.
+
+        Returns:
+            A vector of length ``H`` for each input, with norm 1.
+
+        Raises:
+            UnreadableInputsError: As for :meth:`embed_image`.
+            RuntimeError: If one input alone does not fit into memory.
+        """
+        return self._embed_images(inputs, self._prompt(self.query_prompt, "query"))
+
+    def _embed_images(self, sources: Sequence[Any], prompt: str | None) -> list[list[float]]:
+        rows: list[list[float]] = embed_images(
+            self.encoder, list(sources), fetch_urls=self.fetch_urls, prompt=prompt, **self._settings()
+        ).tolist()
+        return rows
+
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """As :meth:`embed_documents`, in a thread: the event loop stays free."""
+        return await _in_thread(self.embed_documents, texts)
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """As :meth:`embed_query`, in a thread: the event loop stays free."""
+        return await _in_thread(self.embed_query, text)
+
+    async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        """As :meth:`embed_image`, in a thread: the event loop stays free."""
+        return await _in_thread(self.embed_image, uris)
+
+    async def aembed_images(self, uris: Sequence[Any]) -> list[list[float]]:
+        """As :meth:`embed_image`, in a thread: the event loop stays free."""
+        return await _in_thread(self.embed_image, uris)
+
+    async def aembed_inputs(self, inputs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """As :meth:`embed_inputs`, in a thread: the event loop stays free."""
+        return await _in_thread(self.embed_inputs, inputs)
+
+
+async def _in_thread(call: Callable[..., Result], *args: Any) -> Result:
+    return await run_in_executor(_THREADS, call, *args)

@@ -1,0 +1,174 @@
+"""What SLQEmbeddings adds to slq-embed's own serving: names, prompts, settings, one model, no copies of weights."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.serving import UnreadableInputsError, shared_encoder
+
+from langchain_slq import SLQEmbeddings
+
+FOLDER = pretrained("slq-tiny")
+
+
+def close(found, expected) -> bool:
+    return bool(np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-5)
+
+
+def test_the_vectors_are_the_models_own(embeddings, gallery):
+    model = embeddings.encoder
+    assert close(embeddings.embed_documents(gallery.texts), model.encode_document(gallery.texts))
+    assert close(embeddings.embed_query(gallery.texts[0]), model.encode_query(gallery.texts[0]))
+    rows = embeddings.embed_image(gallery.paths)
+    assert close(rows, model.encode([Path(path) for path in gallery.paths]))
+    assert embeddings.embed_images(gallery.paths) == rows
+    assert type(rows) is list
+    assert type(rows[0]) is list
+    assert {type(value) for value in rows[0]} == {float}
+
+
+def test_a_text_is_only_ever_a_text(embeddings, gallery):
+    path = gallery.paths[0]
+    assert close(embeddings.embed_query(path), embeddings.encoder.encode({"text": path}))
+    assert not close(embeddings.embed_documents([path]), embeddings.embed_image([path]))
+
+
+def test_every_form_of_an_image_is_read(embeddings, gallery):
+    path = Path(gallery.paths[0])
+    raw = path.read_bytes()
+    data = "data:image/png;base64," + base64.b64encode(raw).decode()
+    with Image.open(path) as picture:
+        forms = [str(path), path, path.as_uri(), data, raw, io.BytesIO(raw), picture.copy()]
+    expected = embeddings.embed_image([path])
+    assert close(embeddings.embed_image(forms), expected * len(forms))
+    both = embeddings.embed_inputs([{"image": form, "text": "in green"} for form in forms])
+    assert close(both, both[:1] * len(forms))
+    assert not close(both[:1], expected)
+
+
+def test_nothing_in_nothing_out(embeddings):
+    assert embeddings.embed_documents([]) == embeddings.embed_image([]) == embeddings.embed_inputs([]) == []
+
+
+def test_a_bad_image_fails_alone_and_by_name(embeddings, gallery, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UnreadableInputsError, match=r"1 of 2 .*broken\.png") as caught:
+        embeddings.embed_image([str(broken), gallery.paths[0]])
+    assert close(caught.value.embeddings[1], embeddings.embed_image(gallery.paths[:1])[0])
+
+
+def test_urls_are_fetched_only_when_asked(embeddings, monkeypatch, gallery):
+    url = "http://127.0.0.1:9/picture.png"
+    with pytest.raises(UnreadableInputsError, match="pass fetch_urls=True"):
+        embeddings.embed_image([url])
+    monkeypatch.setattr("slq_embed.sources._fetch", lambda url: Path(gallery.paths[0]).read_bytes())
+    asked = SLQEmbeddings(model=FOLDER, device="cpu", fetch_urls=True)
+    assert close(asked.embed_image([url]), embeddings.embed_image(gallery.paths[:1]))
+
+
+def test_model_name_is_another_name_for_model(embeddings):
+    other = SLQEmbeddings(model_name=FOLDER, device="cpu")
+    assert other.model == other.model_name == FOLDER
+    with pytest.raises(ValueError, match="model"):
+        SLQEmbeddings()
+    with pytest.raises(ValueError, match="Extra inputs"):
+        SLQEmbeddings(model=FOLDER, batchsize=3)
+    with pytest.raises(ValueError, match="batch_size"):
+        SLQEmbeddings(model=FOLDER, batch_size=0)
+
+
+def test_one_model_in_memory(embeddings):
+    other = SLQEmbeddings(model=Path(FOLDER), device="cpu")
+    assert other.encoder is embeddings.encoder is shared_encoder(FOLDER, device="cpu")
+    assert SLQEmbeddings(model=FOLDER).encoder is shared_encoder(FOLDER)
+    assert SLQEmbeddings(model=other.encoder).encoder is embeddings.encoder
+    with pytest.raises(ValueError, match="loaded already, so device cannot"):
+        SLQEmbeddings(model=other.encoder, device="cpu")
+
+
+def test_a_name_that_is_nothing_fails_at_once(tmp_path):
+    with pytest.raises((OSError, ValueError), match="nothing"):
+        SLQEmbeddings(model=str(tmp_path / "nothing"))
+
+
+def test_settings_are_dumped_printed_and_pickled_without_weights(embeddings):
+    dumped = embeddings.model_dump()
+    assert json.loads(embeddings.model_dump_json()) == dumped
+    assert SLQEmbeddings(**dumped) == embeddings
+    assert len(repr(embeddings)) < 500
+    stored = pickle.dumps(embeddings)
+    assert len(stored) < 2000
+    again = pickle.loads(stored)
+    assert again.batch_size == 8
+    assert again.encoder is embeddings.encoder
+    for copied in (copy.deepcopy(embeddings), copy.copy(embeddings), embeddings.model_copy(deep=True)):
+        assert copied.encoder is embeddings.encoder
+
+
+def test_a_loaded_model_is_described_and_not_pickled(embeddings):
+    held = SLQEmbeddings(model=embeddings.encoder)
+    assert held.model_dump()["model"] == held.model_name == "<SLQEncoder in memory, 16 x 192>"
+    assert len(repr(held)) < 500
+    assert copy.deepcopy(held).encoder is embeddings.encoder
+    with pytest.raises(ValueError, match="Save it with save_pretrained"):
+        pickle.dumps(held)
+
+
+@pytest.fixture
+def prompted(tmp_path) -> str:
+    model = SLQEncoder(FOLDER, device="cpu", prompts={"query": "Search.", "document": "Keep."})
+    model.save_pretrained(str(tmp_path / "prompted"))
+    return str(tmp_path / "prompted")
+
+
+def test_prompts_are_the_saved_ones_unless_given(prompted, gallery):
+    text, image = gallery.texts[0], Path(gallery.paths[0])
+    found = SLQEmbeddings(model=prompted, device="cpu")
+    model = found.encoder
+    assert close(found.embed_query(text), model.encode(text, prompt="Search."))
+    assert close(found.embed_documents([text])[0], model.encode(text, prompt="Keep."))
+    assert close(found.embed_image([image])[0], model.encode(image, prompt="Keep."))
+    both = {"image": image, "text": text}
+    assert close(found.embed_inputs([both])[0], model.encode(both, prompt="Search."))
+    assert not close(found.embed_query(text), found.embed_documents([text])[0])
+
+    given = SLQEmbeddings(model=prompted, device="cpu", query_prompt="", document_prompt="Doc.", image_prompt="Pic.")
+    assert given.encoder is model
+    assert close(given.embed_query(text), model.encode(text, prompt=""))
+    assert close(given.embed_documents([text])[0], model.encode(text, prompt="Doc."))
+    assert close(given.embed_image([image])[0], model.encode(image, prompt="Pic."))
+
+
+def test_settings_reach_the_model(embeddings, gallery, monkeypatch, capfd):
+    sizes = []
+    forward = embeddings.encoder.forward
+
+    def counted(features, **kwargs):
+        sizes.append(len(features["input_ids"]))
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(embeddings.encoder, "forward", counted)
+    small = SLQEmbeddings(model=FOLDER, device="cpu", batch_size=3, show_progress=True)
+    small.embed_documents(gallery.texts)
+    assert max(sizes) <= 3
+    assert sum(sizes) == 12
+    assert "12/12" in capfd.readouterr().err
+    embeddings.embed_documents(gallery.texts)
+    assert "12/12" not in capfd.readouterr().err
+
+
+def test_shorter_embeddings_have_norm_one():
+    short = SLQEmbeddings(model=FOLDER, device="cpu", truncate_dim=16, model_kwargs={"local_files_only": True})
+    row = short.embed_query("a red circle")
+    assert len(row) == 16
+    assert np.linalg.norm(row) == pytest.approx(1)
