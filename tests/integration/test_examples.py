@@ -83,6 +83,17 @@ def test_a_sweep(tmp_path):
     assert "5 query sets in" in said[-1]
 
 
+def test_one_backbone_retrieves_reranks_and_answers_in_every_framework(tmp_path):
+    pytest.importorskip("langchain_chroma")
+    said = run("examples/multimodal_rag.py", folder=tmp_path)
+    answers = [line for line in said.splitlines() if "the best shows" in line]
+    assert len(answers) == 3
+    assert len(set(answers)) == 1
+    assert "red circle" in answers[0]
+    for name in ("slq", "langchain", "llama-index"):
+        assert f"{name}: 8 pictures for 'a red circle'" in said
+
+
 @pytest.mark.skipif(not (PHOTOS / "flickr8k").is_dir(), reason=f"no Flickr8k at {PHOTOS}: set SLQ_DATA")
 def test_flickr8k_is_read():
     pairs = from_folder(PHOTOS / "flickr8k", split="val", limit=40)
