@@ -10,7 +10,6 @@ were retrieved and how sure the backbone is that they match, and its description
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.index import EmbeddingIndex
 from slq_embed.reranking import build_reranker
 
-SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 CANDIDATES = 8
 Search = Callable[[str], list[Path]]
 
@@ -65,7 +63,7 @@ def main() -> None:
     parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--pictures", type=Path, default=Path("rag-pictures"))
     args = parser.parse_args()
-    scenes = sample_scenes(40 if SMOKE else 200, "test")
+    scenes = sample_scenes(200, "test")
     args.pictures.mkdir(parents=True, exist_ok=True)
     pictures = [args.pictures / f"{number:03}.png" for number in range(len(scenes))]
     for path, scene in zip(pictures, scenes, strict=True):
