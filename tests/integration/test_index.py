@@ -266,3 +266,15 @@ def test_the_nearest_may_all_be_deleted():
     order = (query @ vectors(2000).T)[0].argsort()[::-1]
     index.delete([f"n{n}" for n in order[:200]])
     assert [hit.id for hit in index.search_embeddings(query, 3)[0]] == [f"n{n}" for n in order[200:203]]
+
+
+def test_a_dataset_is_indexed_by_its_columns():
+    datasets = pytest.importorskip("datasets")
+    scenes = sample_scenes(6, "test")
+    rows = {"image": [render(scene) for scene in scenes], "text": [captions(scene)[0] for scene in scenes]}
+    dataset = datasets.Dataset.from_dict({**rows, "sku": [f"s{n}" for n in range(6)]})
+    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
+    assert index.add(dataset["image"], ids=dataset["sku"], metadata=dataset.select_columns(["text", "sku"])) == []
+    hits = index.search(rows["text"], k=1)
+    assert sum(line[0].metadata["text"] == text for line, text in zip(hits, rows["text"], strict=True)) >= 5
+    assert hits[0][0].id == hits[0][0].metadata["sku"]
