@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ class EmbeddingIndex:
             raise ValueError(f"FAISS makes no index of {factory!r} and dimension {self.dimension}: {error}") from error
         self._set_parameters(self._index)  # refuses those that do not fit
         self._records = IndexRecords()
-        self._waiting: list[tuple[NDArray[np.float32], list[str], list[Metadata]]] = []
+        self._waiting: list[tuple[NDArray[np.float32], list[str], list[str]]] = []
         self._waiting_ids: set[str] = set()
         self._on_gpu: tuple[Any, Any] | None = None
         self._files: Path | None = None  # that are mapped
@@ -100,6 +101,24 @@ class EmbeddingIndex:
     def __contains__(self, id_: str) -> bool:
         with self._lock:
             return id_ in self._waiting_ids or bool(self._records.rows_of([id_]))
+
+    def ids(self) -> list[str]:
+        """All ids, in the order in which they were added."""
+        with self._lock:
+            return [*self._records.ids(), *(id_ for _, ids, _ in self._waiting for id_ in ids)]
+
+    def metadata(self, id_: str) -> dict[str, Any]:
+        """What was stored with an id.
+
+        Raises:
+            KeyError: If there is no such id.
+        """
+        with self._lock:
+            if id_ in self._waiting_ids:
+                return next(json.loads(about[ids.index(id_)]) for _, ids, about in self._waiting if id_ in ids)
+            for _, about in self._records.get(self._records.rows_of([id_]).values()).values():
+                return about
+            raise KeyError(f"There is no id {id_!r} in the index.")
 
     def add(
         self,
@@ -164,12 +183,13 @@ class EmbeddingIndex:
             metadata: One each, as JSON can hold it.
 
         Raises:
-            ValueError: If a shape or an id does not fit; then nothing is added.
+            ValueError: If a shape, an id or metadata does not fit; then nothing is added.
         """
         rows, names = self._normalised(embeddings), [str(id_) for id_ in ids]
-        about = [{} for _ in names] if metadata is None else list(metadata)
+        about = ["{}" for _ in names] if metadata is None else [_as_json(row) for row in metadata]
         if not len(rows) == len(names) == len(about):
             raise ValueError(f"There are {len(rows)} embeddings, but {len(names)} ids and {len(about)} metadata.")
+        "".join(names).encode()  # raises for what the database cannot hold
         fresh = set(names)
         if len(fresh) < len(names):
             raise ValueError(f"{len(names)} ids were given, but only {len(fresh)} differ. Each needs one of its own.")
@@ -382,11 +402,19 @@ class EmbeddingIndex:
 
 def image_files(folder: str | Path) -> list[Path]:
     """All image files below a folder, in order; for :meth:`EmbeddingIndex.add`."""
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
 
 
 def _own_name(value: Any) -> str:
-    return str(value) if isinstance(value, Path) else uuid.uuid4().hex
+    # A file's name is bytes, and need not be Unicode.
+    return str(value).encode("utf8", "backslashreplace").decode() if isinstance(value, Path) else uuid.uuid4().hex
+
+
+def _as_json(metadata: Metadata) -> str:
+    try:
+        return json.dumps(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Metadata {dict(metadata)!r} cannot be stored: {error}. Use what JSON can hold.") from error
 
 
 def _described(value: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ class IndexRecords:
             self._database, self._frozen = copy, False
         return self._database
 
-    def add(self, first: int, ids: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Add records for the rows from ``first`` on.
+    def add(self, first: int, ids: Sequence[str], metadata: Sequence[str]) -> None:
+        """Add records for the rows from ``first`` on; metadata as JSON.
 
         Raises:
             sqlite3.IntegrityError: If an id is there already.
         """
-        rows = ((first + n, id_, json.dumps(dict(metadata[n]))) for n, id_ in enumerate(ids))
+        rows = ((first + n, id_, metadata[n]) for n, id_ in enumerate(ids))
         with self._writable() as database:
             database.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
         self._count += len(ids)
@@ -72,6 +72,10 @@ class IndexRecords:
             database.execute("PRAGMA secure_delete = ON")
             database.executemany("DELETE FROM records WHERE row = ?", gone)
         self._count -= len(gone)
+
+    def ids(self) -> list[str]:
+        """All ids, in the order of their rows."""
+        return [id_ for (id_,) in self._database.execute("SELECT id FROM records ORDER BY row")]
 
     def rows(self) -> list[int]:
         """All rows that were not deleted, in order."""

@@ -154,6 +154,46 @@ def test_images_texts_and_both_are_searched_by_each_other(tmp_path):
         EmbeddingIndex.load(tmp_path / "index", model)
 
 
+def test_ids_and_metadata_are_listed(tmp_path):
+    index = EmbeddingIndex(dimension=32, factory="IVF16,Flat")
+    index.add_embeddings(vectors(500), names(0, 500), [{"n": n} for n in range(500)])
+    assert index._index.ntotal == 0, "it waits for more"
+    assert (index.ids(), index.metadata("n7")) == (names(0, 500), {"n": 7})
+    assert index.delete(["n3"]) == 1
+    index.add_embeddings(vectors(1, seed=2), ["last"])
+    index.save(tmp_path)
+    for kept in (index, EmbeddingIndex.load(tmp_path)):
+        assert kept.ids() == [*names(0, 3), *names(4, 500), "last"]
+        assert (kept.metadata("n7"), kept.metadata("last")) == ({"n": 7}, {})
+        with pytest.raises(KeyError, match="no id 'n3'"):
+            kept.metadata("n3")
+
+
+def test_what_cannot_be_stored_is_refused_whole():
+    index = filled(count=500)
+    for ids, metadata in ((["a", "b"], [{"n": 1}, {"n": {1, 2}}]), (["a", "caf\udce9"], None)):
+        with pytest.raises(ValueError, match=r"cannot be stored|surrogates"):
+            index.add_embeddings(vectors(2, seed=3), ids, metadata)
+        assert (len(index), index._index.ntotal, "a" in index) == (500, 500, False)
+    index.add_embeddings(vectors(2, seed=3), ["a", "b"])
+    assert index.search_embeddings(vectors(1, seed=3), 1)[0][0].id == "a"
+
+
+def test_file_names_need_not_be_unicode_and_folders_are_no_images(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    try:
+        render(sample_scenes(1, "test")[0]).save(tmp_path / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes Unicode only")
+    (file,) = image_files(tmp_path)
+    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
+    assert index.add([file]) == []
+    (hit,) = index.search(file)
+    assert hit.id.endswith("caf\\udce9.png")
+    assert Path(hit.metadata["path"]) == file
+
+
 def test_types_that_learn_wait_for_enough(monkeypatch):
     monkeypatch.setattr(index_module, "TRAINING_EMBEDDINGS", 1000)
     index = EmbeddingIndex(dimension=32, factory="IVF16,Flat", search_parameters="nprobe=16")

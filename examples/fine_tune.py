@@ -1,0 +1,76 @@
+"""Fine-tune with `model.fit`, as scripts written for early Sentence Transformers do: nothing in them has to change.
+
+    python examples/fine_tune.py [--scenes 2000] [--epochs 2] [--output fine-tune-output]
+
+The backbone stays as it is; what is fitted is the latent queries. Hardware: 2 CPU cores, under a minute. Expected
+output: recall on held-out scenes before and after (text to image, recall at 1: 18.5 % -> 94.5 %), and what the saved
+model finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from sentence_transformers import InputExample, SentenceTransformer, util
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesSymmetricRankingLoss
+from torch.utils.data import DataLoader
+
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.data.scene_text import captions, implicit
+from slq_embed.data.scenes import render, sample_scenes
+from slq_embed.evaluation import ImageTextRetrievalEvaluator
+
+SMOKE = bool(os.environ.get("SLQ_SMOKE"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=64 if SMOKE else 2000)
+    parser.add_argument("--epochs", type=int, default=1 if SMOKE else 2)
+    parser.add_argument("--output", type=Path, default=Path("fine-tune-output"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)  # the host would rather have its Trainer used; see demo.py
+    torch.manual_seed(0)
+
+    model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=8, seed=0)
+    held_out = sample_scenes(20 if SMOKE else 200, "test")
+    images = [render(scene, seed=7) for scene in held_out]
+    evaluator = ImageTextRetrievalEvaluator(images, [captions(scene)[0] for scene in held_out], range(len(images)))
+    before = evaluator(model)
+
+    # A pair is an InputExample; its two sides may be images, texts, or dicts of both. Captions differ within a batch.
+    scenes = sample_scenes(args.scenes, "train")
+    examples = [InputExample(texts=[render(scene, seed=n), captions(scene)[n % 5]]) for n, scene in enumerate(scenes)]
+    loader = DataLoader(examples, batch_size=32, shuffle=True)
+    started = time.perf_counter()
+    model.fit(
+        train_objectives=[(loader, MultipleNegativesSymmetricRankingLoss(model))],
+        epochs=args.epochs,
+        warmup_steps=10,
+        scheduler="warmupcosine",
+        optimizer_params={"lr": 4e-2},  # for the embedded toy backbone; real ones want 1e-5 to 5e-4
+        weight_decay=0.0,
+        checkpoint_path=str(args.output / "run"),
+        show_progress_bar=False,
+    )
+    print(f"{model.queries.numel():,} numbers fitted on {args.scenes} pairs in {time.perf_counter() - started:.0f} s")
+    after = evaluator(model)
+    for metric, value in after.items():
+        print(f"{metric:>24}: {before[metric]:6.1%} -> {value:6.1%}")
+
+    model.save_pretrained(args.output / "model")
+    loaded = SentenceTransformer(str(args.output / "model"))  # plain Sentence Transformers from here on
+    queries = [implicit(scene) for scene in held_out[:3]]
+    hits = util.semantic_search(loaded.encode(queries), loaded.encode(images), top_k=1)
+    print(f"Loaded again as {type(loaded).__name__} from {args.output / 'model'}:")
+    for query, (best,) in zip(queries, hits, strict=True):
+        print(f"   {query}\n      -> {captions(held_out[best['corpus_id']])[0]} ({best['score']:.2f})")
+
+
+if __name__ == "__main__":
+    main()
