@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from slq_embed import SLQEncoder, pretrained
+from slq_embed.answering import answer
 from slq_embed.data.scenes import Scene, Thing, render
 from slq_embed.index import EmbeddingIndex
 from slq_embed.inputs import read_image
@@ -59,12 +60,8 @@ class Chat:
         where, picture = f"({hits[0].id}, {hits[0].score:.2f})", self.folder / f"{hits[0].id}.png"
         if not picture.exists():
             return f"You said: {hits[0].metadata['said']} {where}"
-        content = [{"type": "image", "image": read_image(picture)}, {"type": "text", "text": question}]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template([[{"role": "user", "content": content}]], **options)
-        ids = self.model.backbone.generate(**inputs.to(self.model.device), max_new_tokens=24, do_sample=False)
-        answer = self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return f"In that picture I see: {answer.strip()} {where}"
+        said = answer(self.model, question, [picture], processor=self.processor, max_new_tokens=24, do_sample=False)
+        return f"In that picture I see: {said} {where}"
 
     def forget(self, id_: str) -> str:
         if not self.index.delete([id_]):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdm.autonotebook import tqdm
 from slq_embed.encoder import SLQEncoder
 from slq_embed.fingerprint import encoder_digest
 from slq_embed.index_folder import embeddings_file, import_faiss, read_about, records_file, write_folder
+from slq_embed.index_inputs import Metadata, as_json, described, image_files, own_name
 from slq_embed.index_records import IndexRecords
 from slq_embed.inputs import Skipped
 from slq_embed.serving import embed, lock_of
@@ -25,9 +25,8 @@ TRAINING_EMBEDDINGS = 200_000
 """Index types that learn from data (IVF, quantizers) wait for so many, or for the first search."""
 _MOST_DELETED = 0.2
 _CHUNK = 65_536
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-Metadata = Mapping[str, Any]
+__all__ = ["EmbeddingIndex", "Hit", "image_files"]
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,10 @@ class EmbeddingIndex:
 
         def watched() -> Iterator[Any]:
             for place, value in enumerate(inputs):
-                id_ = _own_name(value) if ids is None else str(ids[place])
+                id_ = own_name(value) if ids is None else str(ids[place])
                 if id_ in self:
                     raise ValueError(f"The id {id_!r} is in the index already. Delete it first, or choose another.")
-                told[place] = (id_, _described(value) if metadata is None else metadata[place])
+                told[place] = (id_, described(value) if metadata is None else metadata[place])
                 yield value
 
         skipped: list[Skipped] = []
@@ -186,7 +185,7 @@ class EmbeddingIndex:
             ValueError: If a shape, an id or metadata does not fit; then nothing is added.
         """
         rows, names = self._normalised(embeddings), [str(id_) for id_ in ids]
-        about = ["{}" for _ in names] if metadata is None else [_as_json(row) for row in metadata]
+        about = ["{}" for _ in names] if metadata is None else [as_json(row) for row in metadata]
         if not len(rows) == len(names) == len(about):
             raise ValueError(f"There are {len(rows)} embeddings, but {len(names)} ids and {len(about)} metadata.")
         "".join(names).encode()  # raises for what the database cannot hold
@@ -398,30 +397,3 @@ class EmbeddingIndex:
                 return self._index
             self._set_parameters(self._on_gpu[0], on_gpu=True)
         return self._on_gpu[0]
-
-
-def image_files(folder: str | Path) -> list[Path]:
-    """All image files below a folder, in order; for :meth:`EmbeddingIndex.add`."""
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
-
-
-def _own_name(value: Any) -> str:
-    # A file's name is bytes, and need not be Unicode.
-    return str(value).encode("utf8", "backslashreplace").decode() if isinstance(value, Path) else uuid.uuid4().hex
-
-
-def _as_json(metadata: Metadata) -> str:
-    try:
-        return json.dumps(dict(metadata))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Metadata {dict(metadata)!r} cannot be stored: {error}. Use what JSON can hold.") from error
-
-
-def _described(value: Any) -> dict[str, Any]:
-    if isinstance(value, Path):
-        return {"path": str(value)}
-    if isinstance(value, str):
-        return {"text": value}
-    if isinstance(value, Mapping):
-        return {key: str(part) for key, part in value.items() if isinstance(part, str | Path)}
-    return {}
