@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from tqdm.autonotebook import tqdm
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.fingerprint import encoder_digest
-from slq_embed.index_folder import embeddings_file, import_faiss, read_about, records_file, write_folder
+from slq_embed.index_faiss import MOST_ON_GPU, copy_to_gpu, has_gpu, import_faiss, make_faiss_index, set_parameters
+from slq_embed.index_folder import embeddings_file, read_about, records_file, write_folder
 from slq_embed.index_inputs import Metadata, as_json, described, image_files, own_name
 from slq_embed.index_records import IndexRecords
 from slq_embed.inputs import Skipped
 from slq_embed.serving import embed, lock_of
+
+logger = logging.getLogger(__name__)
 
 TRAINING_EMBEDDINGS = 200_000
 """Index types that learn from data (IVF, quantizers) wait for so many, or for the first search."""
@@ -78,12 +82,8 @@ class EmbeddingIndex:
             raise ValueError("An index needs a model, or the dimension of the embeddings that it will be given.")
         self.model, self.factory, self.search_parameters, self.gpu = model, factory, search_parameters, gpu
         self.dimension = int(dimension or 0) if model is None else int(model.get_embedding_dimension() or 0)
-        faiss = import_faiss()
-        try:
-            self._index = faiss.index_factory(self.dimension, factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise ValueError(f"FAISS makes no index of {factory!r} and dimension {self.dimension}: {error}") from error
-        self._set_parameters(self._index)  # refuses those that do not fit
+        self._index = make_faiss_index(factory, self.dimension)
+        self._set_parameters()  # refuses those that do not fit
         self._records = IndexRecords()
         self._waiting: list[tuple[NDArray[np.float32], list[str], list[str]]] = []
         self._waiting_ids: set[str] = set()
@@ -141,13 +141,15 @@ class EmbeddingIndex:
             Inputs that could not be read, and were left out.
 
         Raises:
-            ValueError: If an id is there already. What was added before it stays.
+            ValueError: If an id is there already, or ids or metadata are too few. What was added before it stays.
         """
         model = self._require_model()
         told: dict[int, tuple[str, Metadata]] = {}
 
         def watched() -> Iterator[Any]:
             for place, value in enumerate(inputs):
+                if any(given is not None and place >= len(given) for given in (ids, metadata)):
+                    raise ValueError(f"There are more inputs than ids or metadata: input {place} has none.")
                 id_ = own_name(value) if ids is None else str(ids[place])
                 if id_ in self:
                     raise ValueError(f"The id {id_!r} is in the index already. Delete it first, or choose another.")
@@ -252,14 +254,16 @@ class EmbeddingIndex:
         return hits[0] if single else hits
 
     def search_embeddings(self, queries: NDArray[Any], k: int = 10) -> list[list[Hit]]:
-        """Find what is nearest to embeddings ``(n, dimension)``, which are normalised here."""
+        """Find what is nearest to embeddings ``(n, dimension)``, which are normalised here; as :meth:`search`."""
         rows = self._normalised(queries)
+        if k < 1:
+            raise ValueError(f"k is {k}, but at least 1 is needed.")
         with self._lock:
             self._settle()
             k = min(k, len(self._records))
             if not k or not len(rows):
                 return [[] for _ in rows]
-            index, total = self._searchable(), self._index.ntotal
+            index, total = self._searchable(k), self._index.ntotal
             deleted = total - len(self._records)
             asked = min(2 * k if deleted else k, total)
             while True:
@@ -278,17 +282,17 @@ class EmbeddingIndex:
 
     def save(self, folder: str | Path) -> None:
         """Save to a folder; killed in the middle, what was saved there before is still whole."""
-        about = {
-            "factory": self.factory,
-            "search_parameters": self.search_parameters,
-            "dimension": self.dimension,
-            "model": None if self.model is None else encoder_digest(self.model),
-            "model_name": None
-            if self.model is None
-            else f"{self.model.num_queries} queries on {self.model.slq.backbone}",
-        }
         with self._lock:
             self._settle()
+            about = {
+                "factory": self.factory,
+                "search_parameters": self.search_parameters,
+                "dimension": self.dimension,
+                "model": None if self.model is None else encoder_digest(self.model),
+                "model_name": None
+                if self.model is None
+                else f"{self.model.num_queries} queries on {self.model.slq.backbone}",
+            }
             files = write_folder(Path(folder), self._index, self._records, about)
             if self._files is not None and not self._files.is_dir():
                 self._map(files)  # what was mapped has been replaced
@@ -349,7 +353,7 @@ class EmbeddingIndex:
         self._read_whole()
         self._on_gpu = None
         if not self._index.is_trained:
-            self._index.train(np.concatenate([rows for rows, _, _ in self._waiting]))
+            self._train(np.concatenate([rows for rows, _, _ in self._waiting]))
         while self._waiting:
             rows, ids, about = self._waiting.pop(0)
             first = self._index.ntotal
@@ -357,43 +361,50 @@ class EmbeddingIndex:
             self._records.add(first, ids, about)
             self._waiting_ids.difference_update(ids)
 
+    def _train(self, rows: NDArray[np.float32]) -> None:
+        try:
+            self._index.train(rows)
+        except RuntimeError as error:  # too few; what took hours to embed must not be lost for that
+            logger.warning(
+                "%r cannot learn from %d embeddings, so they are kept as 'Flat', which is exact: %s",
+                self.factory,
+                len(rows),
+                error,
+            )
+            self.factory, self.search_parameters = "Flat", ""
+            self._index = make_faiss_index("Flat", self.dimension)
+
     def _map(self, files: Path) -> None:
         faiss = import_faiss()
         self._index = faiss.read_index(str(embeddings_file(files)), faiss.IO_FLAG_MMAP_IFC)
         self._files = files
-        self._set_parameters(self._index)
+        self._set_parameters()
 
     def _read_whole(self) -> None:
         if self._files is not None:
+            if not self._files.is_dir():
+                raise ValueError(f"{self._files.parent} was saved anew from elsewhere: load it again to change it.")
             self._index, self._files = import_faiss().read_index(str(embeddings_file(self._files))), None
-            self._set_parameters(self._index)
+            self._set_parameters()
 
-    def _set_parameters(self, index: Any, on_gpu: bool = False) -> None:
-        faiss = import_faiss()
-        try:
-            if self.search_parameters:
-                space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
-                space.set_index_parameters(index, self.search_parameters)
-        except RuntimeError as error:
-            raise ValueError(f"{self.factory!r} has no {self.search_parameters!r}: {error}") from error
+    def _set_parameters(self) -> None:
+        set_parameters(self._index, self.search_parameters, self.factory)
 
-    def _searchable(self) -> Any:
+    def _searchable(self, k: int) -> Any:
         """The index itself, or its copy on a GPU."""
-        faiss = import_faiss()
-        # Without a GPU, faiss-gpu gives an index that stores nothing: ask first.
-        if self.gpu is False or not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        if self.gpu is False or not has_gpu():
             if self.gpu:
                 raise ValueError("gpu=True needs faiss-gpu and a GPU: pip install 'slq-embed[faiss-gpu]'.")
             return self._index
+        if k > MOST_ON_GPU:
+            return self._index
         if self._on_gpu is None:
-            self.compact()  # a GPU finds 2048 at most, so none of them should be deleted
-            resources = faiss.StandardGpuResources()
+            self.compact()  # so that none of those few is a deleted one
             try:
-                self._on_gpu = (faiss.index_cpu_to_gpu(resources, 0, self._index), resources)
-            except RuntimeError:  # this type has no GPU form, such as HNSW
+                self._on_gpu = copy_to_gpu(self._index, self.search_parameters, self.factory)
+            except RuntimeError:  # this type has no GPU form
                 if self.gpu:
                     raise
                 self.gpu = False
                 return self._index
-            self._set_parameters(self._on_gpu[0], on_gpu=True)
         return self._on_gpu[0]

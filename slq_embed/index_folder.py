@@ -9,25 +9,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from slq_embed.index_faiss import import_faiss
 from slq_embed.index_records import IndexRecords
 
 FORMAT_VERSION = 1
 _ABOUT = "index.json"
-
-
-def import_faiss() -> Any:
-    """FAISS.
-
-    Raises:
-        ImportError: If it is not installed; the message says how.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "The search index needs FAISS: pip install 'slq-embed[faiss]', or 'slq-embed[faiss-gpu]' for a GPU."
-        ) from error
-    return faiss
 
 
 def write_folder(folder: Path, index: Any, records: IndexRecords, about: dict[str, Any]) -> Path:

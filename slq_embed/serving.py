@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
+from torch import nn
 from tqdm.autonotebook import tqdm
 from transformers import PreTrainedModel
 
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 _LOADED: WeakValueDictionary[str, SLQEncoder] = WeakValueDictionary()
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_GUARD = threading.Lock()
+_WHILE_LOADING = threading.Lock()  # its own: a load takes minutes, and others go on embedding
+_WHILE_NAMING = threading.Lock()
 
 
 class UnreadableInputsError(ValueError):
@@ -61,16 +63,21 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
             raise ValueError(f"The model is loaded already, so {', '.join(sorted(kwargs))} cannot be given.")
         return model
     name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-    key = json.dumps([name, kwargs], sort_keys=True, default=repr)
-    with _GUARD:
+    key = json.dumps([name, kwargs], sort_keys=True, default=_identity)
+    with _WHILE_LOADING:
         if (found := _LOADED.get(key)) is None:
             found = _LOADED[key] = SLQEncoder(name, **kwargs)
         return found
 
 
+def _identity(value: Any) -> str:
+    # Two loaded backbones of one architecture print the same. An address is not used again: the encoder keeps its own.
+    return f"{type(value)} at {id(value)}" if isinstance(value, nn.Module) else repr(value)
+
+
 def lock_of(model: SLQEncoder) -> threading.RLock:
     """The lock under which an encoder's backbone and tokenizer are used; one for all encoders on a backbone."""
-    with _GUARD:
+    with _WHILE_NAMING:
         return _LOCKS.setdefault(model.backbone, threading.RLock())
 
 

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 MAX_FETCHED_BYTES = 64 << 20
@@ -51,7 +51,7 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
         return Path(source)
     parts = urlsplit(source)
     if parts.scheme == "file":
-        return Path(url2pathname(unquote(parts.path)))
+        return Path(url2pathname(parts.path))
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"{source[:80]!r} is neither a path nor a file:, data:, http: or https: URI.")
     if not fetch:

@@ -140,6 +140,8 @@ def test_images_texts_and_both_are_searched_by_each_other(tmp_path):
     hit = next(hit for hit in index.search(files[5], k=10) if hit.id.startswith("text"))
     assert hit.metadata == {"of": 5}
     assert index.search([], k=3) == []
+    with pytest.raises(ValueError, match="input 2 has none"):
+        index.add(texts, ids=["one", "two"])
     index.add([{"image": files[0], "text": "in red"}], ids=["both"])
     index.save(tmp_path / "index")
     again = EmbeddingIndex.load(tmp_path / "index", model)
@@ -208,6 +210,41 @@ def test_types_that_learn_wait_for_enough(monkeypatch):
     assert recall(index, np.ones(2000, bool)) == 1
 
 
+def test_a_gpu_is_asked_for_no_more_than_it_finds(monkeypatch):
+    index, asked = filled(count=500), []
+
+    class OnGpu:
+        def search(self, rows, k):
+            asked.append(k)
+            return index._index.search(rows, k)
+
+    monkeypatch.setattr(index_module, "has_gpu", lambda: True)
+    monkeypatch.setattr(index_module, "copy_to_gpu", lambda *_: (OnGpu(), None))
+    monkeypatch.setattr(index_module, "MOST_ON_GPU", 20)
+    index.delete(names(0, 10))
+    assert [len(index.search_embeddings(vectors(1), k)[0]) for k in (20, 30)] == [20, 30]
+    assert asked == [20]
+
+
+def test_too_few_to_learn_from_are_kept_exactly(tmp_path, caplog):
+    index = EmbeddingIndex(dimension=32, factory="IVF16,Flat", search_parameters="nprobe=4")
+    index.add_embeddings(vectors(10), names(0, 10), [{"n": n} for n in range(10)])
+    index.save(tmp_path)
+    assert "'IVF16,Flat' cannot learn from 10 embeddings" in caplog.text
+    for kept in (index, EmbeddingIndex.load(tmp_path)):
+        assert kept.factory == "Flat"
+        assert [hits[0].id for hits in kept.search_embeddings(vectors(10), 1)] == names(0, 10)
+
+
+def test_an_index_that_was_saved_anew_from_elsewhere_is_searched_but_not_changed(tmp_path):
+    filled(count=500).save(tmp_path)
+    here = EmbeddingIndex.load(tmp_path)
+    EmbeddingIndex.load(tmp_path).save(tmp_path)
+    assert here.search_embeddings(vectors(500)[:1], 1)[0][0].id == "n0"
+    with pytest.raises(ValueError, match="saved anew from elsewhere: load it again"):
+        here.add_embeddings(vectors(1, seed=2), ["last"])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -221,6 +258,7 @@ def test_types_that_learn_wait_for_enough(monkeypatch):
         (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(2), ["a", "a"]), "only 1 differ"),
         (lambda: filled(count=500).add_embeddings(vectors(2), ["x", "n3"]), r"already: \['n3'\]"),
         (lambda: EmbeddingIndex.load("nowhere"), "holds no index"),
+        (lambda: filled(count=500).search_embeddings(vectors(1), 0), "k is 0"),
         (lambda: EmbeddingIndex(dimension=32, gpu=True, factory="Flat").search_embeddings(vectors(1)), None),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from slq_embed.sources import open_image
 
 @pytest.fixture
 def picture(tmp_path, images) -> Path:
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "a picture, 100%25 ü.png"
     images[0].save(path)
     return path
 
@@ -35,8 +36,27 @@ def test_a_model_is_loaded_once(encoder, tmp_path, monkeypatch):
     assert shared_encoder("slq", device="cpu", truncate_dim=None, revision=None) is first
     assert shared_encoder("slq", device="cpu", truncate_dim=8) is not first
     assert shared_encoder(first) is first
+    backbones = [copy.deepcopy(encoder.backbone) for _ in range(2)]
+    given = [shared_encoder(tmp_path / "slq", backbone=backbone) for backbone in [*backbones, backbones[0]]]
+    assert [model.backbone for model in given] == [*backbones, backbones[0]]
+    assert given[2] is given[0]
     with pytest.raises(ValueError, match="loaded already, so device cannot"):
         shared_encoder(first, device="cpu")
+
+
+def test_a_model_that_is_loading_holds_up_nobody(encoder, mixed, tmp_path, monkeypatch):
+    encoder.save_pretrained(tmp_path / "slq")
+    load, embedded = SLQEncoder.__init__, []
+
+    def slow(*args, **kwargs):
+        other = threading.Thread(target=lambda: embedded.append(embed(encoder, mixed)), daemon=True)
+        other.start()
+        other.join(60)
+        load(*args, **kwargs)
+
+    monkeypatch.setattr(SLQEncoder, "__init__", slow)
+    shared_encoder(tmp_path / "slq")
+    assert embedded
 
 
 def test_every_form_of_an_image_is_read(encoder, images, picture):
