@@ -32,9 +32,10 @@ SESSIONS = [
 
 class Chat:
     def __init__(self, folder: Path, model: SLQEncoder) -> None:
-        self.folder, self.model = folder, model
+        self.pictures, self.kept, self.model = folder / "pictures", folder / "index", model
         self.processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))  # with the template for answers
-        self.index = EmbeddingIndex.load(folder, model) if (folder / "index.json").exists() else EmbeddingIndex(model)
+        there = (self.kept / "index.json").exists()
+        self.index = EmbeddingIndex.load(self.kept, model) if there else EmbeddingIndex(model)
 
     def reply(self, said: str) -> str:
         try:
@@ -46,19 +47,20 @@ class Chat:
 
     def remember(self, said: str) -> str:
         id_ = str(max(map(int, self.index.ids()), default=0) + 1)
-        thing = read_image(Path(said.removeprefix("picture "))) if said.startswith("picture ") else said
-        self.index.add([thing], [id_], [{"said": said}])
-        self.index.save(self.folder)
-        if thing is not said:
-            thing.save(self.folder / f"{id_}.png")
+        picture = read_image(Path(said.removeprefix("picture "))) if said.startswith("picture ") else None
+        if picture:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            picture.save(self.pictures / f"{id_}.png")
+        self.index.add([picture or said], [id_], [{"said": said, "picture": picture is not None}])
+        self.index.save(self.kept)
         return f"I keep that as {id_}."
 
     def recall(self, question: str) -> str:
         hits = [hit for hit in self.index.search(question, k=1) if hit.score >= 0.4]
         if not hits:
             return "I remember nothing like that."
-        where, picture = f"({hits[0].id}, {hits[0].score:.2f})", self.folder / f"{hits[0].id}.png"
-        if not picture.exists():
+        where, picture = f"({hits[0].id}, {hits[0].score:.2f})", self.pictures / f"{hits[0].id}.png"
+        if not hits[0].metadata["picture"]:
             return f"You said: {hits[0].metadata['said']} {where}"
         said = answer(self.model, question, [picture], processor=self.processor, max_new_tokens=24, do_sample=False)
         return f"In that picture I see: {said} {where}"
@@ -66,9 +68,9 @@ class Chat:
     def forget(self, id_: str) -> str:
         if not self.index.delete([id_]):
             return f"I remember nothing as {id_}."
+        (self.pictures / f"{id_}.png").unlink(missing_ok=True)
         self.index.compact()  # leaves none of its bytes
-        self.index.save(self.folder)
-        (self.folder / f"{id_}.png").unlink(missing_ok=True)
+        self.index.save(self.kept)
         return "Forgotten."
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     print(f"{args.asked} texts, {len(COLOURS)} labels. Always {majority}, the commonest: {share:.1%}")
     print(f"{'labelled':>9} {'wrong labels':>13} {'literal':>8} {'implicit':>9}")
     for share, noise in ((0.05, 0.0), (0.25, 0.0), (1.0, 0.0), (1.0, 0.2), (1.0, 0.4)):
-        count = round(share * args.labelled)
+        count = max(1, round(share * args.labelled))
         labels = [label_of(scene) for scene in labelled[:count]]
         for n in rng.sample(range(count), round(noise * count)):
             labels[n] = rng.choice([colour for colour in COLOURS if colour != labels[n]])

@@ -44,7 +44,7 @@ def make_photos(folder: Path) -> Path:
 def bring_up_to_date(index: EmbeddingIndex, files: dict[str, Path]) -> str:
     """Add what is new, delete what is gone, do both for what has changed, name what cannot be read."""
     modified = {name: file.stat().st_mtime_ns for name, file in files.items()}
-    gone = index.delete(name for name in index.ids() if index.metadata(name)["modified"] != modified.get(name))
+    gone = index.delete(name for name in index.ids() if index.metadata(name).get("modified") != modified.get(name))
     new = [name for name in files if name not in index]
     skipped = index.add([files[name] for name in new], new, [{"modified": modified[name]} for name in new])
     report = "".join(f"Skipped: {row.reason}\n" for row in skipped)

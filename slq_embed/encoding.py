@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 32
 """Batches that are sorted by size together: more pad less, fewer hold less in memory."""
 _SHARED_MEMORY = 2 << 30
+_LONGEST_NAME = 200
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
 
 Batch = list[tuple[int, Any]]
@@ -95,7 +96,10 @@ class Reader(Dataset[Any]):
 def _name(place: int, value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("image", value.get("path"))
-    return f"input {place} ({value})" if isinstance(value, Path | str) else f"input {place}"
+    if isinstance(value, str) and len(value) > _LONGEST_NAME:
+        value = f"{value[:_LONGEST_NAME]}..."
+    named = f"input {place} ({value})" if isinstance(value, Path | str) else f"input {place}"
+    return named.encode(errors="backslashreplace").decode()  # so that it can be printed
 
 
 def input_size(value: Any) -> float:
@@ -177,8 +181,10 @@ def stream(
         **options: For the model's ``preprocess``.
 
     Raises:
-        ValueError: If ``strict`` and an input cannot be read.
+        ValueError: If ``strict`` and an input cannot be read, or ``batch_size`` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
     device = model.device
     workers = model.num_workers
     if workers is None:

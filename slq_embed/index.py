@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import operator
+import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,28 @@ from numpy.typing import NDArray
 from tqdm.autonotebook import tqdm
 
 from slq_embed.encoder import SLQEncoder
+from slq_embed.encoding import WINDOW
 from slq_embed.fingerprint import encoder_digest
-from slq_embed.index_faiss import MOST_ON_GPU, copy_to_gpu, has_gpu, import_faiss, make_faiss_index, set_parameters
+from slq_embed.index_faiss import (
+    MOST_ON_GPU,
+    copy_to_gpu,
+    has_gpu,
+    import_faiss,
+    least_to_learn_from,
+    make_faiss_index,
+    rows_of,
+    set_parameters,
+)
 from slq_embed.index_folder import embeddings_file, read_about, records_file, write_folder
-from slq_embed.index_inputs import Metadata, as_json, described, image_files, own_name
+from slq_embed.index_inputs import Metadata, as_json, image_files, with_ids_and_metadata
 from slq_embed.index_records import IndexRecords
-from slq_embed.inputs import Skipped
-from slq_embed.serving import embed, lock_of
+from slq_embed.inputs import ONE_INPUT, Skipped
+from slq_embed.serving import embed, embed_batches, prompt_for
 
 logger = logging.getLogger(__name__)
 
 TRAINING_EMBEDDINGS = 200_000
-"""Index types that learn from data (IVF, quantizers) wait for so many, or for the first search."""
+"""Index types that learn from data (IVF, quantizers) are made of so many, or at the first search or save of enough."""
 _MOST_DELETED = 0.2
 _CHUNK = 65_536
 
@@ -52,7 +64,8 @@ class EmbeddingIndex:
     """Embeddings of images, texts and both, searched by any of them.
 
     Threads may share it. It is searched on a GPU where faiss-gpu and a GPU are there and the index type has a GPU
-    form, else on the CPU.
+    form, else on the CPU. Types that learn from embeddings are searched exactly until there are enough to learn from
+    (39 a cluster) and then a search, a save, or 200,000 embeddings.
 
     Args:
         model: The encoder; without one, embeddings come from elsewhere (:meth:`add_embeddings`).
@@ -82,99 +95,93 @@ class EmbeddingIndex:
             raise ValueError("An index needs a model, or the dimension of the embeddings that it will be given.")
         self.model, self.factory, self.search_parameters, self.gpu = model, factory, search_parameters, gpu
         self.dimension = int(dimension or 0) if model is None else int(model.get_embedding_dimension() or 0)
+        if gpu and not has_gpu():
+            raise ValueError("gpu=True needs faiss-gpu and a GPU: pip install 'slq-embed[faiss-gpu]'.")
         self._index = make_faiss_index(factory, self.dimension)
+        self._built = True
         self._set_parameters()  # refuses those that do not fit
+        if not self._index.is_trained:
+            self._index, self._built = make_faiss_index("Flat", self.dimension), False
+        self._tried = 0  # with so many embeddings
         self._records = IndexRecords()
-        self._waiting: list[tuple[NDArray[np.float32], list[str], list[str]]] = []
-        self._waiting_ids: set[str] = set()
+        self._made_by: str | None = None  # the digest of the model
+        self._model_name: str | None = None
         self._on_gpu: tuple[Any, Any] | None = None
-        self._files: Path | None = None  # that are mapped
+        self._saved: Path | None = None  # what a folder was last known to hold
+        self._mapped: Path | None = None  # the files that are not read whole
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._records) + len(self._waiting_ids)
+        return len(self._records)
 
     def __repr__(self) -> str:
-        return f"EmbeddingIndex({self.factory!r}: {len(self)} of dimension {self.dimension})"
+        state = "" if self._built else ", exact for now"
+        return f"EmbeddingIndex({self.factory!r}{state}: {len(self)} of dimension {self.dimension})"
 
-    def __contains__(self, id_: str) -> bool:
+    def __contains__(self, id_: Any) -> bool:
         with self._lock:
-            return id_ in self._waiting_ids or bool(self._records.rows_of([id_]))
+            return bool(self._records.rows_of([str(id_)]))
 
     def ids(self) -> list[str]:
-        """All ids, in the order in which they were added."""
+        """All ids, in the order of their rows; :meth:`add` adds inputs of like size together."""
         with self._lock:
-            return [*self._records.ids(), *(id_ for _, ids, _ in self._waiting for id_ in ids)]
+            return self._records.ids()
 
-    def metadata(self, id_: str) -> dict[str, Any]:
+    def metadata(self, id_: Any) -> dict[str, Any]:
         """What was stored with an id.
 
         Raises:
             KeyError: If there is no such id.
         """
         with self._lock:
-            if id_ in self._waiting_ids:
-                return next(json.loads(about[ids.index(id_)]) for _, ids, about in self._waiting if id_ in ids)
-            for _, about in self._records.get(self._records.rows_of([id_]).values()).values():
+            for _, about in self._records.get(self._records.rows_of([str(id_)]).values()).values():
                 return about
-            raise KeyError(f"There is no id {id_!r} in the index.")
+            raise KeyError(f"There is no id {str(id_)!r} in the index.")
 
     def add(
         self,
         inputs: Iterable[Any],
-        ids: Sequence[str] | None = None,
-        metadata: Sequence[Metadata] | None = None,
+        ids: Iterable[Any] | None = None,
+        metadata: Iterable[Metadata] | None = None,
         *,
         batch_size: int = 32,
         show_progress_bar: bool = False,
     ) -> list[Skipped]:
-        """Embed inputs and add them.
+        """Embed inputs and add them. Others may search meanwhile.
 
         Args:
-            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both, any number; read as they are needed.
+            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both, any number; read 32 batches ahead.
             ids: One each; by default a path's own name, and for anything else a random one.
             metadata: One each, as JSON can hold it; by default the path or the text.
-            batch_size: Inputs a batch.
+            batch_size: Inputs a batch; halved as long as a batch does not fit into memory.
             show_progress_bar: Whether to show one.
 
         Returns:
             Inputs that could not be read, and were left out.
 
         Raises:
-            ValueError: If an id is there already, or ids or metadata are too few. What was added before it stays.
+            ValueError: If an id is there already, inputs, ids and metadata are not equally many, or the model is not
+                the one that the index was made with. What was added before it stays.
         """
-        model = self._require_model()
-        told: dict[int, tuple[str, Metadata]] = {}
-
-        def watched() -> Iterator[Any]:
-            for place, value in enumerate(inputs):
-                if any(given is not None and place >= len(given) for given in (ids, metadata)):
-                    raise ValueError(f"There are more inputs than ids or metadata: input {place} has none.")
-                id_ = own_name(value) if ids is None else str(ids[place])
-                if id_ in self:
-                    raise ValueError(f"The id {id_!r} is in the index already. Delete it first, or choose another.")
-                told[place] = (id_, described(value) if metadata is None else metadata[place])
-                yield value
-
+        model = self._checked_model()
+        inputs = [inputs] if isinstance(inputs, ONE_INPUT) else inputs
+        rest = enumerate(with_ids_and_metadata(inputs, ids, metadata))
         skipped: list[Skipped] = []
-        results = model.encode_stream(watched(), batch_size=batch_size, prompt=model.prompts.get("document") or None)
-        total = len(inputs) if isinstance(inputs, Sequence) else None
-        with tqdm(total=total, disable=not show_progress_bar) as bar:
-            while True:
-                with lock_of(model):
-                    result = next(results, None)
-                if result is None:
-                    break
-                if result.places:
-                    named = [told.pop(place) for place in result.places]
-                    found = result.embeddings[""].float().cpu().numpy()
-                    self.add_embeddings(found, [id_ for id_, _ in named], [about for _, about in named])
-                skipped += result.skipped
-                bar.update(len(result.places) + len(result.skipped))
+        with tqdm(total=len(inputs) if isinstance(inputs, Sequence) else None, disable=not show_progress_bar) as bar:
+            while window := dict(islice(rest, WINDOW * max(1, batch_size))):
+                self._refuse_known([id_ for _, id_, _ in window.values()])  # before they are embedded
+                waiting = [(place, value) for place, (value, _, _) in window.items()]
+                prompt = prompt_for(model, "document")
+                for result in embed_batches(model, waiting, prompt=prompt, batch_size=batch_size):
+                    if result.places:
+                        _, names, about = zip(*(window[place] for place in result.places), strict=True)
+                        self._add(self._normalised(result.embeddings[""].float().cpu().numpy()), names, about)
+                    skipped += result.skipped
+                    bar.update(len(result.places) + len(result.skipped))
         return sorted(skipped, key=lambda row: row.place or 0)
 
     def add_embeddings(
-        self, embeddings: NDArray[Any], ids: Sequence[str], metadata: Sequence[Metadata] | None = None
+        self, embeddings: NDArray[Any], ids: Iterable[Any], metadata: Iterable[Metadata] | None = None
     ) -> None:
         """Add embeddings from elsewhere.
 
@@ -190,46 +197,81 @@ class EmbeddingIndex:
         about = ["{}" for _ in names] if metadata is None else [as_json(row) for row in metadata]
         if not len(rows) == len(names) == len(about):
             raise ValueError(f"There are {len(rows)} embeddings, but {len(names)} ids and {len(about)} metadata.")
-        "".join(names).encode()  # raises for what the database cannot hold
-        fresh = set(names)
-        if len(fresh) < len(names):
-            raise ValueError(f"{len(names)} ids were given, but only {len(fresh)} differ. Each needs one of its own.")
-        with self._lock:
-            if known := [*self._records.rows_of(fresh), *(fresh & self._waiting_ids)]:
-                raise ValueError(f"Ids are in the index already: {known[:5]}. Delete them first, or choose others.")
-            self._waiting.append((rows, names, about))
-            self._waiting_ids |= fresh
-            if self._index.is_trained or len(self._waiting_ids) >= TRAINING_EMBEDDINGS:
-                self._settle()
+        if self.model is not None:
+            self._checked_model()
+        self._add(rows, names, about)
 
-    def delete(self, ids: Iterable[str]) -> int:
-        """Delete by id; returns how many were there. :meth:`compact` removes their bytes too."""
+    def _add(self, rows: NDArray[np.float32], names: Sequence[str], about: Sequence[str]) -> None:
         with self._lock:
-            self._settle()
-            rows = self._records.rows_of(set(ids))
-            self._records.remove(rows.values())
+            self._refuse_known(names)
+            self._read_whole()
+            first = self._index.ntotal
+            self._index.add(rows)
+            self._records.add(first, names, about)
             self._on_gpu = None
-            if self._index.ntotal - len(self._records) > _MOST_DELETED * self._index.ntotal:
-                self.compact()
+            if self.model is not None and self._made_by is None:
+                self._made_by = encoder_digest(self.model)
+            if len(self._records) >= TRAINING_EMBEDDINGS:
+                self._build()
+
+    def _refuse_known(self, names: Sequence[str]) -> None:
+        "".join(names).encode()  # raises for what the database cannot hold
+        if (different := len(set(names))) < len(names):
+            raise ValueError(f"{len(names)} ids were given, but only {different} differ. Each needs one of its own.")
+        with self._lock:
+            if known := list(self._records.rows_of(names)):
+                raise ValueError(f"Ids are in the index already: {known[:5]}. Delete them first, or choose others.")
+
+    def delete(self, ids: Iterable[Any]) -> int:
+        """Delete by id; returns how many were there. :meth:`compact` removes their bytes too.
+
+        Raises:
+            ValueError: If the files that are mapped were replaced.
+        """
+        with self._lock:
+            rows = self._records.rows_of({str(id_) for id_ in ([ids] if isinstance(ids, str) else ids)})
+            if rows:
+                self._refuse_replaced()
+                self._records.remove(rows.values())
+                self._on_gpu = None
+                if self._index.ntotal - len(self._records) > _MOST_DELETED * self._index.ntotal:
+                    self.compact()
             return len(rows)
 
     def compact(self) -> None:
         """Rebuild from what was not deleted: nothing of the rest is left here, nor in the next save."""
         faiss = import_faiss()
         with self._lock:
-            self._settle()
-            rows = np.array(self._records.rows(), np.int64)
-            if len(rows) == self._index.ntotal:
-                return
-            self._read_whole()
-            if isinstance(clusters := faiss.downcast_index(self._index), faiss.IndexIVF):
-                clusters.make_direct_map()  # to find a row's cluster
-            after = faiss.clone_index(self._index)
-            after.reset()  # keeps what it has learned
-            for start in range(0, len(rows), _CHUNK):
-                after.add(self._index.reconstruct_batch(rows[start : start + _CHUNK]))
-            self._records.renumber()
-            self._index, self._on_gpu = after, None
+            if len(self._records) < self._index.ntotal:
+                self._read_whole()
+                after = faiss.clone_index(self._index)
+                after.reset()  # keeps what it has learned
+                self._move_to(after)
+
+    def _build(self) -> None:
+        """Make the type that was asked for, if there is enough to learn from, and more than at the last attempt."""
+        if self._built or len(self._records) <= self._tried:
+            return
+        self._tried = len(self._records)
+        wanted = make_faiss_index(self.factory, self.dimension)
+        if len(self._records) < least_to_learn_from(wanted):
+            return
+        self._read_whole()
+        try:
+            wanted.train(rows_of(self._index, np.array(self._records.rows(), np.int64)))
+        except RuntimeError as error:  # too few
+            logger.info("%r is kept exactly for now: %s", self.factory, error)
+            return
+        self._built = True
+        self._move_to(wanted)
+        self._set_parameters()
+
+    def _move_to(self, after: Any) -> None:
+        rows = np.array(self._records.rows(), np.int64)
+        for start in range(0, len(rows), _CHUNK):
+            after.add(rows_of(self._index, rows[start : start + _CHUNK]))
+        self._records.renumber()
+        self._index, self._on_gpu = after, None
 
     def search(self, queries: Any, k: int = 10, *, prompt: str | None = None, batch_size: int = 32) -> Any:
         """Find what is nearest to texts, images, or both together.
@@ -245,21 +287,22 @@ class EmbeddingIndex:
 
         Raises:
             UnreadableInputsError: If a query cannot be read.
+            ValueError: If ``k`` is below 1, or the model is not the one that the index was made with.
         """
-        model = self._require_model()
-        single = model.is_singular_input(queries)
-        told = (model.prompts.get("query") or None) if prompt is None else prompt
+        model = self._checked_model()
+        single = isinstance(queries, ONE_INPUT)
+        told = prompt_for(model, "query") if prompt is None else prompt
         found = embed(model, [queries] if single else list(queries), prompt=told, batch_size=batch_size)
         hits = self.search_embeddings(found, k)
         return hits[0] if single else hits
 
     def search_embeddings(self, queries: NDArray[Any], k: int = 10) -> list[list[Hit]]:
         """Find what is nearest to embeddings ``(n, dimension)``, which are normalised here; as :meth:`search`."""
-        rows = self._normalised(queries)
+        rows, k = self._normalised(queries), operator.index(k)
         if k < 1:
             raise ValueError(f"k is {k}, but at least 1 is needed.")
         with self._lock:
-            self._settle()
+            self._build()
             k = min(k, len(self._records))
             if not k or not len(rows):
                 return [[] for _ in rows]
@@ -281,21 +324,25 @@ class EmbeddingIndex:
                 asked = min(4 * asked, total)
 
     def save(self, folder: str | Path) -> None:
-        """Save to a folder; killed in the middle, what was saved there before is still whole."""
+        """Save to a folder; killed in the middle, what was saved there before is still whole.
+
+        Raises:
+            ValueError: If the folder has been saved to from elsewhere since this index was loaded from it or saved
+                there: that would be undone.
+        """
         with self._lock:
-            self._settle()
+            self._build()
             about = {
                 "factory": self.factory,
+                "built": self._built,
                 "search_parameters": self.search_parameters,
                 "dimension": self.dimension,
-                "model": None if self.model is None else encoder_digest(self.model),
-                "model_name": None
-                if self.model is None
-                else f"{self.model.num_queries} queries on {self.model.slq.backbone}",
+                "model": self._made_by,
+                "model_name": self._model_name,
             }
-            files = write_folder(Path(folder), self._index, self._records, about)
-            if self._files is not None and not self._files.is_dir():
-                self._map(files)  # what was mapped has been replaced
+            self._saved = write_folder(Path(folder).absolute(), self._index, self._records, about, self._saved)
+            if self._mapped is not None:
+                self._map(self._saved)  # what was mapped may have been replaced
 
     @classmethod
     def load(
@@ -310,35 +357,49 @@ class EmbeddingIndex:
             gpu: As for the class.
 
         Raises:
-            ValueError: If there is no index, or it is of another model or dimension.
+            ValueError: If there is no index, or it is of another model or dimension. The same model saved in another
+                form, or loaded in float16, counts as another.
         """
-        files, about = read_about(Path(folder))
-        if model is not None:
-            if (found := model.get_embedding_dimension()) != about["dimension"]:
+        while True:
+            files, about = read_about(Path(folder).absolute())
+            given = {"search_parameters": about["search_parameters"], "dimension": about["dimension"], "gpu": gpu}
+            index = cls(model, about["factory"], **given)
+            if index.dimension != about["dimension"]:
                 raise ValueError(
                     f"The index in {folder} has dimension {about['dimension']}, but this model's embeddings have "
-                    f"{found}. Load the model that it was made with, or set its truncate_dim."
+                    f"{index.dimension}. Load the model that it was made with, or set its truncate_dim."
                 )
-            if about["model"] not in (None, encoder_digest(model)):
-                raise ValueError(
-                    f"The index in {folder} was made with another model ({about['model_name']}), whose embeddings "
-                    "cannot be compared with this one's. Load that model, or build the index anew."
-                )
-        given = {"search_parameters": about["search_parameters"], "dimension": about["dimension"], "gpu": gpu}
-        index = cls(model, about["factory"], **given)
-        index._records = IndexRecords(records_file(files))
-        index._map(files)
-        if not mmap:
-            index._read_whole()
-        return index
+            index._built, index._made_by, index._model_name = about["built"], about["model"], about["model_name"]
+            index._saved = files
+            try:
+                index._records = IndexRecords(records_file(files))
+                index._map(files)
+                if not mmap:
+                    index._read_whole()
+            except (OSError, RuntimeError, sqlite3.Error):
+                if read_about(Path(folder).absolute())[0] == files:
+                    raise
+                continue  # another process has saved it just now
+            if model is not None:
+                index._checked_model()
+            return index
 
-    def _require_model(self) -> SLQEncoder:
+    def _checked_model(self) -> SLQEncoder:
         if self.model is None:
             raise ValueError("This index has no model: give EmbeddingIndex one, or use the methods for embeddings.")
+        if not len(self):
+            self._made_by, self._model_name = None, f"{self.model.num_queries} queries on {self.model.slq.backbone}"
+        elif self._made_by not in (None, encoder_digest(self.model)):
+            raise ValueError(
+                f"The index was made with another model ({self._model_name}), whose embeddings cannot be compared "
+                "with this one's. Load that model, or build the index anew."
+            )
         return self.model
 
     def _normalised(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:
         rows = np.array(embeddings, np.float32, ndmin=2)
+        if not rows.size:
+            return np.zeros((0, self.dimension), np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.dimension or not np.isfinite(rows).all():
             raise ValueError(
                 f"Embeddings have shape {rows.shape}, but finite numbers of shape (n, {self.dimension}) are needed."
@@ -346,62 +407,35 @@ class EmbeddingIndex:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
         return rows
 
-    def _settle(self) -> None:
-        """Give FAISS what waits; it learns from that first, if it has to."""
-        if not self._waiting:
-            return
-        self._read_whole()
-        self._on_gpu = None
-        if not self._index.is_trained:
-            self._train(np.concatenate([rows for rows, _, _ in self._waiting]))
-        while self._waiting:
-            rows, ids, about = self._waiting.pop(0)
-            first = self._index.ntotal
-            self._index.add(rows)
-            self._records.add(first, ids, about)
-            self._waiting_ids.difference_update(ids)
-
-    def _train(self, rows: NDArray[np.float32]) -> None:
-        try:
-            self._index.train(rows)
-        except RuntimeError as error:  # too few; what took hours to embed must not be lost for that
-            logger.warning(
-                "%r cannot learn from %d embeddings, so they are kept as 'Flat', which is exact: %s",
-                self.factory,
-                len(rows),
-                error,
-            )
-            self.factory, self.search_parameters = "Flat", ""
-            self._index = make_faiss_index("Flat", self.dimension)
-
     def _map(self, files: Path) -> None:
         faiss = import_faiss()
         self._index = faiss.read_index(str(embeddings_file(files)), faiss.IO_FLAG_MMAP_IFC)
-        self._files = files
+        self._mapped = files
         self._set_parameters()
 
     def _read_whole(self) -> None:
-        if self._files is not None:
-            if not self._files.is_dir():
-                raise ValueError(f"{self._files.parent} was saved anew from elsewhere: load it again to change it.")
-            self._index, self._files = import_faiss().read_index(str(embeddings_file(self._files))), None
+        self._refuse_replaced()
+        if self._mapped is not None:
+            self._index, self._mapped = import_faiss().read_index(str(embeddings_file(self._mapped))), None
             self._set_parameters()
 
+    def _refuse_replaced(self) -> None:
+        if self._mapped is not None and not self._mapped.is_dir():
+            raise ValueError(f"{self._mapped.parent} was saved anew from elsewhere: load it again to change it.")
+
     def _set_parameters(self) -> None:
-        set_parameters(self._index, self.search_parameters, self.factory)
+        if self._built:
+            set_parameters(self._index, self.search_parameters, self.factory)
 
     def _searchable(self, k: int) -> Any:
         """The index itself, or its copy on a GPU."""
-        if self.gpu is False or not has_gpu():
-            if self.gpu:
-                raise ValueError("gpu=True needs faiss-gpu and a GPU: pip install 'slq-embed[faiss-gpu]'.")
-            return self._index
-        if k > MOST_ON_GPU:
+        if self.gpu is False or not has_gpu() or k > MOST_ON_GPU:
             return self._index
         if self._on_gpu is None:
             self.compact()  # so that none of those few is a deleted one
             try:
-                self._on_gpu = copy_to_gpu(self._index, self.search_parameters, self.factory)
+                parameters = self.search_parameters if self._built else ""
+                self._on_gpu = copy_to_gpu(self._index, parameters, self.factory)
             except RuntimeError:  # this type has no GPU form
                 if self.gpu:
                     raise

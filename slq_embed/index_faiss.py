@@ -27,13 +27,40 @@ def make_faiss_index(factory: str, dimension: int) -> Any:
     """An empty index for inner products.
 
     Raises:
-        ValueError: If FAISS knows no such type.
+        ValueError: If FAISS knows no such type, or it does not serve here.
     """
     faiss = import_faiss()
     try:
-        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.clone_index(index)  # which deletion needs
     except RuntimeError as error:
         raise ValueError(f"FAISS makes no index of {factory!r} and dimension {dimension}: {error}") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(
+            f"FAISS makes {factory!r} for distances only, but inner products are needed. Use another type."
+        )
+    if isinstance(index, faiss.IndexIDMap):
+        raise ValueError(f"{factory!r} maps ids, which are kept here already: leave IDMap out.")
+    clusters = faiss.try_extract_index_ivf(index)
+    if "RaBitQ" in type(faiss.downcast_index(clusters)).__name__ and not isinstance(index, faiss.IndexRefine):
+        # What it gives back for a row is coded to something else.
+        raise ValueError(f"{factory!r} would lose precision with deletions. Use '{factory},RFlat', which rescores.")
+    return index
+
+
+def least_to_learn_from(index: Any) -> int:
+    """Embeddings from which clusters can be learned, by FAISS's own measure; for other types FAISS itself says no."""
+    faiss = import_faiss()
+    clusters = faiss.try_extract_index_ivf(index)
+    return 1 if clusters is None else int(clusters.nlist * clusters.cp.min_points_per_centroid)
+
+
+def rows_of(index: Any, rows: Any) -> Any:
+    """Embeddings ``(n, dimension)`` by row number, as the index has kept them."""
+    faiss = import_faiss()
+    if (clusters := faiss.try_extract_index_ivf(index)) is not None:
+        clusters.make_direct_map()  # to find a row's cluster
+    return index.reconstruct_batch(rows)
 
 
 def set_parameters(index: Any, parameters: str, factory: str, *, on_gpu: bool = False) -> None:

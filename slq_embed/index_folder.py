@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from slq_embed.index_faiss import import_faiss
 from slq_embed.index_records import IndexRecords
 
 FORMAT_VERSION = 1
-_ABOUT = "index.json"
+_ABOUT, _EMBEDDINGS, _RECORDS = "index.json", "embeddings.faiss", "records.sqlite"
 
 
-def write_folder(folder: Path, index: Any, records: IndexRecords, about: dict[str, Any]) -> Path:
+def write_folder(
+    folder: Path, index: Any, records: IndexRecords, about: dict[str, Any], after: Path | None = None
+) -> Path:
     """Write an index; killed in the middle, what was saved before is still whole.
 
     Args:
@@ -24,24 +29,44 @@ def write_folder(folder: Path, index: Any, records: IndexRecords, about: dict[st
         index: The FAISS index, on the CPU.
         records: Ids and metadata.
         about: What :func:`read_about` is to give.
+        after: What the folder was last known to hold: another save in between must not be undone.
 
     Returns:
         Where the files lie.
+
+    Raises:
+        ValueError: If something else was saved there in between, or the folder has another ``index.json``.
     """
-    files = folder / f"v-{uuid.uuid4().hex[:12]}"
-    files.mkdir(parents=True)
-    import_faiss().write_index(index, str(embeddings_file(files)))
-    records.save(records_file(files))
-    fresh = files / _ABOUT
-    fresh.write_text(json.dumps({"format_version": FORMAT_VERSION, "version": files.name, **about}, indent=2) + "\n")
-    for file in files.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    fresh.replace(folder / _ABOUT)
-    for old in folder.glob("v-*"):  # an earlier save, or one that was killed
-        if old.name != files.name:
-            shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if (folder / _ABOUT).exists():
+            found, _ = read_about(folder)  # whoever else wrote it will miss it
+            if after is not None and after.parent == folder and after != found:
+                raise ValueError(
+                    f"The index in {folder} was saved anew from elsewhere since it was read here, and saving would "
+                    "undo that. Load it again, or save to another folder."
+                )
+        files = folder / f"v-{uuid.uuid4().hex[:12]}"
+        files.mkdir()
+        import_faiss().write_index(index, str(embeddings_file(files)))
+        records.save(records_file(files))
+        fresh = files / _ABOUT
+        fresh.write_text(
+            json.dumps({"format_version": FORMAT_VERSION, "version": files.name, **about}, indent=2) + "\n"
+        )
+        for file in files.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        fresh.replace(folder / _ABOUT)
+        for old in folder.iterdir():  # an earlier save, or one that was killed
+            if old != files and _is_save(old):
+                shutil.rmtree(old, ignore_errors=True)  # Windows keeps what is mapped
     return files
+
+
+def _is_save(folder: Path) -> bool:
+    ours = {_ABOUT, _EMBEDDINGS, _RECORDS, f"{_RECORDS}-journal"}
+    return re.fullmatch("v-[0-9a-f]{12}", folder.name) is not None and ours >= {file.name for file in folder.iterdir()}
 
 
 def read_about(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -53,6 +78,8 @@ def read_about(folder: Path) -> tuple[Path, dict[str, Any]]:
     if not (folder / _ABOUT).is_file():
         raise ValueError(f"{folder} holds no index: there is no {_ABOUT}. Was it saved there?")
     about = json.loads((folder / _ABOUT).read_text("utf8"))
+    if not isinstance(about, dict) or not {"format_version", "version"} <= set(about):
+        raise ValueError(f"{folder / _ABOUT} is not of a search index of slq-embed. Use another folder.")
     if about["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"The index in {folder} has format {about['format_version']}, but this slq-embed reads up to "
@@ -63,9 +90,9 @@ def read_about(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def embeddings_file(files: Path) -> Path:
     """The FAISS index."""
-    return files / "embeddings.faiss"
+    return files / _EMBEDDINGS
 
 
 def records_file(files: Path) -> Path:
     """Ids and metadata."""
-    return files / "records.sqlite"
+    return files / _RECORDS

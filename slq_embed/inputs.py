@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_DECODED_PIXELS = 16_000_000
 """Larger images are reduced on the way in; no vision tower reads more."""
@@ -19,6 +19,20 @@ MAX_SOURCE_PIXELS = 178_956_970
 """Larger images are refused before they are decoded, at Pillow's own limit: a decompression bomb, or a mistake."""
 MAX_ASPECT_RATIO = 100
 """Longer strips are padded with white: image processors refuse or distort them."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation: what brings it upright."""
+
+ONE_INPUT = (str, Path, Mapping, Image.Image)
+"""Types of one input; a list of them is a batch."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ def read_row(value: Any) -> Row:
             without the prompt.)
     """
     if isinstance(value, str):
-        return Row(text=value)
+        return Row(text=_unicode(value))
     if isinstance(value, Mapping):
         if set(value) == {"bytes", "path"}:
             return Row(source=value)
@@ -113,13 +127,21 @@ def read_row(value: Any) -> Row:
             raise ValueError(f"The 'text' of an input is a {type(text).__name__}, but a str is needed.")
         if text is None and image is None:
             raise ValueError("An input dict holds None only. Give it a text, an image, or both.")
-        return Row(text, image)
+        return Row(text and _unicode(text), image)
     if isinstance(value, Image.Image | Path):
         return Row(source=value)
     raise ValueError(
         f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, a pathlib.Path of an image, or a "
         'dict such as {"image": image, "text": text}.'
     )
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"A text holds half a character, {text[error.start]!r}, at place {error.start}.") from error
+    return text
 
 
 def read_image(source: Any) -> Image.Image:
@@ -149,7 +171,11 @@ def read_image(source: Any) -> Image.Image:
 
 
 def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
+    try:
+        there = Path(path).is_file()
+    except OSError:  # a name too long for a file
+        there = False
+    if not there:
         raise ValueError(f"There is no image file {str(path)!r}. Check the path (URLs are not fetched).")
     return Path(path)
 
@@ -173,8 +199,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         if width * height > MAX_DECODED_PIXELS:
             # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
             image.draft("RGB", (width // 2, height // 2))
-        image = _opaque_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        image = _opaque_rgb(_upright(image))
+    except Exception as error:  # damage makes decoders raise whatever they like
         raise ValueError(f"{name} cannot be decoded: {error}") from error
     width, height = image.size
     if (excess := width * height / MAX_DECODED_PIXELS) > 1:
@@ -184,7 +210,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         canvas = Image.new("RGB", (max(image.width, short), max(image.height, short)), "white")
         canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
         image = canvas
-    return image
+    return Image.fromarray(np.asarray(image))  # without metadata, by which others would turn it again
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: that writes the metadata anew, and fails where any of it is malformed.
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # no metadata that can be read
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:

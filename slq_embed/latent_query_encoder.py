@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,6 +18,7 @@ from slq_embed.backbones import is_placed
 from slq_embed.encoded_file import EncodedFile, encode_to_file
 from slq_embed.encoding import INFERENCE_SETTINGS, Encoded, encode_query_sets, infer, stream
 from slq_embed.fingerprint import Fingerprint, fingerprint, weights_sha256
+from slq_embed.inputs import ONE_INPUT
 from slq_embed.modules import LatentQueryTransformer
 from slq_embed.prefix_store import PrefixStore
 
@@ -134,7 +134,7 @@ class LatentQueryEncoder(SentenceTransformer):
 
     def is_singular_input(self, inputs: Any) -> bool:
         """Whether this is one input and not a batch; a path and a dict are one input."""
-        return isinstance(inputs, str | Path | Mapping | Image.Image) or bool(super().is_singular_input(inputs))
+        return isinstance(inputs, ONE_INPUT) or bool(super().is_singular_input(inputs))
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Turn inputs into features; see :meth:`LatentQueryTransformer.preprocess`.

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
@@ -45,9 +45,13 @@ class UnreadableInputsError(ValueError):
         named = "; ".join(f"{row.name}: {row.reason}" for row in self.skipped)
         super().__init__(f"{len(self.skipped)} of {len(embeddings)} inputs could not be read: {named}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes: an error that cannot be unpickled breaks their pool."""
+        return type(self), (self.skipped, self.embeddings)
+
 
 def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
-    """An encoder, loaded once for all callers in this process that ask for the same.
+    """An encoder, loaded once for all callers in this process that ask for the same; anew if it was saved anew.
 
     Args:
         model: A folder, a hub name, or an encoder, which is given back.
@@ -62,8 +66,10 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
         if kwargs:
             raise ValueError(f"The model is loaded already, so {', '.join(sorted(kwargs))} cannot be given.")
         return model
-    name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-    key = json.dumps([name, kwargs], sort_keys=True, default=_identity)
+    folder = Path(model).resolve()
+    name, files = (str(folder), sorted(folder.rglob("*"))) if folder.is_dir() else (str(model), [])
+    state = [(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()]  # saved anew, it is another
+    key = json.dumps([name, kwargs, state], sort_keys=True, default=_identity)
     with _WHILE_LOADING:
         if (found := _LOADED.get(key)) is None:
             found = _LOADED[key] = SLQEncoder(name, **kwargs)
@@ -79,6 +85,13 @@ def lock_of(model: SLQEncoder) -> threading.RLock:
     """The lock under which an encoder's backbone and tokenizer are used; one for all encoders on a backbone."""
     with _WHILE_NAMING:
         return _LOCKS.setdefault(model.backbone, threading.RLock())
+
+
+def prompt_for(model: SLQEncoder, task: Literal["query", "document"]) -> str | None:
+    """The prompt that ``encode_query`` or ``encode_document`` would use."""
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in model.prompts), None)
+    return model._resolve_prompt(None, name) or None
 
 
 def embed(
@@ -157,19 +170,57 @@ def _embed(
     normalize: bool,
     show_progress_bar: bool,
 ) -> NDArray[np.float32]:
-    model._refuse_after_failed_reload()
     rows = np.full((len(inputs), model.get_embedding_dimension()), np.nan, np.float32)
-    waiting = set(range(len(inputs))) - {row.place for row in skipped}
-    with lock_of(model), tqdm(total=len(inputs), disable=not show_progress_bar) as bar:
-        while waiting:
-            failed = False
+    lost = {row.place for row in skipped}
+    good = [(place, value) for place, value in enumerate(inputs) if place not in lost]
+    with tqdm(total=len(inputs), disable=not show_progress_bar) as bar:
+        for result in embed_batches(model, good, prompt=prompt, batch_size=batch_size):
+            if result.places:
+                rows[result.places] = result.embeddings[""].float().cpu().numpy()
+            skipped += result.skipped
+            bar.update(len(result.places) + len(result.skipped))
+    if skipped:
+        raise UnreadableInputsError(sorted(skipped, key=lambda row: row.place or 0), rows)
+    if normalize and model.truncate_dim is not None:
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    return rows
+
+
+def embed_batches(
+    model: SLQEncoder, inputs: Sequence[tuple[int, Any]], *, prompt: str | None, batch_size: int
+) -> Iterator[Encoded]:
+    """Embed inputs as :func:`embed`, and give results as they come: others may use the model between them.
+
+    Args:
+        model: The encoder.
+        inputs: Inputs with their places.
+        prompt: A system message.
+        batch_size: As for :func:`embed`.
+
+    Yields:
+        A batch of embeddings with the places of its inputs, and what could not be read.
+
+    Raises:
+        RuntimeError: If one input alone does not fit into memory.
+    """
+    model._refuse_after_failed_reload()
+    waiting = dict(inputs)
+    while waiting:
+        texts_only = all(isinstance(value, str) for value in waiting.values())
+        results = stream(
+            model,
+            list(waiting.items()),
+            batch_size=batch_size,
+            prompt=prompt,
+            strict=False,
+            truncate_dim=model.truncate_dim,
+            most_workers=0 if texts_only else (len(waiting) - 1) // max(1, batch_size),
+        )
+        failed = False
+        while waiting and not failed:
             try:
-                for result in _stream(model, inputs, waiting, prompt, batch_size):
-                    if result.places:
-                        rows[result.places] = result.embeddings[""].float().cpu().numpy()
-                    skipped += result.skipped
-                    waiting.difference_update(result.places, (row.place for row in result.skipped))
-                    bar.update(len(result.places) + len(result.skipped))
+                with lock_of(model):
+                    result = next(results)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -179,27 +230,12 @@ def _embed(
                         "max_text_chars, half precision, or a larger device."
                     ) from error
                 failed = True
-            if failed:  # outside of the handler, whose traceback would keep the batch
-                batch_size = max(1, batch_size // 2)
-                logger.warning("A batch does not fit into memory: going on with %d at a time.", batch_size)
-                gc.collect()
-                torch.cuda.empty_cache()
-    if skipped:
-        raise UnreadableInputsError(sorted(skipped, key=lambda row: row.place or 0), rows)
-    if normalize and model.truncate_dim is not None:
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-    return rows
-
-
-def _stream(
-    model: SLQEncoder, inputs: Sequence[Any], waiting: set[int], prompt: str | None, batch_size: int
-) -> Iterator[Encoded]:
-    return stream(
-        model,
-        [(place, inputs[place]) for place in sorted(waiting)],
-        batch_size=batch_size,
-        prompt=prompt,
-        strict=False,
-        truncate_dim=model.truncate_dim,
-        most_workers=0 if all(isinstance(value, str) for value in inputs) else (len(waiting) - 1) // batch_size,
-    )
+            else:
+                for place in [*result.places, *(row.place for row in result.skipped)]:
+                    waiting.pop(place or 0)
+                yield result
+        if failed:  # outside of the handler, whose traceback would keep the batch
+            batch_size = max(1, batch_size // 2)
+            logger.warning("A batch does not fit into memory: going on with %d at a time.", batch_size)
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
+import http.client
 import re
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 MAX_FETCHED_BYTES = 64 << 20
 FETCH_SECONDS = 20.0
 
 _DATA_URI = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w-]+=[^;,]*)*(;base64)?,", re.I)
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.I)  # two letters or more: one is a drive
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|file:", re.I)  # a file's name may hold a colon
 
 
 def open_image(source: Any, *, fetch: bool = False) -> Any:
@@ -26,7 +27,8 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
 
     Args:
         source: A path, a ``file:``, ``data:`` or (if ``fetch``) ``http(s):`` URI, bytes of an image file, a binary file
-            such as ``io.BytesIO``, or a PIL image; or an input dict whose ``"image"`` is one of these.
+            such as ``io.BytesIO``, or a PIL image; the dict with ``"bytes"`` and ``"path"`` that ``datasets`` gives for
+            an undecoded image; or an input dict whose ``"image"`` is one of these.
         fetch: Whether to fetch URLs. Off by default: a text that names an address must not make a server call it.
 
     Returns:
@@ -36,13 +38,14 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
         ValueError: If it is none of these, or cannot be fetched.
     """
     if isinstance(source, Mapping):
-        opened = open_image(source.get("image"), fetch=fetch)
+        if "image" not in source or isinstance(source["image"], Mapping):
+            return source
+        opened = open_image(source["image"], fetch=fetch)
         return {**source, **(opened if isinstance(opened, dict) else {"image": opened})}
     if isinstance(source, bytes | bytearray):
         return {"image": bytes(source)}
-    if isinstance(source, io.IOBase):
-        source.seek(0)
-        return {"image": source.read()}
+    if hasattr(source, "read"):
+        return {"image": _read(source)}
     if not isinstance(source, str):
         return source
     if (match := _DATA_URI.match(source)) is not None:
@@ -59,22 +62,36 @@ def open_image(source: Any, *, fetch: bool = False) -> Any:
     return {"image": _fetch(source)}
 
 
+def _read(file: Any) -> bytes:
+    with suppress(OSError, ValueError):  # it cannot seek: what is left is all there is
+        file.seek(0)
+    content = file.read()
+    if not isinstance(content, bytes):
+        raise ValueError(f"A file gives {type(content).__name__}, but an image's bytes are needed: open it with 'rb'.")
+    return content
+
+
 def _decode(payload: str, base_64: bool) -> bytes:
+    raw = unquote_to_bytes(payload)
     if not base_64:
-        return unquote_to_bytes(payload)
+        return raw
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode(b"".join(raw.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"A data URI of {len(payload)} characters does not hold base64: {error}.") from error
 
 
 def _fetch(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "slq-embed"})
+    request = urllib.request.Request(quote(url, safe="%/:?#[]@!$&'()*+,;="), headers={"User-Agent": "slq-embed"})
+    content, until = b"", time.monotonic() + FETCH_SECONDS
     try:
         with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
-            content: bytes = answer.read(MAX_FETCHED_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+            while part := answer.read1(1 << 20):
+                content += part
+                if len(content) > MAX_FETCHED_BYTES:
+                    raise ValueError(f"it is larger than {MAX_FETCHED_BYTES >> 20} MiB. Download it, and pass the file")
+                if time.monotonic() > until:  # the timeout above is for a single read
+                    raise ValueError(f"it took more than {FETCH_SECONDS:g} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"{url!r} cannot be fetched: {error}") from error
-    if len(content) > MAX_FETCHED_BYTES:
-        raise ValueError(f"{url!r} is larger than {MAX_FETCHED_BYTES >> 20} MiB. Download it, and pass the file.")
     return content

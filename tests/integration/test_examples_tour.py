@@ -182,4 +182,4 @@ def test_a_chat_of_ones_own_survives_a_restart(tmp_path):
     assert later[1].startswith("You said: three red hearts were on the door (1,")
     assert later[2:4] == ["Forgotten.", "I remember nothing as 2."]
     assert "(2," not in later[4]
-    assert not list((tmp_path / "memory").glob("*.png"))
+    assert not list((tmp_path / "memory").rglob("*.png"))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import pickle
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ from slq_embed.sources import open_image
 
 @pytest.fixture
 def picture(tmp_path, images) -> Path:
-    path = tmp_path / "a picture, 100%25 ü.png"
+    path = tmp_path / "a picture, 10:30, 100%25 ü.png"
     images[0].save(path)
     return path
 
@@ -63,7 +67,12 @@ def test_every_form_of_an_image_is_read(encoder, images, picture):
     expected = encoder.encode(images[0])
     raw = picture.read_bytes()
     forms = [str(picture), picture, picture.as_uri(), raw, io.BytesIO(raw), images[0], picture.open("rb")]
+    forms += [{"bytes": raw, "path": None}, {"image": {"bytes": None, "path": str(picture)}}]
     forms.append("data:image/png;base64," + base64.b64encode(raw).decode())
+    forms.append("data:image/png;base64," + quote(base64.encodebytes(raw).decode()))
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(raw)
+        forms.append(open_image(file))
     found = embed_images(encoder, forms)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 1e-6
@@ -86,6 +95,7 @@ def test_an_image_with_a_text_is_read_in_every_form(encoder, images, picture):
         ("https://example.com/a.png", "pass fetch_urls=True"),
         ("ftp://example.com/a.png", "neither a path nor"),
         ("data:image/png;base64,%%%", "does not hold base64"),
+        (io.StringIO("/etc/hosts"), "open it with 'rb'"),
     ],
 )
 def test_a_source_that_cannot_be_opened_is_refused(source, message):
@@ -96,10 +106,13 @@ def test_a_source_that_cannot_be_opened_is_refused(source, message):
 def test_a_url_is_fetched_when_asked(encoder, images, picture, monkeypatch):
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
-            good = self.path == "/picture.png"
-            self.send_response(200 if good else 404)
+            good = self.path == "/the%20picture.png"
+            self.send_response(404 if self.path == "/gone.png" else 200)
             self.end_headers()
             self.wfile.write(picture.read_bytes() if good else b"")
+            while self.path == "/slow.png":
+                self.wfile.write(b".")
+                time.sleep(0.02)
 
         def log_message(self, *args):
             pass
@@ -108,13 +121,19 @@ def test_a_url_is_fetched_when_asked(encoder, images, picture, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:
-        found = embed_images(encoder, [f"{address}/picture.png"], fetch_urls=True)
+        found = embed_images(encoder, [f"{address}/the picture.png"], fetch_urls=True)
         assert np.abs(found[0] - encoder.encode(images[0])).max() < 1e-6
         with pytest.raises(UnreadableInputsError, match=r"gone\.png' cannot be fetched: .*404"):
             embed_images(encoder, [f"{address}/gone.png"], fetch_urls=True)
+        with pytest.raises(ValueError, match="cannot be fetched"):
+            open_image(f"{address[:-1]}x/a", fetch=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("slq_embed.sources.FETCH_SECONDS", 0.3)
+            with pytest.raises(ValueError, match=r"it took more than 0\.3 s"):
+                open_image(f"{address}/slow.png", fetch=True)
         monkeypatch.setattr("slq_embed.sources.MAX_FETCHED_BYTES", 10)
         with pytest.raises(ValueError, match="is larger than"):
-            open_image(f"{address}/picture.png", fetch=True)
+            open_image(f"{address}/the picture.png", fetch=True)
     finally:
         server.shutdown()
 
@@ -188,3 +207,27 @@ def test_nothing_in_nothing_out(encoder):
     assert embed(encoder, []).shape == embed_images(encoder, []).shape == (0, 32)
     with Image.new("RGB", (8, 8)) as image:
         assert embed_images(encoder, [image]).shape == (1, 32)
+
+
+def test_a_model_that_was_saved_anew_is_loaded_anew(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "slq")
+    first = shared_encoder(tmp_path / "slq")
+    other = encoder.with_queries(seed=9)
+    other.save_pretrained(tmp_path / "slq")
+    assert shared_encoder(tmp_path / "slq").encode("a") == pytest.approx(other.encode("a"), abs=1e-6)
+    assert first.encode("a") == pytest.approx(encoder.encode("a"), abs=1e-6)
+
+
+def test_half_a_character_fails_alone_and_the_error_travels(encoder):
+    with pytest.raises(
+        UnreadableInputsError, match=r"input 1 \(bad \\ud83d\): A text holds half a character"
+    ) as caught:
+        embed(encoder, ["good", "bad \ud83d", "fine"])
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (str(error), error.skipped) == (str(caught.value), caught.value.skipped)
+    assert np.isnan(error.embeddings).any(axis=1).tolist() == [False, True, False]
+
+
+def test_batches_are_of_one_at_least(encoder):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        embed(encoder, ["a"], batch_size=0)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slq_embed.inputs import MAX_DECODED_PIXELS, read_image, read_row
 
@@ -40,6 +41,41 @@ def test_a_transparent_palette_is_laid_on_white():
     image.putpalette([0, 0, 0] * 256)
     image.info["transparency"] = 0
     assert read_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_exif_orientation_is_undone(orientation, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+    for source in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        found = read_image(source)
+        assert np.array_equal(found, expected)
+        assert np.array_equal(ImageOps.exif_transpose(found), expected), "nobody turns it again"
+
+
+def test_malformed_metadata_costs_no_picture(tmp_path):
+    # The tag says a short, and holds text, as some phones write it.
+    tags = b"II*\0" + struct.pack("<LH", 8, 2) + struct.pack("<HHL", 0x112, 3, 1) + b"\6\0\0\0"
+    tags += struct.pack("<HHL", 0x128, 2, 2) + b"2\0\0\0" + b"\0" * 4
+    Image.new("RGB", (30, 50)).save(tmp_path / "phone.jpg", exif=b"Exif\0\0" + tags)
+    assert read_image(tmp_path / "phone.jpg").size == (50, 30)
+
+
+def test_a_decoder_may_raise_anything(monkeypatch):
+    def damaged(self):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(Image.Image, "load", damaged)
+    with pytest.raises(ValueError, match="cannot be decoded: unpack requires"):
+        read_image(Image.new("RGB", (3, 3)))
+
+
+def test_a_name_too_long_for_a_file_is_no_file():
+    with pytest.raises(ValueError, match="There is no image file 'aaa"):
+        read_image(Path("a" * 5000))
 
 
 def test_exif_rotation_is_applied(tmp_path):

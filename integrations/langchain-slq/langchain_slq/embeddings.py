@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables.config import run_in_executor
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_serializer
 from slq_embed import SLQEncoder
-from slq_embed.serving import embed, embed_images, shared_encoder
+from slq_embed.fingerprint import encoder_digest
+from slq_embed.serving import embed, embed_images, prompt_for, shared_encoder
 
 Result = TypeVar("Result")
 
-# Not asyncio's own executor: calls that wait for the model would hold up everything else that uses it, such as name
-# look-ups. One of these threads computes; the others open files or fetch.
-_THREADS = ThreadPoolExecutor(max_workers=4, thread_name_prefix="langchain-slq")
+_IN_MEMORY = "<SLQEncoder in memory"
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:
+    # Not asyncio's own executor: calls that wait for the model would hold up everything else that uses it, such as
+    # name look-ups. One of these threads computes; the others open files or fetch. A forked process has none of them.
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="langchain-slq")
 
 
 class SLQEmbeddings(BaseModel, Embeddings):
@@ -42,9 +50,9 @@ class SLQEmbeddings(BaseModel, Embeddings):
         arbitrary_types_allowed=True, extra="forbid", populate_by_name=True, protected_namespaces=()
     )
 
-    model: str | Path | SLQEncoder = Field(validation_alias=AliasChoices("model", "model_name"))
+    model: str | Path | SLQEncoder = Field(validation_alias=AliasChoices("model", "model_name"), frozen=True)
     """A folder, a hub name, or a loaded model. ``model_name`` is another name for it."""
-    device: str | None = None
+    device: str | None = Field(default=None, frozen=True)
     """Such as ``"cuda:1"``; by default the first accelerator, else the CPU."""
     batch_size: PositiveInt = 32
     """Inputs a batch; halved as long as a batch does not fit into memory."""
@@ -54,9 +62,9 @@ class SLQEmbeddings(BaseModel, Embeddings):
     """A system message for documents; by default the prompt that the model was saved with as ``"document"``."""
     image_prompt: str | None = None
     """A system message for images; by default the prompt for documents, which is what stores hold."""
-    truncate_dim: PositiveInt | None = None
+    truncate_dim: PositiveInt | None = Field(default=None, frozen=True)
     """Numbers of an embedding to keep, for models trained for that; what is left is normalised again."""
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False)
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False, frozen=True)
     """Further arguments for :class:`slq_embed.SLQEncoder`: ``revision``, ``token``, ``backbone``, ``model_kwargs``..."""
     show_progress: bool = False
     """Whether to show a progress bar."""
@@ -73,6 +81,11 @@ class SLQEmbeddings(BaseModel, Embeddings):
     def encoder(self) -> SLQEncoder:
         """The model itself, ready for everything else that it does."""
         if self._encoder is None:
+            if str(self.model).startswith(_IN_MEMORY):
+                raise ValueError(
+                    f"{self.model} was written down of a loaded model, which cannot be found by that. Pass the "
+                    "SLQEncoder itself, or save it and pass the folder."
+                )
             self._encoder = shared_encoder(
                 self.model, **{"device": self.device, "truncate_dim": self.truncate_dim, **self.model_kwargs}
             )
@@ -86,7 +99,8 @@ class SLQEmbeddings(BaseModel, Embeddings):
     @field_serializer("model")
     def _describe_model(self, model: str | Path | SLQEncoder) -> str:
         if isinstance(model, SLQEncoder):
-            return f"<SLQEncoder in memory, {model.num_queries} x {model.get_embedding_dimension()}>"
+            size = f"{model.num_queries} x {model.get_embedding_dimension()}"
+            return f"{_IN_MEMORY}, {size}, {encoder_digest(model)[:12]}>"  # caches tell models apart by it
         return str(model)
 
     def __repr_args__(self) -> Any:
@@ -106,12 +120,19 @@ class SLQEmbeddings(BaseModel, Embeddings):
             )
         return {**super().__getstate__(), "__pydantic_private__": {"_encoder": None}}
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SLQEmbeddings:
+        """A copy that shares the model, unless what is updated decides how it is loaded."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update and any(type(self).model_fields[name].frozen for name in update if name in type(self).model_fields):
+            copied._encoder = None
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SLQEmbeddings:
         """A copy that shares the model; weights are never copied."""
         return self.model_copy()
 
-    def _prompt(self, given: str | None, name: str) -> str | None:
-        return self.encoder.prompts.get(name) if given is None else given
+    def _prompt(self, given: str | None, task: Literal["query", "document"]) -> str | None:
+        return prompt_for(self.encoder, task) if given is None else given
 
     def _settings(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "show_progress_bar": self.show_progress}
@@ -217,4 +238,4 @@ class SLQEmbeddings(BaseModel, Embeddings):
 
 
 async def _in_thread(call: Callable[..., Result], *args: Any) -> Result:
-    return await run_in_executor(_THREADS, call, *args)
+    return await run_in_executor(_threads(os.getpid()), call, *args)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 
 import numpy as np
+import pytest
 import slq_embed.serving as serving
+import torch
 
 
 def test_many_calls_at_once_give_the_right_vectors(embeddings, gallery):
@@ -66,3 +70,23 @@ def test_waiting_calls_leave_asyncios_own_executor_free(embeddings):
         return answer, len(rows)
 
     assert asyncio.run(run()) == ("here", 60)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_may_go_on(embeddings):
+    """As a web server does that loads first and forks its workers after."""
+    asyncio.run(embeddings.aembed_query("warm"))
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # OpenMP's threads did not survive either
+        try:
+            os._exit(len(asyncio.run(embeddings.aembed_query("warm"))) != 192)
+        finally:
+            os._exit(2)
+    until = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.05)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+    assert ended == (child, 0)

@@ -117,11 +117,24 @@ def test_settings_are_dumped_printed_and_pickled_without_weights(embeddings):
 
 def test_a_loaded_model_is_described_and_not_pickled(embeddings):
     held = SLQEmbeddings(model=embeddings.encoder)
-    assert held.model_dump()["model"] == held.model_name == "<SLQEncoder in memory, 16 x 192>"
+    assert held.model_dump()["model"] == held.model_name
+    assert held.model_name.startswith("<SLQEncoder in memory, 16 x 192, ")
+    assert held.model_name == SLQEmbeddings(model=embeddings.encoder, batch_size=3).model_name
+    assert held.model_name != SLQEmbeddings(model=embeddings.encoder.with_queries(seed=1)).model_name
+    with pytest.raises(ValueError, match="Pass the SLQEncoder itself"):
+        SLQEmbeddings(**held.model_dump())
     assert len(repr(held)) < 500
     assert copy.deepcopy(held).encoder is embeddings.encoder
     with pytest.raises(ValueError, match="Save it with save_pretrained"):
         pickle.dumps(held)
+
+
+def test_what_decides_loading_is_not_changed_afterwards(embeddings):
+    with pytest.raises(ValueError, match="frozen"):
+        embeddings.truncate_dim = 64
+    shorter = embeddings.model_copy(update={"truncate_dim": 64})
+    assert [len(found.embed_query("a")) for found in (shorter, embeddings)] == [64, 192]
+    assert embeddings.model_copy(update={"batch_size": 3}).encoder is embeddings.encoder
 
 
 @pytest.fixture

@@ -37,12 +37,13 @@ def special() -> SLQEmbedding:
     [
         lambda e: SLQEmbedding.from_dict(e.to_dict()),
         lambda e: SLQEmbedding.from_json(e.to_json()),
+        lambda e: SLQEmbedding(**e.model_dump()),
         lambda e: pickle.loads(pickle.dumps(e)),
         lambda e: copy.copy(e),
         lambda e: copy.deepcopy(e),
         lambda e: e.model_copy(deep=True),
     ],
-    ids=["dict", "json", "pickle", "copy", "deepcopy", "model_copy"],
+    ids=["dict", "json", "dump", "pickle", "copy", "deepcopy", "model_copy"],
 )
 def test_it_comes_back_the_same(special, again):
     found = again(special)
@@ -76,9 +77,18 @@ def test_a_model_in_memory_needs_a_name_to_come_back(encoder):
         SLQEmbedding.from_dict(nameless.to_dict())
     again = SLQEmbedding.from_dict(nameless.to_dict(), model=encoder)
     assert (again.encoder, again.query_instruction) == (encoder, "ask.")
+    other = encoder.with_queries(seed=1)
+    assert again.model_name == nameless.model_name != SLQEmbedding(model=other).model_name, "caches go by it"
+    assert SLQEmbedding.from_dict(nameless.to_dict(), model=other).model_name == SLQEmbedding(model=other).model_name
     named = SLQEmbedding(pretrained("slq-tiny"), model=encoder)
     again = pickle.loads(pickle.dumps(named))
     assert np.abs(np.array(again.get_text_embedding("a")) - named.get_text_embedding("a")).max() < 1e-6
+
+
+def test_what_decides_loading_is_not_changed_afterwards(special):
+    with pytest.raises(ValueError, match="frozen"):
+        special.truncate_dim = 32
+    special.embed_batch_size = 2
 
 
 def test_a_cache_travels_with_a_pickle_and_callbacks_stay(special):

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from llama_index.core.base.embeddings.base import Embedding
@@ -17,7 +17,8 @@ from llama_index.embeddings.slq.query_cache import QueryCache
 from llama_index.embeddings.slq.threads import in_thread
 
 from slq_embed import SLQEncoder
-from slq_embed.serving import embed, embed_images, shared_encoder
+from slq_embed.fingerprint import encoder_digest
+from slq_embed.serving import embed, embed_images, prompt_for, shared_encoder
 
 _LOADING = (
     "device",
@@ -28,7 +29,7 @@ _LOADING = (
     "trust_remote_code",
     "model_kwargs",
 )
-_UNNAMED = "unknown"  # the host's own default
+_UNNAMED = ("unknown", "slq-in-memory-")  # the host's own default, and ours, by which caches tell models apart
 
 
 class SLQEmbedding(MultiModalEmbedding):
@@ -59,7 +60,9 @@ class SLQEmbedding(MultiModalEmbedding):
 
     model_config = ConfigDict(extra="forbid")  # a misspelt argument is an error
 
-    device: str | None = Field(default=None, description="Where to compute; by default a GPU if there is one.")
+    device: str | None = Field(
+        frozen=True, default=None, description="Where to compute; by default a GPU if there is one."
+    )
     normalize: bool = Field(default=True, description="Whether to normalise again what truncate_dim has cut.")
     query_instruction: str | None = Field(
         default=None, description="Prompt of queries; by default the model's saved prompt 'query'."
@@ -72,13 +75,17 @@ class SLQEmbedding(MultiModalEmbedding):
     )
     fetch_urls: bool = Field(default=False, description="Whether to fetch images that are named by a URL.")
     show_progress_bar: bool = Field(default=False, description="Whether to show a progress bar for each batch.")
-    truncate_dim: int | None = Field(default=None, gt=0, description="Keep the first dimensions only.")
-    revision: str | None = Field(default=None, description="Commit, tag or branch of a hub model.")
-    cache_folder: str | None = Field(default=None, description="Where hub files are kept.")
-    local_files_only: bool = Field(default=False, description="Whether to stay off the network when loading.")
-    trust_remote_code: bool = Field(default=False, description="Whether the backbone may bring code of its own.")
+    truncate_dim: int | None = Field(frozen=True, default=None, gt=0, description="Keep the first dimensions only.")
+    revision: str | None = Field(frozen=True, default=None, description="Commit, tag or branch of a hub model.")
+    cache_folder: str | None = Field(frozen=True, default=None, description="Where hub files are kept.")
+    local_files_only: bool = Field(
+        frozen=True, default=False, description="Whether to stay off the network when loading."
+    )
+    trust_remote_code: bool = Field(
+        frozen=True, default=False, description="Whether the backbone may bring code of its own."
+    )
     model_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="For loading the backbone, such as {'dtype': 'bfloat16'}."
+        frozen=True, default_factory=dict, description="For loading the backbone, such as {'dtype': 'bfloat16'}."
     )
 
     _encoder: SLQEncoder = PrivateAttr()
@@ -91,9 +98,12 @@ class SLQEmbedding(MultiModalEmbedding):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        name = _UNNAMED if model_name is None else str(model_name)
+        name = _UNNAMED[0] if model_name is None else str(model_name)
+        if model is not None and name.startswith(_UNNAMED):
+            name = f"{_UNNAMED[1]}{encoder_digest(model)[:12]}"
+        kwargs.pop("class_name", None)  # of what was dumped
         super().__init__(model_name=name, **kwargs)
-        if model is None and name == _UNNAMED:
+        if model is None and name.startswith(_UNNAMED):
             raise ValueError(
                 "There is no model to load. Pass model_name=, a folder or hub name of an SLQ model, or model=, an "
                 "SLQEncoder. What was serialised without a model_name is restored by from_dict(data, model=encoder)."
@@ -133,7 +143,7 @@ class SLQEmbedding(MultiModalEmbedding):
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], SLQEmbedding], tuple[dict[str, Any]]]:
         """Pickle the arguments; the host would pickle the weights."""
-        if self.model_name == _UNNAMED:
+        if self.model_name.startswith(_UNNAMED):
             raise ValueError("A model in memory is not pickled. Save it, and pass its folder as model_name= as well.")
         return type(self).from_dict, (self.to_dict(),)
 
@@ -217,5 +227,5 @@ class SLQEmbedding(MultiModalEmbedding):
         ).tolist()
         return found
 
-    def _prompt(self, given: str | None, name: str) -> str | None:
-        return self._encoder.prompts.get(name) if given is None else given
+    def _prompt(self, given: str | None, task: Literal["query", "document"]) -> str | None:
+        return prompt_for(self._encoder, task) if given is None else given
