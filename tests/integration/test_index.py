@@ -227,16 +227,16 @@ def test_a_gpu_is_asked_for_no_more_than_it_finds(monkeypatch):
     assert asked == [20]
 
 
-@pytest.mark.parametrize(("factory", "parameters"), [("IVF16,Flat", "nprobe=16"), ("PQ8x4", "")])
-def test_too_few_to_learn_from_are_kept_exactly_until_there_are_enough(factory, parameters, tmp_path):
+@pytest.mark.parametrize(("factory", "parameters", "few"), [("IVF16,Flat", "nprobe=16", 600), ("PQ8x4", "", 10)])
+def test_too_few_to_learn_from_are_kept_exactly_until_there_are_enough(factory, parameters, few, tmp_path):
     index = EmbeddingIndex(dimension=32, factory=factory, search_parameters=parameters)
-    index.add_embeddings(vectors(2000)[:10], names(0, 10), [{"n": n} for n in range(10)])
+    index.add_embeddings(vectors(2000)[:few], names(0, few), [{"n": n} for n in range(few)])
     index.delete(["n9", "nothing"])
     index.save(tmp_path)
     for kept in (index, EmbeddingIndex.load(tmp_path)):
         assert "exact for now" in repr(kept)
         assert [hits[0].id for hits in kept.search_embeddings(vectors(2000)[:9], 1)] == names(0, 9)
-        kept.add_embeddings(vectors(2000)[10:], names(10, 2000), [{"n": n} for n in range(10, 2000)])
+        kept.add_embeddings(vectors(2000)[few:], names(few, 2000), [{"n": n} for n in range(few, 2000)])
         assert recall(kept, np.arange(2000) != 9) > (0.99 if parameters else 0.2)
         assert "exact for now" not in repr(kept)
         assert (kept.ids(), kept.metadata("n10")) == (names(0, 9) + names(10, 2000), {"n": 10})
@@ -348,7 +348,8 @@ def test_another_model_is_refused_whatever_happened_in_between(tmp_path):
     ("prompts", "default"), [({"p": "find:"}, "p"), ({"query": "find:", "passage": "keep:"}, None), ({}, None)]
 )
 def test_prompts_are_those_of_the_host(prompts, default):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu", prompts=prompts, default_prompt_name=default)
+    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
+    model.prompts, model.default_prompt_name = prompts, default
     index = EmbeddingIndex(model)
     index.add(["a red circle"])
     (hit,) = index.search("one red circle")

@@ -103,6 +103,10 @@ def test_a_source_that_cannot_be_opened_is_refused(source, message):
         open_image(source)
 
 
+def test_a_colon_makes_no_address():
+    assert open_image("shot-2024T10:00.png") == Path("shot-2024T10:00.png")
+
+
 def test_a_url_is_fetched_when_asked(encoder, images, picture, monkeypatch):
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -62,6 +62,8 @@ def test_malformed_metadata_costs_no_picture(tmp_path):
     tags += struct.pack("<HHL", 0x128, 2, 2) + b"2\0\0\0" + b"\0" * 4
     Image.new("RGB", (30, 50)).save(tmp_path / "phone.jpg", exif=b"Exif\0\0" + tags)
     assert read_image(tmp_path / "phone.jpg").size == (50, 30)
+    Image.new("RGB", (30, 50)).save(tmp_path / "phone.png", exif=b"Exif\0\0no metadata at all")
+    assert read_image(tmp_path / "phone.png").size == (30, 50)
 
 
 def test_a_decoder_may_raise_anything(monkeypatch):
