@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 32
 """Batches that are sorted by size together: more pad less, fewer hold less in memory."""
 _SHARED_MEMORY = 2 << 30
-_LONGEST_NAME = 200
+_LONGEST_TEXT, _LONGEST_PATH = 200, 1000  # characters of a name
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
 
 Batch = list[tuple[int, Any]]
@@ -96,9 +96,10 @@ class Reader(Dataset[Any]):
 def _name(place: int, value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("image", value.get("path"))
-    if isinstance(value, str) and len(value) > _LONGEST_NAME:
-        value = f"{value[:_LONGEST_NAME]}..."
-    named = f"input {place} ({value})" if isinstance(value, Path | str) else f"input {place}"
+    if not isinstance(value, Path | str):
+        return f"input {place}"
+    text, longest = str(value), _LONGEST_PATH if isinstance(value, Path) else _LONGEST_TEXT
+    named = f"input {place} ({text if len(text) <= longest else text[:longest] + '...'})"
     return named.encode(errors="backslashreplace").decode()  # so that it can be printed
 
 

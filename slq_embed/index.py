@@ -64,8 +64,8 @@ class EmbeddingIndex:
     """Embeddings of images, texts and both, searched by any of them.
 
     Threads may share it. It is searched on a GPU where faiss-gpu and a GPU are there and the index type has a GPU
-    form, else on the CPU. Types that learn from embeddings are searched exactly until there are enough to learn from
-    (39 a cluster) and then a search, a save, or 200,000 embeddings.
+    form, else on the CPU. Types that learn from embeddings (clusters, quantizers) are kept and searched exactly until
+    there are enough to learn from (10,000, and 39 a cluster) and then a search, a save, or 200,000 embeddings.
 
     Args:
         model: The encoder; without one, embeddings come from elsewhere (:meth:`add_embeddings`).
@@ -107,7 +107,7 @@ class EmbeddingIndex:
         self._made_by: str | None = None  # the digest of the model
         self._model_name: str | None = None
         self._on_gpu: tuple[Any, Any] | None = None
-        self._saved: Path | None = None  # what a folder was last known to hold
+        self._saved: dict[Path, Path] = {}  # what folders were last known to hold
         self._mapped: Path | None = None  # the files that are not read whole
         self._lock = threading.RLock()
 
@@ -140,9 +140,9 @@ class EmbeddingIndex:
 
     def add(
         self,
-        inputs: Iterable[Any],
+        inputs: Any,
         ids: Iterable[Any] | None = None,
-        metadata: Iterable[Metadata] | None = None,
+        metadata: Iterable[Metadata] | Metadata | None = None,
         *,
         batch_size: int = 32,
         show_progress_bar: bool = False,
@@ -150,7 +150,7 @@ class EmbeddingIndex:
         """Embed inputs and add them. Others may search meanwhile.
 
         Args:
-            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both, any number; read 32 batches ahead.
+            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both: one or any number; read 32 batches ahead.
             ids: One each; by default a path's own name, and for anything else a random one.
             metadata: One each, as JSON can hold it; by default the path or the text.
             batch_size: Inputs a batch; halved as long as a batch does not fit into memory.
@@ -164,7 +164,6 @@ class EmbeddingIndex:
                 the one that the index was made with. What was added before it stays.
         """
         model = self._checked_model()
-        inputs = [inputs] if isinstance(inputs, ONE_INPUT) else inputs
         rest = enumerate(with_ids_and_metadata(inputs, ids, metadata))
         skipped: list[Skipped] = []
         with tqdm(total=len(inputs) if isinstance(inputs, Sequence) else None, disable=not show_progress_bar) as bar:
@@ -340,9 +339,11 @@ class EmbeddingIndex:
                 "model": self._made_by,
                 "model_name": self._model_name,
             }
-            self._saved = write_folder(Path(folder).absolute(), self._index, self._records, about, self._saved)
+            folder = Path(folder).resolve()
+            files = write_folder(folder, self._index, self._records, about, self._saved.get(folder))
+            self._saved[folder] = files
             if self._mapped is not None:
-                self._map(self._saved)  # what was mapped may have been replaced
+                self._map(files)  # what was mapped may have been replaced
 
     @classmethod
     def load(
@@ -360,8 +361,9 @@ class EmbeddingIndex:
             ValueError: If there is no index, or it is of another model or dimension. The same model saved in another
                 form, or loaded in float16, counts as another.
         """
+        folder = Path(folder).resolve()
         while True:
-            files, about = read_about(Path(folder).absolute())
+            files, about = read_about(folder)
             given = {"search_parameters": about["search_parameters"], "dimension": about["dimension"], "gpu": gpu}
             index = cls(model, about["factory"], **given)
             if index.dimension != about["dimension"]:
@@ -370,14 +372,14 @@ class EmbeddingIndex:
                     f"{index.dimension}. Load the model that it was made with, or set its truncate_dim."
                 )
             index._built, index._made_by, index._model_name = about["built"], about["model"], about["model_name"]
-            index._saved = files
+            index._saved[folder] = files
             try:
                 index._records = IndexRecords(records_file(files))
                 index._map(files)
                 if not mmap:
                     index._read_whole()
             except (OSError, RuntimeError, sqlite3.Error):
-                if read_about(Path(folder).absolute())[0] == files:
+                if read_about(folder)[0] == files:
                     raise
                 continue  # another process has saved it just now
             if model is not None:
@@ -387,13 +389,14 @@ class EmbeddingIndex:
     def _checked_model(self) -> SLQEncoder:
         if self.model is None:
             raise ValueError("This index has no model: give EmbeddingIndex one, or use the methods for embeddings.")
-        if not len(self):
-            self._made_by, self._model_name = None, f"{self.model.num_queries} queries on {self.model.slq.backbone}"
-        elif self._made_by not in (None, encoder_digest(self.model)):
-            raise ValueError(
-                f"The index was made with another model ({self._model_name}), whose embeddings cannot be compared "
-                "with this one's. Load that model, or build the index anew."
-            )
+        with self._lock:
+            if not len(self):
+                self._made_by, self._model_name = None, f"{self.model.num_queries} queries on {self.model.slq.backbone}"
+            elif self._made_by not in (None, encoder_digest(self.model)):
+                raise ValueError(
+                    f"The index was made with another model ({self._model_name}), whose embeddings cannot be compared "
+                    "with this one's. Load that model, or build the index anew."
+                )
         return self.model
 
     def _normalised(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:

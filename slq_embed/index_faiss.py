@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MOST_ON_GPU = 2048
 """Hits a query, of which a GPU finds no more."""
+LEAST_TO_LEARN_FROM = 10_000
+"""Embeddings for quantizers: 39 for each of the 256 values of a byte."""
 
 
 def import_faiss() -> Any:
@@ -41,18 +44,18 @@ def make_faiss_index(factory: str, dimension: int) -> Any:
         )
     if isinstance(index, faiss.IndexIDMap):
         raise ValueError(f"{factory!r} maps ids, which are kept here already: leave IDMap out.")
-    clusters = faiss.try_extract_index_ivf(index)
-    if "RaBitQ" in type(faiss.downcast_index(clusters)).__name__ and not isinstance(index, faiss.IndexRefine):
-        # What it gives back for a row is coded to something else.
-        raise ValueError(f"{factory!r} would lose precision with deletions. Use '{factory},RFlat', which rescores.")
+    kind = type(faiss.downcast_index(faiss.try_extract_index_ivf(index))).__name__
+    if re.search("RaBitQ|FastScan", kind) and not isinstance(index, faiss.IndexRefine):
+        # FAISS gives back a row that is coded to something else, or crashes.
+        raise ValueError(f"{factory!r} cannot give its rows back, which deletion needs. Use '{factory},RFlat'.")
     return index
 
 
 def least_to_learn_from(index: Any) -> int:
-    """Embeddings from which clusters can be learned, by FAISS's own measure; for other types FAISS itself says no."""
-    faiss = import_faiss()
-    clusters = faiss.try_extract_index_ivf(index)
-    return 1 if clusters is None else int(clusters.nlist * clusters.cp.min_points_per_centroid)
+    """Embeddings without which a type learns badly, and what is added later suffers: by FAISS's measure, 39 a cluster."""
+    clusters = import_faiss().try_extract_index_ivf(index)
+    fitting = 0 if clusters is None else int(clusters.nlist * clusters.cp.min_points_per_centroid)
+    return max(LEAST_TO_LEARN_FROM, fitting)
 
 
 def rows_of(index: Any, rows: Any) -> Any:

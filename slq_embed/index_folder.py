@@ -29,7 +29,7 @@ def write_folder(
         index: The FAISS index, on the CPU.
         records: Ids and metadata.
         about: What :func:`read_about` is to give.
-        after: What the folder was last known to hold: another save in between must not be undone.
+        after: What the folder was last known to hold, if it is known: another save in between must not be undone.
 
     Returns:
         Where the files lie.
@@ -41,7 +41,7 @@ def write_folder(
     with FileLock(folder / ".lock"):
         if (folder / _ABOUT).exists():
             found, _ = read_about(folder)  # whoever else wrote it will miss it
-            if after is not None and after.parent == folder and after != found:
+            if after not in (None, found):
                 raise ValueError(
                     f"The index in {folder} was saved anew from elsewhere since it was read here, and saving would "
                     "undo that. Load it again, or save to another folder."

@@ -9,6 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from slq_embed.inputs import ONE_INPUT
+
 Metadata = Mapping[str, Any]
 
 _NONE_LEFT = object()
@@ -48,13 +50,16 @@ def as_json(metadata: Metadata) -> str:
 
 
 def with_ids_and_metadata(
-    inputs: Iterable[Any], ids: Iterable[Any] | None, metadata: Iterable[Metadata] | None
+    inputs: Any, ids: Iterable[Any] | None, metadata: Iterable[Metadata] | Metadata | None
 ) -> Iterator[tuple[Any, str, str]]:
-    """Inputs, each with its id and its metadata as it is stored.
+    """Inputs, each with its id and its metadata as it is stored; one input, id and dict need not be lists.
 
     Raises:
         ValueError: If there are more of one than of another, or metadata cannot be stored.
     """
+    if isinstance(inputs, ONE_INPUT):
+        inputs, ids = [inputs], [ids] if isinstance(ids, str) else ids
+        metadata = [metadata] if isinstance(metadata, Mapping) else metadata
     columns = [column for column in (inputs, ids, metadata) if column is not None]
     for place, row in enumerate(zip_longest(*columns, fillvalue=_NONE_LEFT)):
         if any(value is _NONE_LEFT for value in row):

@@ -20,6 +20,7 @@ MAX_SOURCE_PIXELS = 178_956_970
 MAX_ASPECT_RATIO = 100
 """Longer strips are padded with white: image processors refuse or distort them."""
 
+_LONGEST_NAME = 1000  # characters; what was meant for a path may be a whole file
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -176,7 +177,8 @@ def _existing(path: str | Path) -> Path:
     except OSError:  # a name too long for a file
         there = False
     if not there:
-        raise ValueError(f"There is no image file {str(path)!r}. Check the path (URLs are not fetched).")
+        name = str(path) if len(str(path)) <= _LONGEST_NAME else f"{str(path)[:_LONGEST_NAME]}..."
+        raise ValueError(f"There is no image file {name!r}. Check the path (URLs are not fetched).")
     return Path(path)
 
 
@@ -210,7 +212,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         canvas = Image.new("RGB", (max(image.width, short), max(image.height, short)), "white")
         canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
         image = canvas
-    return Image.fromarray(np.asarray(image))  # without metadata, by which others would turn it again
+    clean = Image.new("RGB", image.size)  # without metadata, by which others would turn it again
+    clean.paste(image)
+    return clean
 
 
 def _upright(image: Image.Image) -> Image.Image:

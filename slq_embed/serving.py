@@ -67,7 +67,8 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
             raise ValueError(f"The model is loaded already, so {', '.join(sorted(kwargs))} cannot be given.")
         return model
     folder = Path(model).resolve()
-    name, files = (str(folder), sorted(folder.rglob("*"))) if folder.is_dir() else (str(model), [])
+    name = str(folder) if folder.is_dir() else str(model)
+    files = [folder / "slq_config.json", *sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
     state = [(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()]  # saved anew, it is another
     key = json.dumps([name, kwargs, state], sort_keys=True, default=_identity)
     with _WHILE_LOADING:

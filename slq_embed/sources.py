@@ -19,7 +19,7 @@ MAX_FETCHED_BYTES = 64 << 20
 FETCH_SECONDS = 20.0
 
 _DATA_URI = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w-]+=[^;,]*)*(;base64)?,", re.I)
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|file:", re.I)  # a file's name may hold a colon
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|file:|data:", re.I)  # a file's name may hold a colon
 
 
 def open_image(source: Any, *, fetch: bool = False) -> Any:
@@ -83,7 +83,7 @@ def _decode(payload: str, base_64: bool) -> bytes:
 
 def _fetch(url: str) -> bytes:
     request = urllib.request.Request(quote(url, safe="%/:?#[]@!$&'()*+,;="), headers={"User-Agent": "slq-embed"})
-    content, until = b"", time.monotonic() + FETCH_SECONDS
+    content, until = bytearray(), time.monotonic() + FETCH_SECONDS
     try:
         with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as answer:
             while part := answer.read1(1 << 20):
@@ -94,4 +94,4 @@ def _fetch(url: str) -> bytes:
                     raise ValueError(f"it took more than {FETCH_SECONDS:g} s")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"{url!r} cannot be fetched: {error}") from error
-    return content
+    return bytes(content)

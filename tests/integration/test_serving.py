@@ -103,6 +103,14 @@ def test_a_source_that_cannot_be_opened_is_refused(source, message):
         open_image(source)
 
 
+def test_what_is_no_image_does_not_fill_the_message(encoder):
+    much = base64.b64encode(bytes(100_000)).decode()
+    for source, reason in ((much, "no image file"), (f"data:text/plain;base64,{much}", "neither a path nor")):
+        with pytest.raises(UnreadableInputsError, match=reason) as caught:
+            embed_images(encoder, [source])
+        assert len(str(caught.value)) < 3000
+
+
 def test_a_colon_makes_no_address():
     assert open_image("shot-2024T10:00.png") == Path("shot-2024T10:00.png")
 
@@ -220,6 +228,9 @@ def test_a_model_that_was_saved_anew_is_loaded_anew(encoder, tmp_path):
     other.save_pretrained(tmp_path / "slq")
     assert shared_encoder(tmp_path / "slq").encode("a") == pytest.approx(other.encode("a"), abs=1e-6)
     assert first.encode("a") == pytest.approx(encoder.encode("a"), abs=1e-6)
+    again = shared_encoder(tmp_path / "slq")
+    (tmp_path / "slq" / "notes.txt").write_text("mine")
+    assert shared_encoder(tmp_path / "slq") is again
 
 
 def test_half_a_character_fails_alone_and_the_error_travels(encoder):

@@ -85,6 +85,13 @@ def test_a_model_in_memory_needs_a_name_to_come_back(encoder):
     assert np.abs(np.array(again.get_text_embedding("a")) - named.get_text_embedding("a")).max() < 1e-6
 
 
+def test_a_folder_may_have_any_name(encoder, tmp_path, monkeypatch):
+    encoder.save_pretrained(tmp_path / "unknown-animals")
+    monkeypatch.chdir(tmp_path)
+    found = pickle.loads(pickle.dumps(SLQEmbedding("unknown-animals")))
+    assert found.model_name == SLQEmbedding("unknown-animals", model=encoder).model_name == "unknown-animals"
+
+
 def test_what_decides_loading_is_not_changed_afterwards(special):
     with pytest.raises(ValueError, match="frozen"):
         special.truncate_dim = 32

@@ -29,7 +29,8 @@ _LOADING = (
     "trust_remote_code",
     "model_kwargs",
 )
-_UNNAMED = ("unknown", "slq-in-memory-")  # the host's own default, and ours, by which caches tell models apart
+_UNKNOWN = "unknown"  # the host's own default
+_IN_MEMORY = "slq-in-memory-"  # ours, by which caches tell models apart
 
 
 class SLQEmbedding(MultiModalEmbedding):
@@ -98,12 +99,12 @@ class SLQEmbedding(MultiModalEmbedding):
         token: str | bool | None = None,
         **kwargs: Any,
     ) -> None:
-        name = _UNNAMED[0] if model_name is None else str(model_name)
-        if model is not None and name.startswith(_UNNAMED):
-            name = f"{_UNNAMED[1]}{encoder_digest(model)[:12]}"
+        name = _UNKNOWN if model_name is None else str(model_name)
+        if model is not None and _is_no_place(name):
+            name = f"{_IN_MEMORY}{encoder_digest(model)[:12]}"
         kwargs.pop("class_name", None)  # of what was dumped
         super().__init__(model_name=name, **kwargs)
-        if model is None and name.startswith(_UNNAMED):
+        if model is None and _is_no_place(name):
             raise ValueError(
                 "There is no model to load. Pass model_name=, a folder or hub name of an SLQ model, or model=, an "
                 "SLQEncoder. What was serialised without a model_name is restored by from_dict(data, model=encoder)."
@@ -143,7 +144,7 @@ class SLQEmbedding(MultiModalEmbedding):
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], SLQEmbedding], tuple[dict[str, Any]]]:
         """Pickle the arguments; the host would pickle the weights."""
-        if self.model_name.startswith(_UNNAMED):
+        if _is_no_place(self.model_name):
             raise ValueError("A model in memory is not pickled. Save it, and pass its folder as model_name= as well.")
         return type(self).from_dict, (self.to_dict(),)
 
@@ -229,3 +230,7 @@ class SLQEmbedding(MultiModalEmbedding):
 
     def _prompt(self, given: str | None, task: Literal["query", "document"]) -> str | None:
         return prompt_for(self._encoder, task) if given is None else given
+
+
+def _is_no_place(name: str) -> bool:
+    return name == _UNKNOWN or name.startswith(_IN_MEMORY)
