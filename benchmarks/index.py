@@ -80,7 +80,7 @@ def search(index: EmbeddingIndex, queries: np.ndarray, rounds: int) -> tuple[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a fiftieth of the embeddings: a check that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the embeddings: a check that it runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -91,7 +91,7 @@ def main() -> None:
     }
     print(result["machine"], result["versions"])
     for (count, dimension), kinds in KINDS.items():
-        count = count // 50 if args.quick else count
+        count = count // 10 if args.quick else count
         rows, queries = draw(count, dimension, 1), draw(200 if args.quick else 1000, dimension, 2)
         exact: list[set[int]] = []
         rate_of_exact = 0.0
