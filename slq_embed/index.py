@@ -261,8 +261,8 @@ class EmbeddingIndex:
         except RuntimeError as error:  # too few
             logger.info("%r is kept exactly for now: %s", self.factory, error)
             return
-        self._built = True
         self._move_to(wanted)
+        self._built = True
         self._set_parameters()
 
     def _move_to(self, after: Any) -> None:
