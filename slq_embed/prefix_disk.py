@@ -81,16 +81,21 @@ class DiskEntries:
     def _open(self) -> sqlite3.Connection:
         if self._database is None or self._pid != os.getpid():  # a connection must not cross a fork
             self._reset()
-            try:
-                self._database = self._connect()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):  # no damage: locked, no permission, no space
-                    raise
-                logger.warning("The index of the prefix store %s is damaged (%s): starting anew.", self.folder, error)
-                for file in [*self.folder.glob("index.sqlite*"), *self.folder.glob("*.bin")]:
-                    file.unlink(missing_ok=True)
-                self._database = self._connect()
+            # One at a time: SQLite does not wait for a lock while it changes the journal mode.
+            with FileLock(self.folder / "opening.lock"):
+                self._database = self._connect_or_start_anew()
         return self._database
+
+    def _connect_or_start_anew(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # no damage: locked, no permission, no space
+                raise
+            logger.warning("The index of the prefix store %s is damaged (%s): starting anew.", self.folder, error)
+            for file in [*self.folder.glob("index.sqlite*"), *self.folder.glob("*.bin")]:
+                file.unlink(missing_ok=True)
+            return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(
