@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -57,9 +56,11 @@ def read_named(value: Any, name: str) -> Row:
     Raises:
         ValueError: If it cannot be read.
     """
-    with _naming(name):
+    try:
         row = read_row(value)
         _ = row.image
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return row
 
 
@@ -114,11 +115,3 @@ def to_features(model: SLQEncoder, processor: ProcessorMixin, chats: list[list[d
             "common_kwargs": {"return_tensors": "pt"},
         },
     )
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.autonotebook import tqdm
 
 from slq_embed.chat_template import replace_queries
-from slq_embed.inputs import Skipped, read_row
+from slq_embed.inputs import Skipped, read_row, shortened
 from slq_embed.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 WINDOW = 32
 """Batches that are sorted by size together: more pad less, fewer hold less in memory."""
 _SHARED_MEMORY = 2 << 30
-_LONGEST_TEXT, _LONGEST_PATH = 200, 1000  # characters of a name
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
 
 Batch = list[tuple[int, Any]]
@@ -98,9 +97,7 @@ def _name(place: int, value: Any) -> str:
         value = value.get("image", value.get("path"))
     if not isinstance(value, Path | str):
         return f"input {place}"
-    text, longest = str(value), _LONGEST_PATH if isinstance(value, Path) else _LONGEST_TEXT
-    named = f"input {place} ({text if len(text) <= longest else text[:longest] + '...'})"
-    return named.encode(errors="backslashreplace").decode()  # so that it can be printed
+    return f"input {place} ({shortened(value)})".encode(errors="backslashreplace").decode()  # so that it can be printed
 
 
 def input_size(value: Any) -> float:

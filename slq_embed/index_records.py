@@ -96,7 +96,3 @@ class IndexRecords:
             self._database.backup(target)
             target.execute("VACUUM")  # no trace of what was deleted
         target.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()

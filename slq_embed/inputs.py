@@ -20,7 +20,6 @@ MAX_SOURCE_PIXELS = 178_956_970
 MAX_ASPECT_RATIO = 100
 """Longer strips are padded with white: image processors refuse or distort them."""
 
-_LONGEST_NAME = 1000  # characters; what was meant for a path may be a whole file
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -104,6 +103,12 @@ class Row:
         return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
+def shortened(value: str | Path) -> str:
+    """A text or a path for a message: what was meant for a path may be a whole file, and a text a book."""
+    text, longest = str(value), 1000 if isinstance(value, Path) else 200
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def read_row(value: Any) -> Row:
     """Read one input.
 
@@ -177,8 +182,7 @@ def _existing(path: str | Path) -> Path:
     except OSError:  # a name too long for a file
         there = False
     if not there:
-        name = str(path) if len(str(path)) <= _LONGEST_NAME else f"{str(path)[:_LONGEST_NAME]}..."
-        raise ValueError(f"There is no image file {name!r}. Check the path (URLs are not fetched).")
+        raise ValueError(f"There is no image file {shortened(Path(path))!r}. Check the path (URLs are not fetched).")
     return Path(path)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,9 +17,8 @@ import slq_embed.index as index_module
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.data.scene_text import captions
 from slq_embed.data.scenes import render, sample_scenes
-from slq_embed.index import EmbeddingIndex, Hit, image_files
+from slq_embed.index import EmbeddingIndex, image_files
 
-ROOT = str(Path(__file__).parents[2])
 KINDS = [
     ("Flat", "", 1.0),
     ("IVF16,Flat", "nprobe=16", 1.0),
@@ -110,20 +106,6 @@ def test_what_was_deleted_leaves_no_trace(tmp_path):
     for trace in (secret, b"secret-name", b"secret-text", vectors(1, seed=9).tobytes()):
         assert not any(trace in content for content in files)
     assert any(vectors(600)[8].tobytes() in content for content in files)
-
-
-def test_a_mapped_index_can_change_and_be_saved_in_place(tmp_path):
-    filled(count=1000).save(tmp_path)
-    index = EmbeddingIndex.load(tmp_path)
-    assert index.delete(["n3"]) == 1
-    index.save(tmp_path)
-    assert "n3" not in index
-    assert "n4" in index
-    index.add_embeddings(vectors(1, seed=5), ["new"], [{"n": -1}])
-    assert index.search_embeddings(vectors(1, seed=5), 1)[0][0] == Hit("new", pytest.approx(1.0), {"n": -1})
-    index.save(tmp_path)
-    assert len(list(tmp_path.glob("v-*"))) == 1
-    assert len(EmbeddingIndex.load(tmp_path)) == 1000
 
 
 def test_images_texts_and_both_are_searched_by_each_other(tmp_path):
@@ -261,68 +243,6 @@ def test_any_type_forgets_what_was_deleted(factory):
     assert index.delete(names(0, 1500)) == 1500
     assert index._index.ntotal == len(index) == 500
     assert index.search_embeddings(vectors(2000)[1700:1701], 5)[0][0].id == "n1700"
-
-
-def test_an_index_that_was_saved_anew_from_elsewhere_is_searched_but_not_changed(tmp_path, monkeypatch):
-    filled(count=500).save(tmp_path / "index")
-    monkeypatch.chdir(tmp_path)
-    mapped, whole = EmbeddingIndex.load("index"), EmbeddingIndex.load("index", mmap=False)
-    monkeypatch.chdir(tmp_path.parent)
-    other = EmbeddingIndex.load(tmp_path / "index")
-    other.add_embeddings(vectors(1, seed=3), ["other's"])
-    other.save(tmp_path / "index")
-    for change in (lambda: mapped.add_embeddings(vectors(1, seed=2), ["last"]), lambda: mapped.delete(names(0, 400))):
-        with pytest.raises(ValueError, match="saved anew from elsewhere: load it again"):
-            change()
-    assert mapped.ids() == names(0, 500)
-    whole.delete(["n1"])
-    for kept in (mapped, whole):
-        assert kept.search_embeddings(vectors(500)[:1], 1)[0][0].id == "n0"
-        with pytest.raises(ValueError, match="saving would undo that"):
-            kept.save(tmp_path / "index")
-    assert "other's" in EmbeddingIndex.load(tmp_path / "index")
-    other.save(tmp_path / "index")
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    whole.save(tmp_path / "elsewhere")
-    whole.save(tmp_path / "link")
-    assert "n1" not in EmbeddingIndex.load(tmp_path / "elsewhere")
-    for way in ("index", "link", "elsewhere/../elsewhere"):
-        EmbeddingIndex.load(tmp_path / way).save(tmp_path / way)
-        with pytest.raises(ValueError, match="saving would undo that"):
-            whole.save(tmp_path / way)
-
-
-def test_saving_at_once_and_loading_meanwhile(tmp_path):
-    def save(number):
-        index = filled(count=500)
-        index.save(tmp_path)
-        return len(index)
-
-    def load(number):
-        return len(EmbeddingIndex.load(tmp_path))
-
-    save(0)
-    with ThreadPoolExecutor(6) as threads:
-        lengths = [threads.submit(save if n % 4 else load, n) for n in range(60)]
-        lengths += [threads.submit(load, n) for n in range(300)]
-    assert {future.result() for future in lengths} == {500}
-
-
-def test_saving_leaves_what_belongs_to_others(tmp_path):
-    for folder in ("v-holidays", "v-0123456789ab"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "photo.png").write_text("mine")
-    (tmp_path / "v-1.txt").write_text("mine")
-    index = filled(count=500)
-    index.save(tmp_path)
-    index.save(tmp_path)
-    assert len(list(tmp_path.rglob("photo.png"))) == 2
-    assert len(list(tmp_path.glob("v-*"))) == 4
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "index.json").write_text("[1]")
-    with pytest.raises(ValueError, match="Use another folder"):
-        index.save(tmp_path / "other")
-    assert (tmp_path / "other" / "index.json").read_text() == "[1]"
 
 
 def test_one_thing_is_one_thing_and_names_may_be_of_any_type():
@@ -479,51 +399,6 @@ def test_threads_share_an_index():
 def expected_row(number: int) -> np.ndarray:
     """The opposite of a query, which no search for it finds."""
     return vectors(20, seed=1).sum(axis=0, keepdims=True) * (1 + number)
-
-
-SAVER = f"""
-import sys
-sys.path.insert(0, {ROOT!r})
-from slq_embed.index import EmbeddingIndex
-from tests.integration.test_index import names, vectors
-index = EmbeddingIndex.load(sys.argv[1], mmap=False)
-print("ready", flush=True)
-number = len(index)
-while True:
-    index.add_embeddings(vectors(50, seed=number), names(number, number + 50))
-    number += 50
-    index.save(sys.argv[1])
-"""
-
-
-def test_a_killed_save_leaves_the_index_whole(tmp_path):
-    filled(count=500).save(tmp_path)
-    count = 500
-    for turn in range(2):
-        run = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-        time.sleep(0.15 + 0.1 * turn)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
-        index = EmbeddingIndex.load(tmp_path)
-        assert len(index) == index._index.ntotal >= count
-        count = len(index)
-        assert count % 50 == 0
-        assert index.search_embeddings(vectors(500)[:1], 1)[0][0].id == "n0"
-    assert count > 500
-    index.save(tmp_path)
-    assert len(list(tmp_path.glob("v-*"))) == 1, "what killed saves left is cleared"
-
-
-def test_a_save_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch):
-    index = filled(count=500)
-    index.save(tmp_path)
-    index.add_embeddings(vectors(1, seed=3), ["new"])
-    monkeypatch.setattr("slq_embed.index_records.IndexRecords.save", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        index.save(tmp_path)
-    assert len(EmbeddingIndex.load(tmp_path)) == 500
 
 
 def test_the_nearest_may_all_be_deleted():

@@ -10,7 +10,7 @@ from slq_embed import pretrained
 from langchain_slq import SLQEmbeddings
 
 
-class TestUnit(EmbeddingsUnitTests):
+class OfSLQ:
     @property
     def embeddings_class(self) -> type[SLQEmbeddings]:
         return SLQEmbeddings
@@ -18,15 +18,13 @@ class TestUnit(EmbeddingsUnitTests):
     @property
     def embedding_model_params(self) -> dict:
         return {"model": pretrained("slq-tiny"), "device": "cpu"}
+
+
+class TestUnit(OfSLQ, EmbeddingsUnitTests):
+    pass
 
 
 @pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio' but it is not an async function")
 @pytest.mark.asyncio  # where the repository's configuration is in force, asyncio_mode is strict
-class TestIntegration(EmbeddingsIntegrationTests):
-    @property
-    def embeddings_class(self) -> type[SLQEmbeddings]:
-        return SLQEmbeddings
-
-    @property
-    def embedding_model_params(self) -> dict:
-        return {"model": pretrained("slq-tiny"), "device": "cpu"}
+class TestIntegration(OfSLQ, EmbeddingsIntegrationTests):
+    pass
