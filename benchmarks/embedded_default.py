@@ -26,9 +26,8 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
-from slq_embed.data.scene_text import DESCRIBE, caption, captions, implicit, questions
-from slq_embed.data.scenes import Scene, render, sample_scenes
-from slq_embed.evaluation.retrieval import best_ranks
+from slq_embed.evaluation import best_ranks
+from slq_embed.toy import DESCRIBE, Scene, caption, captions, implicit, questions, render, sample_scenes
 
 COUNT, BATCH = 500, 50
 

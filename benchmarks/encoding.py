@@ -60,10 +60,10 @@ def build_texts(count: int) -> list[str]:
 
 def bare(model: SLQEncoder, inputs: list[Any], batch: int) -> Callable[[], None]:
     """The forward pass over features made before."""
-    from slq_embed.encoding import sorted_batches
+    from slq_embed.encoding.stream import sorted_batches
 
     batches = [
-        to_device(model[0].preprocess([value for _, value in part], keyed=False), model.device)
+        to_device(model.transformer.preprocess([value for _, value in part], keyed=False), model.device)
         for part in sorted_batches(enumerate(inputs), batch)
     ]
 

@@ -28,7 +28,7 @@ from common import (
 from shapes import build_backbone, build_processor
 
 from slq_embed import PrefixStore, SLQEncoder, features
-from slq_embed.losses import symmetric_info_nce
+from slq_embed.training.losses import symmetric_info_nce
 
 SIZE = (512, 416)  # 208 tokens
 
@@ -136,16 +136,16 @@ def paths(bench: Bench, batch: int) -> dict[str, float]:
 
         def prefix(batched: dict[str, Any] = batched) -> None:
             with torch.inference_mode():
-                model[0].query_states(model[0].prefix(dict(batched)))
+                model.transformer.query_states(model.transformer.prefix(dict(batched)))
 
         def whole(batched: dict[str, Any] = batched) -> None:
             with torch.inference_mode():
                 model(dict(batched))
 
         def alone(batched: dict[str, Any] = batched) -> None:
-            model[0].source.store = PrefixStore(budget=0, one_by_one=True)
+            model.transformer.source.store = PrefixStore(budget=0, one_by_one=True)
             prefix(batched)
-            model[0].source.store = None
+            model.transformer.source.store = None
 
         calls |= {f"{kind} whole": whole, f"{kind} prefix, queries": prefix, f"{kind} one by one, queries": alone}
     model.eval()
@@ -222,12 +222,12 @@ def sweeps(bench: Bench, batch: int) -> dict[str, float]:
         for count in (1, 4):
             made = [model.with_queries(seed=n) for n in range(count)]
             for other in made:
-                other[0].source = model[0].source
+                other.transformer.source = model.transformer.source
             steps = [bench.step(other, inputs) for other in made]
 
             def step(model: SLQEncoder = model, steps: list[Callable[[], None]] = steps) -> None:
-                model[0].source.shared = True
-                model[0].source.memory.clear()
+                model.transformer.source.shared = True
+                model.transformer.source.memory.clear()
                 for take in steps:
                     take()
 

@@ -35,7 +35,7 @@ from shapes import build_backbone, build_processor
 from torch import Tensor
 
 from slq_embed import PrefixStore, SLQEncoder
-from slq_embed.losses import symmetric_info_nce
+from slq_embed.training.losses import symmetric_info_nce
 
 METHODS = ("encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning")
 EPOCHS, CAPTIONS = 5, 5
@@ -76,7 +76,7 @@ def build_step(method: str, args: argparse.Namespace) -> Callable[[], None]:
         return torch.nn.functional.normalize(states[:, -1].float(), dim=-1)
 
     def all_positions(features: dict[str, Any]) -> Tensor:
-        return torch.nn.functional.normalize(model[0].all_positions(features).float().mean(dim=1), dim=-1)
+        return torch.nn.functional.normalize(model.transformer.all_positions(features).float().mean(dim=1), dim=-1)
 
     def prefix(features: dict[str, Any]) -> Tensor:
         return model(dict(features))["sentence_embedding"]

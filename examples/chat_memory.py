@@ -18,10 +18,10 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.answering import answer
-from slq_embed.data.scenes import Scene, Thing, render
+from slq_embed.generation import answer
 from slq_embed.index import EmbeddingIndex
 from slq_embed.inputs import read_image
+from slq_embed.toy import Scene, Thing, render
 
 SESSIONS = [
     "picture card.png; picture night.png; my tent is a green triangle; two brown diamonds are in the safe",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scenes import COLOURS, SHAPES, Scene, Thing, is_unseen, render
+from slq_embed.toy import COLOURS, SHAPES, Scene, Thing, is_unseen, render
 
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 

@@ -17,9 +17,8 @@ from collections import Counter, defaultdict
 from random import Random
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scene_text import captions, implicit
-from slq_embed.data.scenes import COLOURS, Scene, sample_scenes
 from slq_embed.index import EmbeddingIndex, Hit
+from slq_embed.toy import COLOURS, Scene, captions, implicit, sample_scenes
 
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 

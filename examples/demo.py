@@ -22,9 +22,8 @@ from sentence_transformers.util import semantic_search
 
 from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
 from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_records
-from slq_embed.data.scene_text import captions, implicit
-from slq_embed.data.scenes import Scene, render, sample_scenes
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.toy import Scene, captions, implicit, render, sample_scenes
 
 STEPS, BATCH, QUERIES, LEARNING_RATE = 120, 64, 8, 4e-2
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))  # a few steps only, for tests

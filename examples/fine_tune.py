@@ -21,9 +21,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesS
 from torch.utils.data import DataLoader
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scene_text import captions, implicit
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.toy import captions, implicit, render, sample_scenes
 
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 

@@ -21,7 +21,7 @@ from demo import scene_pairs, train
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
 from slq_embed.data import ImageTextPairs
-from slq_embed.data.scenes import sample_scenes
+from slq_embed.toy import sample_scenes
 
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 

@@ -16,11 +16,9 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.answering import answer
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
+from slq_embed.generation import answer, build_reranker
 from slq_embed.index import EmbeddingIndex
-from slq_embed.reranking import build_reranker
+from slq_embed.toy import captions, render, sample_scenes
 
 CANDIDATES = 8
 Search = Callable[[str], list[Path]]

@@ -2,7 +2,7 @@
 
     python examples/pretrain_mllm_tiny.py --output slq_embed/pretrained/mllm-tiny
 
-Hardware: 2 CPU cores, about half an hour. All data is generated (slq_embed.data.scenes). Two stages: the vision
+Hardware: 2 CPU cores, about half an hour. All data is generated (slq_embed.toy.scenes). Two stages: the vision
 tower alone learns what stands in each cell of a picture (without this, shapes are learned very slowly), then
 everything learns to answer. Expected output: the share of held-out scenes it describes exactly, 75 % or more.
 """
@@ -33,8 +33,21 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from slq_embed.data.scene_text import DESCRIBE, RESTATE, caption, captions, facts, implicit, questions
-from slq_embed.data.scenes import COLOURS, SHAPES, Scene, Thing, draw, sample_scenes
+from slq_embed.toy import (
+    COLOURS,
+    DESCRIBE,
+    RESTATE,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    captions,
+    draw,
+    facts,
+    implicit,
+    questions,
+    sample_scenes,
+)
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]

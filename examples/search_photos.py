@@ -20,9 +20,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.index import EmbeddingIndex, Hit, image_files
 from slq_embed.inputs import read_image
+from slq_embed.toy import render, sample_scenes
 
 SCENES, QUERY = 20 if os.environ.get("SLQ_SMOKE") else 200, "three yellow rings"
 STYLE = """:root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif }

@@ -17,10 +17,9 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.data import DistinctImageBatchSampler
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
-from slq_embed.sweep import sweep
+from slq_embed.toy import captions, render, sample_scenes
+from slq_embed.training import sweep
 
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 VARIANTS = [

@@ -21,9 +21,20 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.data import from_records
-from slq_embed.data.scene_text import captions, implicit
-from slq_embed.data.scenes import COLOURS, KINDS, SHAPES, Scene, Thing, all_scenes, is_unseen, render, sample_scenes
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.toy import (
+    COLOURS,
+    KINDS,
+    SHAPES,
+    Scene,
+    Thing,
+    all_scenes,
+    captions,
+    implicit,
+    is_unseen,
+    render,
+    sample_scenes,
+)
 
 
 def build_evaluators(split: str, count: int = 500) -> list[ImageTextRetrievalEvaluator]:

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-import torch
-from sentence_transformers.util.file_io import load_file_path
-from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from slq_embed.artifact import SLQConfig, read_queries, read_record, write_folder
-from slq_embed.assembly import build_modules, find_backbone, join_modules, rebuild_modules
-from slq_embed.backbones import commit_of, embedding_table, family_of, is_placed, load_backbone
-from slq_embed.initialisation import Initialisation, initial_queries
-from slq_embed.latent_query_encoder import LatentQueryEncoder
-from slq_embed.model_card import SLQModelCardData
+from slq_embed.backbone.families import embedding_table, is_placed
+from slq_embed.backbone.fingerprint import Fingerprint, fingerprint
+from slq_embed.backbone.query_tokens import Form
+from slq_embed.encoding.protocol import resolve_prompt
+from slq_embed.encoding.query_sets import encode_query_sets
+from slq_embed.encoding.stream import EncodedBatch, collect, stream
+from slq_embed.encoding.to_file import EncodedFile, encode_to_file
+from slq_embed.inputs.rows import ONE_INPUT
+from slq_embed.modules.initialisation import Initialisation, initial_queries
 from slq_embed.modules.latent_query_pooling import PoolingMode
-from slq_embed.query_tokens import Form
+from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
+from slq_embed.prefix.store import PrefixStore
+from slq_embed.saving.assembly import build_modules, join_modules, rebuild_modules
+from slq_embed.saving.checkpoints import CheckpointState, failed_reload
+from slq_embed.saving.config import SLQConfig
+from slq_embed.saving.folder import save_model
+from slq_embed.saving.loading import load_or_share, load_saved
+from slq_embed.saving.model_card import SLQModelCardData
 
-_QUERIES, _TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
+BackboneLike: TypeAlias = str | Path | PreTrainedModel
+"""A hub name, a folder, or a loaded model."""
+_COPIED = ("default_prompt_name", "similarity_fn_name", "truncate_dim")
+_STREAMED = {"prompt", "batch_size", "show_progress_bar", "normalize_embeddings", "truncate_dim"}
+_STREAMED |= {"output_value", "save_to_cpu", "device", "processing_kwargs", "task"}
+"""Settings of the host's ``_inference`` that the stream understands."""
 
 
-class SLQEncoder(LatentQueryEncoder):
+class SLQEncoder(SentenceTransformer):
     """A Sentence Transformer whose only trained weights are ``Q`` latent queries.
 
     Everything of :class:`~sentence_transformers.SentenceTransformer` works: ``encode``, ``encode_query``,
@@ -37,8 +50,7 @@ class SLQEncoder(LatentQueryEncoder):
 
     Args:
         model_name_or_path: A saved SLQ model: a folder or a hub name.
-        backbone: The backbone to use in place of the recorded one: an already loaded model, which is then
-            shared, or the folder or hub name it has moved to. It must be the same backbone.
+        backbone: The same backbone as the recorded one, where that is loaded already (it is shared) or has moved.
         **kwargs: As for ``SentenceTransformer``; ``model_kwargs`` go to the backbone.
 
     Raises:
@@ -47,23 +59,27 @@ class SLQEncoder(LatentQueryEncoder):
     """
 
     model_card_data_class = SLQModelCardData
+    slq_config: SLQConfig
+    """What saving records."""
+    num_workers: int | None = None
+    """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU."""
+    config: PretrainedConfig | None = None
+    """A copy of the backbone's configuration: the trainer writes into it."""
+    failed_checkpoint: str | None = None  # one that the trainer was to reload and has not reloaded
 
     def __init__(
-        self,
-        model_name_or_path: str | Path | None = None,
-        *,
-        backbone: PreTrainedModel | str | Path | None = None,
-        **kwargs: Any,
+        self, model_name_or_path: str | Path | None = None, *, backbone: BackboneLike | None = None, **kwargs: Any
     ) -> None:
-        self._given_backbone = (backbone,)  # a tuple, because nn.Module is not ready yet
+        self._replacement = (backbone,)  # a tuple, because nn.Module is not ready yet
         if isinstance(backbone, PreTrainedModel):
             kwargs.setdefault("device", str(backbone.device))
         super().__init__(None if model_name_or_path is None else str(model_name_or_path), **kwargs)
+        self.config = copy.deepcopy(self.backbone.config)
 
     @classmethod
     def from_backbone(
         cls,
-        backbone: str | Path | PreTrainedModel,
+        backbone: BackboneLike,
         processor: ProcessorMixin | None = None,
         *,
         num_queries: int = 20,
@@ -75,19 +91,6 @@ class SLQEncoder(LatentQueryEncoder):
         max_text_chars: int = 8192,
         max_pixels: int | None = None,
         image_kwargs: Mapping[str, Any] | None = None,
-        backbone_name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
-        attn_implementation: str | None = None,
-        quantization_config: Any = None,
-        device_map: Any = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        model_kwargs: Mapping[str, Any] | None = None,
-        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> SLQEncoder:
         """Put fresh latent queries on a frozen multimodal LLM.
@@ -95,87 +98,35 @@ class SLQEncoder(LatentQueryEncoder):
         Args:
             backbone: Hub name, folder, or an already loaded model, which is shared, frozen and not copied.
             processor: Of an already loaded model; copied where it must differ (tokenizer, chat template).
-            num_queries: How many latent queries, ``Q``; 20 in the paper.
-            init: ``"normal"`` (standard deviation ``H ** -0.5``, as the paper's authors), ``"zeros"``,
-                ``"tokens"`` (the mean token embedding plus noise at the table's own scale), or a ``(Q, H)``
-                tensor.
+            num_queries: How many latent queries, ``Q``.
+            init: ``"normal"`` (standard deviation ``H ** -0.5``), ``"zeros"``, ``"tokens"`` (the mean token embedding
+                plus noise at the table's own scale), or a ``(Q, H)`` tensor.
             seed: Seed of the initialisation; without one, torch's generator is used.
-            pooling: ``"mean"`` over the queries, as in the paper, or the ``"last"`` one.
-            form: How it will be saved. ``"adapter"``: the queries beside the backbone's name; needs rows of
-                the embedding table that no text uses. ``"merged"``: the whole model.
+            pooling: ``"mean"`` over the queries, or the ``"last"`` one.
+            form: How to save. ``"adapter"``: the queries beside the backbone's name; needs rows of the embedding
+                table that no text uses. ``"merged"``: the whole model.
             instructions: Text of the user turn for ``"text"``, ``"image"`` and ``"composed"`` inputs; see
-                :data:`slq_embed.chat_template.DEFAULT_INSTRUCTIONS`.
+                :data:`slq_embed.backbone.DEFAULT_INSTRUCTIONS`.
             max_text_chars: Longest text that is read, in characters.
             max_pixels: Largest image, in pixels, for families that keep the aspect ratio.
             image_kwargs: How to call the image processor, on top of the family's defaults.
-            backbone_name: Folder or hub name to record, where an already loaded model does not know its own.
-            device: Where to compute; an already loaded model stays where it is.
-            dtype: Of the backbone; ``"auto"`` keeps the checkpoint's.
-            attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
-            quantization_config: For the backbone, as transformers takes it.
-            device_map: For the backbone, as transformers takes it.
-            revision: Commit, tag or branch of the backbone.
-            token: Hub token.
-            cache_folder: Where hub files are kept.
-            local_files_only: Whether to stay off the network.
-            trust_remote_code: Whether the backbone may bring code of its own.
-            model_kwargs: More arguments for loading the backbone.
-            processor_kwargs: More arguments for loading the processor.
-            **kwargs: For ``SentenceTransformer``: ``prompts``, ``similarity_fn_name``, ``truncate_dim``, ...
+            **kwargs: As for ``SentenceTransformer``: ``device``, ``revision``, ``token``, ``cache_folder``,
+                ``local_files_only``, ``trust_remote_code``, ``model_kwargs``, ``processor_kwargs``, ``prompts``, ...
+                And what transformers takes for the backbone: ``dtype``, ``attn_implementation``, ``device_map``,
+                ``quantization_config``. ``backbone_name``: what to record where a loaded model has no name.
 
         Raises:
-            ValueError: If the backbone is unsupported, has too few free rows for the adapter form, or an
-                argument does not fit; the message says what to do.
+            ValueError: If the backbone is unsupported, has too few free rows for the adapter form, or an argument
+                does not fit.
             OSError: If nothing can be loaded from there.
-
-        Source:
-            Defaults of arXiv:2604.13710.
         """
-        hub = {"token": token, "cache_dir": cache_folder, "local_files_only": local_files_only}
-        if isinstance(backbone, PreTrainedModel):
-            family_of(backbone.config)
-            name = backbone_name or backbone.name_or_path
-            if processor is None and not name:
-                raise ValueError("A backbone without a name came without its processor: pass processor=.")
-            device = device or backbone.device
-            commit = revision
-        else:
-            name = str(backbone)
-            if (Path(name) / "slq_config.json").is_file():
-                raise ValueError(f"{name} is a saved SLQ model already. Load it with SLQEncoder({name!r}).")
-            given = {
-                "dtype": dtype,
-                "attn_implementation": attn_implementation,
-                "quantization_config": quantization_config,
-                "device_map": device_map,
-                "revision": revision,
-                "trust_remote_code": trust_remote_code,
-                **hub,
-            }
-            loading = {key: value for key, value in given.items() if value is not None} | dict(model_kwargs or {})
-            backbone = load_backbone(name, **loading)
-            commit = commit_of(name, revision=revision, **hub)
-            if is_placed(backbone):
-                device = backbone.device
-        if processor is None:
-            processor = AutoProcessor.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code, **hub, **(processor_kwargs or {})
-            )
-        modules, record = build_modules(
-            name,
-            commit,
-            backbone,
-            processor,
-            initial_queries(init, num_queries, embedding_table(backbone), seed),
-            pooling=pooling,
-            form=form,
-            instructions=instructions,
-            max_text_chars=max_text_chars,
-            max_pixels=max_pixels,
-            image_kwargs=image_kwargs,
+        loaded = load_or_share(backbone, processor, kwargs)
+        queries = initial_queries(init, num_queries, embedding_table(loaded.model), seed)
+        modules, slq_config = build_modules(
+            loaded, queries, pooling, form, instructions, max_text_chars, max_pixels, image_kwargs
         )
-        model = cls(modules=modules, device=None if device is None else str(device), **kwargs)
-        model.slq = record
+        model = cls(modules=modules, device=None if loaded.device is None else str(loaded.device), **kwargs)
+        model.slq_config = slq_config
         return model
 
     def with_queries(
@@ -186,116 +137,156 @@ class SLQEncoder(LatentQueryEncoder):
         seed: int | None = None,
         pooling: PoolingMode | None = None,
     ) -> SLQEncoder:
-        """Another encoder with fresh queries on the same backbone, which reads its inputs as this one does.
+        """Fresh queries on the same backbone, reading inputs alike; arguments as for :meth:`from_backbone`."""
+        queries = initial_queries(init, num_queries or len(self.queries), embedding_table(self.backbone), seed)
+        modules, slq_config = rebuild_modules(self.slq_config, self.transformer, queries, pooling)
+        settings = {name: getattr(self, name) for name in _COPIED} | {"prompts": dict(self.prompts)}
+        model = type(self)(modules=modules, device=str(self.device), **settings)
+        model.slq_config, model.num_workers = slq_config, self.num_workers
+        return model
+
+    @property
+    def transformer(self) -> LatentQueryTransformer:
+        """The first module: the backbone with its queries."""
+        return cast(LatentQueryTransformer, self[0])
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The frozen multimodal LLM: the same object that was passed in, ready to generate."""
+        return self.transformer.backbone
+
+    transformers_model = backbone
+
+    @property
+    def queries(self) -> nn.Parameter:
+        """The latent queries, ``(Q, H)`` in float32: all that is trained."""
+        return self.transformer.queries
+
+    @property
+    def temperature(self) -> float | None:
+        """The learned temperature, where a loss of this package trained one."""
+        learned = self.transformer.log_temperature
+        logarithm = self.slq_config.log_temperature if learned is None else float(learned.detach())
+        return None if logarithm is None else math.exp(logarithm)
+
+    @cached_property
+    def backbone_fingerprint(self) -> Fingerprint:
+        """The fingerprint that saving records; taken once, since the backbone is frozen."""
+        return fingerprint(self.backbone)
+
+    @property
+    def prefix_store(self) -> PrefixStore | None:
+        """What keeps prefixes; set it to attach or detach one. Attaching reads all weights: 0.6 s for each GB."""
+        return self.transformer.source.store
+
+    @prefix_store.setter
+    def prefix_store(self, store: PrefixStore | None) -> None:
+        self.transformer.source.attach(store)
+
+    def forget(self, inputs: Sequence[Any], prompt: str | None = None, prompt_name: str | None = None) -> int:
+        """Remove the prefixes of inputs from the attached store for good; returns how many were there.
 
         Args:
-            num_queries: How many; by default as many as here.
-            init: As for :meth:`from_backbone`.
-            seed: As for :meth:`from_backbone`.
-            pooling: As for :meth:`from_backbone`; by default as here.
+            inputs: In the form in which they were encoded: an image file and its decoded picture have different keys.
+            prompt: Their prompt, as for ``encode``.
+            prompt_name: Its name.
+
+        Raises:
+            ValueError: If no store is attached.
         """
-        table = embedding_table(self.backbone)
-        modules, record = rebuild_modules(
-            self.slq,
-            self.backbone,
-            self.processor,
-            initial_queries(init, num_queries or self.num_queries, table, seed),
-            pooling or self.slq.pooling,
-        )
-        model = type(self)(
-            modules=modules,
-            device=str(self.device),
-            prompts=dict(self.prompts),
-            default_prompt_name=self.default_prompt_name,
-            similarity_fn_name=self.similarity_fn_name,
-            truncate_dim=self.truncate_dim,
-        )
-        model.slq, model.num_workers = record, self.num_workers
-        return model
+        if self.prefix_store is None:
+            raise ValueError("There is nothing to forget: no prefix store is attached (model.prefix_store is None).")
+        return self.prefix_store.forget(self.transformer.prefix_keys(inputs, resolve_prompt(self, prompt, prompt_name)))
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether this is one input and not a batch; a path and a dict are one input."""
+        return isinstance(inputs, ONE_INPUT) or bool(super().is_singular_input(inputs))
+
+    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Turn inputs into features. The host's version would open texts as files, and lose prompts."""
+        return self.transformer.preprocess(inputs, prompt=prompt, **kwargs)
+
+    def encode(self, inputs: Any, *args: Any, query_sets: Mapping[str, SLQEncoder] | None = None, **kwargs: Any) -> Any:
+        """Encode texts, images, or both; as :meth:`SentenceTransformer.encode`, with one addition.
+
+        Args:
+            inputs: See :func:`slq_embed.inputs.rows.read_row`.
+            *args: As for ``SentenceTransformer.encode``.
+            query_sets: Encoders on the same backbone, by name: each input runs once, and each of them embeds it. The
+                result is a dict. Other arguments: see :func:`slq_embed.encoding.query_sets.encode_query_sets`.
+            **kwargs: As for ``SentenceTransformer.encode``.
+
+        Raises:
+            ValueError: If an input cannot be read, or a query set does not fit.
+        """
+        self.require_loaded()
+        if query_sets is None:
+            return super().encode(inputs, *args, **kwargs)
+        singular = self.is_singular_input(inputs)
+        results = encode_query_sets(self, [inputs] if singular else list(inputs), query_sets, *args, **kwargs)
+        return {name: rows[0] for name, rows in results.items()} if singular else results
+
+    def _inference(self, inputs: list[Any], **settings: Any) -> Any:
+        # What encode does in one process. Hosts before 6.2 have a loop of their own in its place.
+        if settings["output_value"] != "sentence_embedding" or set(settings) - _STREAMED:
+            return super()._inference(inputs, **settings)
+        del settings["output_value"]
+        to_cpu, device = settings.pop("save_to_cpu"), settings.pop("device", None)
+        if device is not None and not is_placed(self.backbone):
+            self.to(device)
+        return collect(stream(self, enumerate(inputs), strict=True, total=len(inputs), **settings), len(inputs), to_cpu)
+
+    def encode_stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[EncodedBatch]:
+        """Encode any number of inputs; yield batches as they come. What cannot be read is skipped and listed.
+
+        Args:
+            inputs: Read 32 batches ahead, and sorted by size within those.
+            **options: See :func:`slq_embed.encoding.stream.stream`.
+        """
+        return stream(self, enumerate(inputs), **options)
+
+    def encode_to_file(self, inputs: Sequence[Any], path: str | Path, **options: Any) -> EncodedFile:
+        """Encode into a memory-mapped ``.npy`` file; a run that was killed goes on where it was.
+
+        Args:
+            inputs: Texts, images, or both, such as a list of paths.
+            path: The file.
+            **options: See :func:`slq_embed.encoding.to_file.encode_to_file`.
+        """
+        return encode_to_file(self, inputs, Path(path), **options)
+
+    def require_loaded(self) -> None:
+        """Raise an error if the trainer was to reload a checkpoint and has not reloaded it."""
+        if self.failed_checkpoint is not None:
+            raise failed_reload(self.failed_checkpoint)
 
     def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.
 
-        Args:
-            path: The folder.
-            *args: As for ``SentenceTransformer.save_pretrained``.
-            form: ``"adapter"`` (the queries beside the backbone's name) or ``"merged"`` (the whole model);
-                by default as :meth:`from_backbone` was told.
-            **kwargs: As for ``SentenceTransformer.save_pretrained``.
-
-        Raises:
-            ValueError: If the form does not fit the backbone.
+        ``form`` is ``"adapter"`` or ``"merged"``; by default the one that :meth:`from_backbone` got. The other
+        arguments are those of the host. A ValueError says if the form does not fit the backbone.
         """
-        before = self.slq.form
-        self.slq.form = form or before
+        before = self.slq_config.form
+        self.slq_config.form = form or before
         try:
             super().save_pretrained(str(path), *args, **kwargs)
         finally:
-            self.slq.form = before
+            self.slq_config.form = before
 
-    def save(
-        self,
-        path: str,
-        model_name: str | None = None,
-        create_model_card: bool = True,
-        train_datasets: list[str] | None = None,
-        safe_serialization: bool = True,
-    ) -> None:
-        """Save in the form that :attr:`slq` names; see :meth:`save_pretrained`."""
-        self._refuse_after_failed_reload()
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.slq.log_temperature = self._log_temperature()
-        self.slq.loss = self.model_card_data.loss_name or self.slq.loss
-        if self.slq.form == "merged":  # it holds its backbone: where that came from is no place to look
-            record = replace(self.slq, fingerprint=None, backbone=self.model_card_data.backbone_label(self.slq))
-        else:
-            record = replace(self.slq, fingerprint=self.backbone_fingerprint)
-        write_folder(folder, record, self.backbone, self.processor, self.queries)
-        host = folder / "config_sentence_transformers.json"
-        host.write_text(json.dumps(self._get_model_config(), indent=2, sort_keys=True) + "\n", "utf8")
+    def save(self, path: str, model_name: str | None = None, create_model_card: bool = True, **kwargs: Any) -> None:
+        """Save in the form that :attr:`slq_config` names; see :meth:`save_pretrained`."""
+        self.require_loaded()
+        save_model(self, Path(path), self._get_model_config())
         if create_model_card:
-            self._create_model_card(str(folder), model_name, train_datasets)
+            self._create_model_card(path, model_name, kwargs.get("train_datasets"))
 
-    def _load_modules(self, model_name_or_path: str, *args: Any, **load: Any) -> Any:
-        names = ("token", "cache_folder", "revision", "local_files_only")
-        find = partial(load_file_path, model_name_or_path, **{key: load.get(key) for key in names})
-        config = SLQConfig.read(find)
-        if config is None:
-            raise ValueError(
-                f"{model_name_or_path} is no saved SLQ model: it has no slq_config.json. To put latent queries on a "
-                f"backbone, use SLQEncoder.from_backbone({model_name_or_path!r})."
-            )
-        if (host := find("config_sentence_transformers.json")) is not None:
-            self._parse_model_config(json.loads(Path(host).read_text("utf8")))
-        if (card := find("README.md")) is not None:
-            self._model_card_text = Path(card).read_text("utf8")
-        hub = {"token": load.get("token"), "cache_dir": load.get("cache_folder")}
-        hub["local_files_only"] = load.get("local_files_only", False)
-        own = {"revision": load.get("revision"), "trust_remote_code": load.get("trust_remote_code", False), **hub}
-        model_kwargs = dict(load.get("model_kwargs") or {})
-        backbone = find_backbone(model_name_or_path, config, own, model_kwargs, self._given_backbone[0])
-        processor = AutoProcessor.from_pretrained(model_name_or_path, **own, **(load.get("processor_kwargs") or {}))
-        queries = read_queries(find)
-        self.slq = config
-        modules = join_modules(backbone, processor, queries, config)
+    def _load_modules(self, model_name_or_path: str, *args: Any, **arguments: Any) -> Any:
+        saved = load_saved(model_name_or_path, self._replacement[0], arguments)
+        self.slq_config, self._model_card_text = saved.slq_config, saved.model_card
+        self._parse_model_config(saved.host_config)
+        modules = join_modules(saved.backbone, saved.processor, saved.queries, saved.slq_config)
         return OrderedDict((str(number), module) for number, module in enumerate(modules)), OrderedDict()
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
-        # The trainer builds a second model from a checkpoint, only to copy its state. Ours needs no backbone.
-        config, queries = read_record(model_name_or_path)
-        state = {_QUERIES: queries}
-        if config.log_temperature is not None:
-            state[_TEMPERATURE] = torch.tensor(config.log_temperature)
-        return SimpleNamespace(state_dict=lambda: state)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take over queries (and temperature) from another model's state."""
-        if _TEMPERATURE in state_dict:
-            self._latent.require_log_temperature(float(state_dict[_TEMPERATURE]))
-        elif self._latent.log_temperature is not None:
-            state_dict = {**state_dict, _TEMPERATURE: self._latent.log_temperature.detach()}
-        result = super().load_state_dict(state_dict, *args, **kwargs)
-        self._failed_reload = None
-        return result
+        return CheckpointState(model_name_or_path)

@@ -1,39 +1,32 @@
-"""One loaded encoder for many callers: shared by frameworks, safe in threads, careful with memory and bad input."""
+"""One loaded encoder for many callers; what cannot be read is named after all the rest was embedded."""
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.autonotebook import tqdm
-from transformers import PreTrainedModel
 
 from slq_embed.encoder import SLQEncoder
-from slq_embed.encoding import Encoded, stream
-from slq_embed.inputs import Skipped
-from slq_embed.sources import open_image
+from slq_embed.encoding.stream import collect, stream
+from slq_embed.inputs.rows import Skipped
+from slq_embed.inputs.sources import open_image
 
-logger = logging.getLogger(__name__)
+__all__ = ["UnreadableInputsError", "embed", "embed_images", "shared_encoder"]
 
 _LOADED: WeakValueDictionary[str, SLQEncoder] = WeakValueDictionary()
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
-_WHILE_LOADING = threading.Lock()  # its own: a load takes minutes, and others go on embedding
-_WHILE_NAMING = threading.Lock()
+_LOADING_LOCK = threading.Lock()  # its own: a load takes minutes, and others go on embedding
 
 
 class UnreadableInputsError(ValueError):
-    """Some inputs could not be read; the others were embedded all the same.
+    """Some inputs cannot be read. The others were embedded all the same.
 
     Args:
         skipped: Which, and why.
@@ -43,7 +36,7 @@ class UnreadableInputsError(ValueError):
     def __init__(self, skipped: Sequence[Skipped], embeddings: NDArray[np.float32]) -> None:
         self.skipped, self.embeddings = list(skipped), embeddings
         named = "; ".join(f"{row.name}: {row.reason}" for row in self.skipped)
-        super().__init__(f"{len(self.skipped)} of {len(embeddings)} inputs could not be read: {named}")
+        super().__init__(f"{len(self.skipped)} of {len(embeddings)} inputs cannot be read: {named}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For processes: an error that cannot be unpickled breaks their pool."""
@@ -71,10 +64,10 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
     files = [folder / "slq_config.json", *sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
     state = [(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()]  # saved anew, it is another
     key = json.dumps([name, kwargs, state], sort_keys=True, default=_identity)
-    with _WHILE_LOADING:
-        if (found := _LOADED.get(key)) is None:
-            found = _LOADED[key] = SLQEncoder(name, **kwargs)
-        return found
+    with _LOADING_LOCK:
+        if (encoder := _LOADED.get(key)) is None:
+            encoder = _LOADED[key] = SLQEncoder(name, **kwargs)
+        return encoder
 
 
 def _identity(value: Any) -> str:
@@ -82,46 +75,26 @@ def _identity(value: Any) -> str:
     return f"{type(value)} at {id(value)}" if isinstance(value, nn.Module) else repr(value)
 
 
-def lock_of(model: SLQEncoder) -> threading.RLock:
-    """The lock under which an encoder's backbone and tokenizer are used; one for all encoders on a backbone."""
-    with _WHILE_NAMING:
-        return _LOCKS.setdefault(model.backbone, threading.RLock())
-
-
-def prompt_for(model: SLQEncoder, task: Literal["query", "document"]) -> str | None:
-    """The prompt that ``encode_query`` or ``encode_document`` would use."""
-    names = ("query",) if task == "query" else ("document", "passage", "corpus")
-    name = next((name for name in names if name in model.prompts), None)
-    return model._resolve_prompt(None, name) or None
-
-
 def embed(
-    model: SLQEncoder,
-    inputs: Sequence[Any],
-    *,
-    prompt: str | None = None,
-    batch_size: int = 32,
-    normalize: bool = True,
-    show_progress_bar: bool = False,
+    model: SLQEncoder, inputs: Sequence[Any], *, normalize_embeddings: bool = True, **options: Any
 ) -> NDArray[np.float32]:
-    """Embed inputs for a service: from any thread, in smaller batches where memory runs out.
+    """Embed inputs for a service: from any thread, whatever cannot be read.
 
     Args:
         model: The encoder.
-        inputs: Texts, images, or both; see :func:`slq_embed.inputs.read_row`.
-        prompt: A system message.
-        batch_size: Inputs a batch; halved as long as a batch does not fit into memory.
-        normalize: Whether to normalise again what ``model.truncate_dim`` has cut.
-        show_progress_bar: Whether to show one.
+        inputs: Texts, images, or both; see :func:`slq_embed.inputs.rows.read_row`.
+        normalize_embeddings: Whether to normalise again what ``model.truncate_dim`` has cut.
+        **options: ``task`` (``"query"`` or ``"document"``, whose prompt is used), ``prompt``, ``batch_size``,
+            ``show_progress_bar``; see :func:`slq_embed.encoding.stream.stream`.
 
     Returns:
         ``(len(inputs), H)``.
 
     Raises:
-        UnreadableInputsError: After all others were embedded, if some inputs could not be read.
+        UnreadableInputsError: After all others were embedded, if some inputs cannot be read.
         RuntimeError: If one input alone does not fit into memory.
     """
-    return _embed(model, inputs, [], prompt, batch_size, normalize, show_progress_bar)
+    return _embed(model, list(enumerate(inputs)), [], len(inputs), normalize_embeddings, options)
 
 
 def embed_images(
@@ -129,114 +102,48 @@ def embed_images(
     sources: Sequence[Any],
     *,
     fetch_urls: bool = False,
-    prompt: str | None = None,
-    batch_size: int = 32,
-    normalize: bool = True,
-    show_progress_bar: bool = False,
+    normalize_embeddings: bool = True,
+    **options: Any,
 ) -> NDArray[np.float32]:
     """Embed images as callers name them; otherwise as :func:`embed`.
 
     Args:
         model: The encoder.
-        sources: Paths, URIs, bytes, files or PIL images; see :func:`slq_embed.sources.open_image`.
+        sources: Paths, URIs, bytes, files or PIL images; see :func:`slq_embed.inputs.open_image`.
         fetch_urls: Whether to fetch URLs.
-        prompt: As for :func:`embed`.
-        batch_size: As for :func:`embed`.
-        normalize: As for :func:`embed`.
-        show_progress_bar: As for :func:`embed`.
+        normalize_embeddings: As for :func:`embed`.
+        **options: As for :func:`embed`.
 
     Returns:
         ``(len(sources), H)``.
 
     Raises:
-        UnreadableInputsError: After all others were embedded, if some images could not be read.
+        UnreadableInputsError: After all others were embedded, if some images cannot be read.
+        RuntimeError: If one image alone does not fit into memory.
     """
-    opened: list[Any] = []
-    lost: list[Skipped] = []
-    for place, source in enumerate(sources):
+    inputs: list[tuple[int, Any]] = []
+    skipped: list[Skipped] = []
+    for index, source in enumerate(sources):
         try:
-            opened.append(open_image(source, fetch=fetch_urls))
+            inputs.append((index, open_image(source, fetch=fetch_urls)))
         except ValueError as error:
-            opened.append(None)
-            lost.append(Skipped(f"input {place}", str(error), place))
-    return _embed(model, opened, lost, prompt, batch_size, normalize, show_progress_bar)
+            skipped.append(Skipped(f"input {index}", str(error), index))
+    return _embed(model, inputs, skipped, len(sources), normalize_embeddings, options)
 
 
 def _embed(
     model: SLQEncoder,
-    inputs: Sequence[Any],
+    inputs: Sequence[tuple[int, Any]],
     skipped: list[Skipped],
-    prompt: str | None,
-    batch_size: int,
+    count: int,
     normalize: bool,
-    show_progress_bar: bool,
+    options: dict[str, Any],
 ) -> NDArray[np.float32]:
-    rows = np.full((len(inputs), model.get_embedding_dimension()), np.nan, np.float32)
-    lost = {row.place for row in skipped}
-    good = [(place, value) for place, value in enumerate(inputs) if place not in lost]
-    with tqdm(total=len(inputs), disable=not show_progress_bar) as bar:
-        for result in embed_batches(model, good, prompt=prompt, batch_size=batch_size):
-            if result.places:
-                rows[result.places] = result.embeddings[""].float().cpu().numpy()
-            skipped += result.skipped
-            bar.update(len(result.places) + len(result.skipped))
+    batches = stream(model, inputs, normalize_embeddings=normalize, total=len(inputs), **options)
+    rows = collect(batches, count, to_cpu=True, skipped=skipped)
+    if not rows.numel():
+        rows = torch.full((count, int(model.get_embedding_dimension() or 0)), torch.nan)
+    embeddings: NDArray[np.float32] = rows.numpy()
     if skipped:
-        raise UnreadableInputsError(sorted(skipped, key=lambda row: row.place or 0), rows)
-    if normalize and model.truncate_dim is not None:
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-    return rows
-
-
-def embed_batches(
-    model: SLQEncoder, inputs: Sequence[tuple[int, Any]], *, prompt: str | None, batch_size: int
-) -> Iterator[Encoded]:
-    """Embed inputs as :func:`embed`, and give results as they come: others may use the model between them.
-
-    Args:
-        model: The encoder.
-        inputs: Inputs with their places.
-        prompt: A system message.
-        batch_size: As for :func:`embed`.
-
-    Yields:
-        A batch of embeddings with the places of its inputs, and what could not be read.
-
-    Raises:
-        RuntimeError: If one input alone does not fit into memory.
-    """
-    model._refuse_after_failed_reload()
-    waiting = dict(inputs)
-    while waiting:
-        texts_only = all(isinstance(value, str) for value in waiting.values())
-        results = stream(
-            model,
-            list(waiting.items()),
-            batch_size=batch_size,
-            prompt=prompt,
-            strict=False,
-            truncate_dim=model.truncate_dim,
-            most_workers=0 if texts_only else (len(waiting) - 1) // max(1, batch_size),
-        )
-        failed = False
-        while waiting and not failed:
-            try:
-                with lock_of(model):
-                    result = next(results)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if batch_size == 1:
-                    raise RuntimeError(
-                        f"One input alone does not fit into memory ({error}). Use a smaller max_pixels or "
-                        "max_text_chars, half precision, or a larger device."
-                    ) from error
-                failed = True
-            else:
-                for place in [*result.places, *(row.place for row in result.skipped)]:
-                    waiting.pop(place or 0)
-                yield result
-        if failed:  # outside of the handler, whose traceback would keep the batch
-            batch_size = max(1, batch_size // 2)
-            logger.warning("A batch does not fit into memory: going on with %d at a time.", batch_size)
-            gc.collect()
-            torch.cuda.empty_cache()
+        raise UnreadableInputsError(skipped, embeddings)
+    return embeddings

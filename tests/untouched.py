@@ -11,7 +11,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
-from slq_embed.reranking import build_reranker
+from slq_embed.generation import build_reranker
 
 YES, NO = "a", "e"  # single tokens of the tiny checkpoints, whose vocabulary has no "yes"
 

@@ -1,5 +1,5 @@
 """Evaluators that the host does not have."""
 
-from slq_embed.evaluation.retrieval import ImageTextRetrievalEvaluator
+from slq_embed.evaluation.retrieval import ImageTextRetrievalEvaluator, best_ranks
 
-__all__ = ["ImageTextRetrievalEvaluator"]
+__all__ = ["ImageTextRetrievalEvaluator", "best_ranks"]

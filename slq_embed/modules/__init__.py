@@ -1,4 +1,4 @@
-"""The two modules of an SLQ model in memory; saved folders hold stock modules only."""
+"""The two modules of an SLQ model in memory. A saved folder holds stock modules only."""
 
 from slq_embed.modules.latent_query_pooling import LatentQueryPooling
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer

@@ -11,12 +11,12 @@ from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbones import decoder_of, embedding_table, is_placed
-from slq_embed.features import make_room, select_rows, strip_queries
-from slq_embed.inputs import Row, read_row
-from slq_embed.prefix import Prefix, run_all_positions, run_queries
-from slq_embed.prefix_keys import keys_to_tensor, prefix_key, settings_digest
-from slq_embed.prefix_source import PrefixSource
+from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
+from slq_embed.inputs.rows import Row, read_row
+from slq_embed.prefix.features import Features, make_room, select_rows, strip_queries
+from slq_embed.prefix.keys import keys_to_tensor, prefix_key, settings_digest
+from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
+from slq_embed.prefix.source import PrefixSource
 
 
 class LatentQueryTransformer(InputModule):
@@ -25,13 +25,14 @@ class LatentQueryTransformer(InputModule):
     The backbone is shared, not owned: it is no submodule, so optimizers, DDP and state dicts see the latent
     queries alone. It is frozen here, stays in ``eval()`` and is moved with the module.
 
-    The input (the prefix) runs once without autograd, or comes from what :attr:`source` has kept; only the queries
+    The input (the prefix) runs once without autograd, or comes from what :attr:`source` has kept. Only the queries
     are differentiated.
 
     Args:
         backbone: A multimodal LLM.
         processor: Its processor, whose chat template ends with the query tokens and whose tokenizer pads left.
         queries: The latent queries, ``(Q, H)``; kept in float32 and cast where they are used.
+        query_tokens: The query tokens as the chat template spells them, ``Q`` strings.
         image_kwargs: How the image processor is called.
 
     Raises:
@@ -46,6 +47,7 @@ class LatentQueryTransformer(InputModule):
         backbone: PreTrainedModel,
         processor: ProcessorMixin,
         queries: Tensor,
+        query_tokens: Sequence[str],
         image_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -58,8 +60,9 @@ class LatentQueryTransformer(InputModule):
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
+        self.query_text = "".join(query_tokens)
         self.image_kwargs = dict(image_kwargs or {})
-        self.source = PrefixSource(backbone, self.processor.tokenizer.pad_token_id or 0)
+        self.source = PrefixSource(backbone, self.processor.tokenizer)
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
@@ -80,7 +83,7 @@ class LatentQueryTransformer(InputModule):
         return self.bias["log_temperature"] if "log_temperature" in self.bias else None  # noqa: SIM401 - no .get
 
     def require_log_temperature(self, initial: float) -> nn.Parameter:
-        """The logarithm of a learnable temperature, made with an initial value where there is none.
+        """The logarithm of a learnable temperature, created with an initial value where there is none.
 
         It lives beside the queries so that checkpoints carry it and DDP keeps it equal in all processes.
         """
@@ -105,93 +108,93 @@ class LatentQueryTransformer(InputModule):
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, *, keyed: bool = True, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> Features:
         """Turn inputs into features.
 
-        An input that comes several times is processed once; one whose prefix is kept is not processed at all.
+        An input that comes several times is processed once. An input whose prefix is kept is not processed at all.
 
         Args:
-            inputs: Texts, images, or both; see :func:`slq_embed.inputs.read_row`.
+            inputs: Texts, images, or both; see :func:`slq_embed.inputs.rows.read_row`.
             prompt: A system message.
-            keyed: Whether to name the inputs, so that equal ones share a prefix.
+            keyed: Whether to give each input its key, so that equal ones share a prefix.
             **kwargs: ``processing_kwargs={"image": {...}}`` for the image processor; the rest is ignored.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, ``(batch, seq)``, left-padded and without queries; image features
-            for images; if ``keyed``, ``prefix_key``, ``(batch, 2)``. Of a row that ``prefix_stored``, ``(batch,)``,
-            marks, there is nothing but the length.
+            Features without the queries; with ``prefix_key`` if ``keyed``. See :mod:`slq_embed.prefix.features`.
 
         Raises:
-            ValueError: If an input cannot be read; the message gives its place in ``inputs``.
+            ValueError: If an input cannot be read; the message gives its index in ``inputs``.
         """
         if not inputs:
             return {}
         changes = (kwargs.get("processing_kwargs") or {}).get("image", {})
-        rows = []
-        for place, value in enumerate(inputs):
-            with _naming(place, len(inputs)):
-                rows.append(read_row(value))
-        everything = range(len(rows))
+        rows = _read(inputs)
+        texts = self._render(rows, prompt)
         if not keyed:
-            return self._process(rows, everything, prompt, changes)
-        keys = self._keys(rows, prompt, changes)
+            return self._process(rows, texts, range(len(rows)), changes)
+        keys = self._keys(rows, texts, changes)
         stored = self.source.stored(keys)
-        first = {key: place for place, key in reversed(list(enumerate(keys))) if key not in stored}
-        if len(first) == len(rows):
-            features = self._process(rows, everything, prompt, changes)
-        else:
-            features = {}
-            if first:
-                needed = sorted(first.values())
+        first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in stored}
+        features: Features = {}
+        if first:
+            needed = sorted(first.values())
+            features = self._process(rows, texts, needed, changes)
+            if len(needed) < len(rows):
                 again = [needed.index(first[key]) for key in keys if key in first]
-                features = select_rows(self._process(rows, needed, prompt, changes), again, self.source.image_token)
-            if stored:
-                features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
+                features = select_rows(features, again, self.source.image_token)
+        if stored:
+            features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
         features["prefix_key"] = keys_to_tensor(keys)
         return features
 
     def prefix_keys(self, inputs: Sequence[Any], prompt: str | None = None) -> list[bytes]:
-        """Names under which the attached store keeps prefixes."""
-        return self._keys([read_row(value) for value in inputs], prompt, {})
+        """The keys under which the attached store keeps prefixes."""
+        rows = _read(inputs)
+        return self._keys(rows, self._render(rows, prompt), {})
 
-    def _keys(self, rows: Sequence[Row], prompt: str | None, changes: Mapping[str, Any]) -> list[bytes]:
-        texts = self.processor.apply_chat_template([row.messages(prompt, decode=False) for row in rows], tokenize=False)
-        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def _render(self, rows: Sequence[Row], prompt: str | None) -> list[str]:
+        # The template appends the query tokens. Stock loading needs them; here they are cut off again, because the
+        # queries enter as embeddings.
+        texts: list[str] = self.processor.apply_chat_template([row.messages(prompt) for row in rows], tokenize=False)
+        return texts
+
+    def _keys(self, rows: Sequence[Row], texts: Sequence[str], changes: Mapping[str, Any]) -> list[bytes]:
         namespace = self.source.namespace
-        if namespace:  # else the names only tell the inputs of this call apart
+        if namespace:  # else keys only tell the inputs of this call apart
             namespace += settings_digest(self.backbone, self.processor, {**self.image_kwargs, **changes})
-        names = []
-        for place, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
-            with _naming(place, len(rows)):
-                names.append(prefix_key(row, ids[: -len(self.queries)], namespace))
-        return names
+        keys = []
+        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            with _naming(index, len(rows)):
+                keys.append(prefix_key(row, text.removesuffix(self.query_text), namespace))
+        return keys
 
     def _process(
-        self, rows: Sequence[Row], places: Sequence[int], prompt: str | None, changes: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        chats = []
-        for place in places:
-            with _naming(place, len(rows)):
-                chats.append(rows[place].messages(prompt))
-        features = dict(
-            self.processor.apply_chat_template(
-                chats,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={
-                    "text_kwargs": {"padding": True},
-                    "images_kwargs": {**self.image_kwargs, **changes},
-                    "common_kwargs": {"return_tensors": "pt"},
-                },
+        self, rows: Sequence[Row], texts: Sequence[str], indices: Sequence[int], changes: Mapping[str, Any]
+    ) -> Features:
+        images = []
+        for index in indices:
+            with _naming(index, len(rows)):
+                images.append([] if rows[index].image is None else [rows[index].image])
+        chosen = [texts[index] for index in indices]
+        # As apply_chat_template calls the processor, but the text is rendered already.
+        text_kwargs: dict[str, Any] = {"padding": True}
+        if (bos := self.tokenizer.bos_token) is not None and chosen[0].startswith(bos):
+            text_kwargs["add_special_tokens"] = False
+        features: Features = dict(
+            self.processor(
+                text=chosen,
+                images=images if any(images) else None,
+                text_kwargs=text_kwargs,
+                images_kwargs={**self.image_kwargs, **changes},
+                common_kwargs={"return_tensors": "pt"},
             )
         )
         if "pixel_values" in features:
             # GradCache losses cut the pixels of a batch by this.
-            features["num_images_per_sample"] = torch.tensor([int(rows[place].source is not None) for place in places])
+            features["num_images_per_sample"] = torch.tensor([len(image) for image in images])
         return strip_queries(features, len(self.queries))
 
-    def prefix(self, features: dict[str, Any]) -> Prefix:
+    def prefix(self, features: Features) -> Prefix:
         """Everything before the queries, without autograd: kept, or computed once for each distinct input."""
         return self.source.prefix(features, self.training)
 
@@ -199,7 +202,7 @@ class LatentQueryTransformer(InputModule):
         """States of the queries after a prefix, ``(batch, Q, H)``."""
         return run_queries(decoder_of(self.backbone), prefix, self._cast_queries())
 
-    def all_positions(self, features: dict[str, Any]) -> Tensor:
+    def all_positions(self, features: Features) -> Tensor:
         """States of the queries from whole sequences, ``(batch, Q, H)``: the reference for the prefix path."""
         return run_all_positions(decoder_of(self.backbone), features, self._cast_queries())
 
@@ -215,17 +218,26 @@ class LatentQueryTransformer(InputModule):
         super().train(mode)
         return self
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
         if torch.is_grad_enabled() or self.training or self.source.store is not None:
             states = self.query_states(self.prefix(features))
-        else:  # nothing to keep: whole sequences are a little faster for short texts
+        else:  # there is nothing to keep, and whole sequences are a little faster for short texts
             states = self.source.all_positions(features, self._cast_queries())
         if self.log_temperature is not None and torch.is_grad_enabled():
             # As an output of the forward pass, so that DDP knows it is used.
             features["log_temperature"] = self.log_temperature.clone()
         features["token_embeddings"] = states.to(self.queries.device, torch.float32)
         return features
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take over a temperature, or keep this module's own where the state has none."""
+        name = f"{prefix}bias.log_temperature"
+        if name in state_dict:
+            self.require_log_temperature(float(state_dict[name]))
+        elif self.log_temperature is not None:
+            state_dict[name] = self.log_temperature.detach()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryTransformer:
         """Move or cast the shared backbone; the queries only move, since the master copy is float32."""
@@ -240,9 +252,17 @@ class LatentQueryTransformer(InputModule):
         raise RuntimeError("LatentQueryTransformer is saved by SLQEncoder.save_pretrained, which writes stock modules.")
 
 
+def _read(inputs: Sequence[Any]) -> list[Row]:
+    rows = []
+    for index, value in enumerate(inputs):
+        with _naming(index, len(inputs)):
+            rows.append(read_row(value))
+    return rows
+
+
 @contextmanager
-def _naming(place: int, total: int) -> Iterator[None]:
+def _naming(index: int, total: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"Input {place} of {total}: {error}") from error
+        raise ValueError(f"Input {index} of {total}: {error}") from error

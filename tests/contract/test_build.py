@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 import slq_embed
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.backbones import family_of
+from slq_embed.backbone.families import family_of
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,7 +40,7 @@ def test_a_hub_name_is_loaded_and_recorded_with_its_commit(hub, tmp_path):
     encoder = SLQEncoder.from_backbone(
         "org/tiny-vl", num_queries=4, dtype=torch.bfloat16, max_pixels=32 * 32, cache_folder=hub, local_files_only=True
     )
-    assert (encoder.slq.backbone, encoder.slq.revision) == ("org/tiny-vl", SHA)
+    assert (encoder.slq_config.backbone, encoder.slq_config.revision) == ("org/tiny-vl", SHA)
     assert encoder.backbone.dtype == torch.bfloat16
     encoder.save_pretrained(tmp_path / "slq")
     assert f"org/tiny-vl at revision {SHA}" in (tmp_path / "slq" / "README.md").read_text()
@@ -64,7 +64,7 @@ def test_options_pass_through(checkpoint):
         similarity_fn_name="dot",
         truncate_dim=16,
     )
-    assert encoder.num_queries == 7
+    assert len(encoder.queries) == 7
     assert encoder.backbone.config._attn_implementation == "eager"
     assert encoder.backbone.dtype == torch.bfloat16
     assert encoder.queries.dtype == torch.float32
@@ -186,6 +186,6 @@ def test_slq_tiny_is_mllm_tiny_bit_for_bit_but_for_its_rows():
     (table,) = changed
     assert table.endswith("embed_tokens.weight")
     rows = (before[table] != after[table]).any(dim=1).nonzero().flatten().tolist()
-    assert rows == list(SLQEncoder(pretrained("slq-tiny")).slq.tokens.ids)
+    assert rows == list(SLQEncoder(pretrained("slq-tiny")).slq_config.tokens.ids)
     assert sum(tensor.numel() * 4 for tensor in before.values()) < 16_000_000
     assert all(tensor.dtype == torch.float32 for tensor in before.values())

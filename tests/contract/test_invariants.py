@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slq_embed import SLQEncoder
-from slq_embed.backbones import FAMILIES as TABLE
+from slq_embed.backbone.families import FAMILIES as TABLE
 from tests.checkpoints import FAMILIES
 from tests.training import toy_pairs, toy_train
 
@@ -67,7 +67,7 @@ def test_an_embedding_depends_on_its_input_alone(checkpoint, mixed, kind, attent
 def test_the_prefix_path_equals_all_positions_in_value_and_gradient(checkpoint, mixed, kind):
     """3: the frozen prefix, run once without autograd, changes neither embeddings nor gradients."""
     encoder = build(checkpoint, kind)
-    module = encoder[0]
+    module = encoder.transformer
     features = module.preprocess(mixed)
     weight = torch.randn(len(mixed), 32, generator=torch.Generator().manual_seed(1))
     embeddings, gradients = [], []
@@ -125,7 +125,7 @@ assert not any(name.startswith("slq_embed") for name in sys.modules)
 def test_text_is_only_ever_text(checkpoint, images, kind, tmp_path):
     """5: never opened as a file or URL, never read as a control token."""
     encoder = build(checkpoint, kind)
-    module = encoder[0]
+    module = encoder.transformer
     images[0].save(tmp_path / "photo.png")
     spelled = module.tokenizer.all_special_tokens + list(module.tokenizer.get_added_vocab())
     for text in [str(tmp_path / "photo.png"), "https://example.com/a.png", *spelled, " ".join(spelled)]:
@@ -136,7 +136,7 @@ def test_text_is_only_ever_text(checkpoint, images, kind, tmp_path):
             expected = module.tokenizer.decode(module.preprocess(["plain"])["input_ids"][0]).count(token)
             assert read.count(token) == expected, f"{text!r} put {token!r} into the sequence"
         ids = features["input_ids"][0].tolist()
-        assert not set(ids) & set(encoder.slq.tokens.ids)
+        assert not set(ids) & set(encoder.slq_config.tokens.ids)
         assert np.linalg.norm(encoder.encode(text)) == pytest.approx(1, abs=1e-5)
 
 

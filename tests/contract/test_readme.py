@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
+from slq_embed.toy import captions, render, sample_scenes
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf8")
 BLOCKS = re.findall(r"(<!-- snippet: [^>]*-->\n)?```python\n(.*?)```", README, flags=re.S)

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
-from slq_embed.query_tokens import QueryTokens
+from slq_embed.backbone.query_tokens import QueryTokens
 from tests.checkpoints import build
 
 
@@ -50,8 +50,8 @@ def test_the_adapter_form_is_stock_modules_and_the_queries(encoder, tmp_path):
     (queries,) = load_file(tmp_path / "adapter_model.safetensors").values()
     assert torch.equal(queries, encoder.queries)
     adapter = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert adapter["token_indices"] == list(encoder.slq.tokens.ids)
-    assert adapter["base_model_name_or_path"] == encoder.slq.backbone
+    assert adapter["token_indices"] == list(encoder.slq_config.tokens.ids)
+    assert adapter["base_model_name_or_path"] == encoder.slq_config.backbone
 
 
 def test_the_merged_form_is_the_whole_model(encoder, tmp_path):
@@ -59,14 +59,14 @@ def test_the_merged_form_is_the_whole_model(encoder, tmp_path):
     whole = {"config.json", "generation_config.json", "latent_queries.safetensors", "model.safetensors"}
     assert files(tmp_path) == ROOT | MEAN | whole
     generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation["suppress_tokens"] == list(encoder.slq.tokens.ids)
+    assert generation["suppress_tokens"] == list(encoder.slq_config.tokens.ids)
     # It still chats, with the learned rows in place and the backbone in memory untouched.
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    rows = model.get_input_embeddings().weight[list(encoder.slq.tokens.ids)]
+    rows = model.get_input_embeddings().weight[list(encoder.slq_config.tokens.ids)]
     assert torch.equal(rows, encoder.queries)
-    assert not torch.equal(encoder.backbone.get_input_embeddings().weight[list(encoder.slq.tokens.ids)], rows)
+    assert not torch.equal(encoder.backbone.get_input_embeddings().weight[list(encoder.slq_config.tokens.ids)], rows)
     answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=20, do_sample=False)
-    assert not set(answer[0].tolist()) & set(encoder.slq.tokens.ids)
+    assert not set(answer[0].tolist()) & set(encoder.slq_config.tokens.ids)
 
 
 def test_at_a_real_vocabulary_the_folder_stays_small(tmp_path):
@@ -271,7 +271,7 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
         "| Loss | SymmetricInfoNCELoss |",
         f"| Temperature | {encoder.temperature:.6f} (learned) |",
         "8 rows of image and text",
-        encoder.slq.backbone.rsplit("/", 1)[-1],
+        encoder.slq_config.backbone.rsplit("/", 1)[-1],
     ):
         assert stated in card, f"{stated!r} is not in:\n{card}"
     assert str(tmp_path) not in card.replace(f'SentenceTransformer("{tmp_path}/slq")', "")
@@ -280,4 +280,4 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
         warnings.simplefilter("ignore")
         exec(snippet, {})
     assert "tensor([[1.0" in capsys.readouterr().out
-    assert isinstance(encoder.slq.tokens, QueryTokens)
+    assert isinstance(encoder.slq_config.tokens, QueryTokens)

@@ -8,16 +8,15 @@ import torch
 from PIL import Image
 
 from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
-from slq_embed.answering import answer
 from slq_embed.data import ImageTextPairs, from_folder, retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
-from slq_embed.reranking import build_reranker
+from slq_embed.generation import answer, build_reranker
 
 
 def use(folder: Path, image: Image.Image) -> float | None:
     model: SLQEncoder = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=8, pooling="mean", form="adapter")
     queries: torch.nn.Parameter = model.queries
-    assert queries.shape[0] == model.num_queries
+    assert queries.shape[0] == len(model.queries)
     loss: SymmetricInfoNCELoss = SymmetricInfoNCELoss(model, 0.07, gather_across_devices=True)
     pairs: ImageTextPairs = from_folder(folder, strict=True)
     evaluator = ImageTextRetrievalEvaluator(*retrieval_set(pairs), name="photos")

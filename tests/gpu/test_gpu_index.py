@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is n
 
 @pytest.mark.parametrize(("factory", "parameters"), [("Flat", ""), ("IVF16,Flat", "nprobe=8"), ("HNSW32,Flat", "")])
 def test_a_gpu_finds_the_same(factory, parameters, tmp_path, monkeypatch):
-    monkeypatch.setattr("slq_embed.index_faiss.LEAST_TO_LEARN_FROM", 500)
+    monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 500)
     both = [EmbeddingIndex(dimension=32, factory=factory, search_parameters=parameters, gpu=on) for on in (False, None)]
     found = []
     for index in both:

@@ -15,10 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import slq_embed.encoding as encoding
-import slq_embed.prefix_source as prefix_source
+import slq_embed.encoding.batches as encoding
+import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
-from slq_embed.latent_query_encoder import LatentQueryEncoder
 from tests.checkpoints import FAMILIES
 
 ROOT = str(Path(__file__).parents[2])
@@ -67,7 +66,7 @@ def test_every_option_of_encode_gives_what_the_host_gives(encoder, mixed, monkey
     encoder.prompts["query"] = "A query."
     found = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
     found += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
-    monkeypatch.delattr(LatentQueryEncoder, "_inference")
+    monkeypatch.delattr(SLQEncoder, "_inference")
     host = [encoder.encode(mixed, batch_size=4, **call) for call in calls] + [encoder.encode(mixed[0])]
     host += [encoder.encode([]), encoder.encode([], convert_to_tensor=True), encoder.encode_query(mixed)]
     for call, ours, theirs in zip([*calls, "one", "none", "none", "query"], found, host, strict=True):
@@ -117,11 +116,11 @@ def test_a_stream_is_read_as_it_is_needed(encoder, monkeypatch):
             number += 1
 
     results = encoder.encode_stream(endless(), batch_size=4)
-    places = [place for _ in range(3) for place in next(results).places]
+    places = [place for _ in range(3) for place in next(results).indices]
     assert len(set(places)) == 12
     assert max(places) < len(read) <= 16
     first = next(encoder.encode_stream(["a", "b"]))
-    assert np.abs(first.embeddings[""][first.places.index(1)].numpy() - encoder.encode("b")).max() < 1e-6
+    assert np.abs(first.embeddings[first.indices.index(1)].numpy() - encoder.encode("b")).max() < 1e-6
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -131,12 +130,12 @@ def test_a_bad_image_is_named_skipped_and_listed(encoder, folder, tmp_path, work
     folder[11].write_bytes(folder[11].read_bytes()[:-30])
     inputs = [*folder, 5.0, "a text"]
     results = list(encoder.encode_stream(inputs, batch_size=8))
-    skipped = {row.place: row for result in results for row in result.skipped}
+    skipped = {row.index: row for result in results for row in result.skipped}
     assert set(skipped) == {3, 11, 20}
     assert "3.png" in skipped[3].name
     assert "cannot be decoded" in skipped[11].reason
     assert "is a float" in skipped[20].reason
-    assert sorted(place for result in results for place in result.places) == sorted(set(range(22)) - set(skipped))
+    assert sorted(place for result in results for place in result.indices) == sorted(set(range(22)) - set(skipped))
     with pytest.raises(ValueError, match=r"Input \d+ \(.*(3|11)\.png\): .*(cannot be|no.?t an image)"):
         encoder.encode(folder)
 
@@ -153,7 +152,7 @@ def test_no_worker_is_started_for_nothing(encoder, folder, monkeypatch, workers)
     encoder.encode(["a text"] * 40, batch_size=4)
     encoder.encode(folder[:6], batch_size=4)
     encoder.encode(folder, batch_size=4)
-    assert started == [0, 0, 0, 1, 2]
+    assert started == [1, 2]
 
 
 def test_shorter_embeddings_in_a_stream_and_a_file(encoder, mixed, tmp_path):
@@ -161,7 +160,7 @@ def test_shorter_embeddings_in_a_stream_and_a_file(encoder, mixed, tmp_path):
     expected = encoder.encode(mixed)
     assert expected.shape == (6, 8)
     (result,) = encoder.encode_stream(mixed)
-    assert np.abs(result.embeddings[""].numpy() - expected[result.places]).max() < 1e-6
+    assert np.abs(result.embeddings.numpy() - expected[result.indices]).max() < 1e-6
     assert np.abs(encoder.encode_to_file(mixed, tmp_path / "e.npy").embeddings - expected).max() < 1e-6
 
 
@@ -171,7 +170,7 @@ def test_inputs_without_names_are_told_apart(encoder, images, tmp_path):
     encoder.encode_to_file(inputs, file)
     assert encoder.encode_to_file([images[0].copy(), *inputs[1:]], file).encoded == 0
     for other in ([images[1], *inputs[1:]], [*images, {"text": "in red", "image": images[0]}]):
-        with pytest.raises(ValueError, match="another inputs"):
+        with pytest.raises(ValueError, match="other inputs"):
             encoder.encode_to_file(other, file)
 
 
@@ -191,7 +190,7 @@ def test_embeddings_in_a_file(encoder, folder, tmp_path):
     assert (mended.encoded, mended.report()) == (1, "nothing was skipped")
     assert not np.isnan(mended.embeddings).any()
     for change, message in [
-        (lambda: encoder.encode_to_file(inputs[::-1], tmp_path / "e.npy"), "another inputs"),
+        (lambda: encoder.encode_to_file(inputs[::-1], tmp_path / "e.npy"), "other inputs"),
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", prompt="x"), "another model"),
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", dtype="float16"), "another dtype"),
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.bin"), r"ends in \.npy"),
@@ -208,7 +207,7 @@ SLOW_ENCODER = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
 from slq_embed import SLQEncoder
-import slq_embed.encoded_file as encoded_file
+import slq_embed.encoding.to_file as encoded_file
 encoded_file._BATCHES_A_FLUSH = 1
 encoder = SLQEncoder.from_backbone(sys.argv[1], num_queries=4, seed=0, device="cpu")
 forward = encoder.forward

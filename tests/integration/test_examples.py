@@ -13,8 +13,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from slq_embed.data import from_folder, retrieval_set
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
+from slq_embed.toy import captions, render, sample_scenes
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = Path(os.environ.get("SLQ_DATA", ROOT.parent / "shared" / "data"))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from slq_embed.data.scenes import COLOURS, SHAPES, Scene, Thing, render
+from slq_embed.toy import COLOURS, SHAPES, Scene, Thing, render
 from tests.integration.test_examples import ROOT, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.serving import shared_encoder
+from slq_embed.toy import render, sample_scenes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import slq_embed.index as index_module
+import slq_embed.index.index as index_module
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.index import EmbeddingIndex, image_files
+from slq_embed.toy import captions, render, sample_scenes
 
 KINDS = [
     ("Flat", "", 1.0),
@@ -32,7 +31,7 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _fewer_are_enough(monkeypatch):
-    monkeypatch.setattr("slq_embed.index_faiss.LEAST_TO_LEARN_FROM", 500)
+    monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 500)
 
 
 def vectors(count: int, seed: int = 0, dimension: int = 32) -> np.ndarray:
@@ -219,7 +218,7 @@ def test_a_gpu_is_asked_for_no_more_than_it_finds(monkeypatch):
 )
 def test_too_few_to_learn_from_are_kept_exactly_until_there_are_enough(factory, parameters, few, tmp_path, monkeypatch):
     if factory == "PQ8x4":  # whose 16 values a byte FAISS itself asks for
-        monkeypatch.setattr("slq_embed.index_faiss.LEAST_TO_LEARN_FROM", 5)
+        monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 5)
     index = EmbeddingIndex(dimension=32, factory=factory, search_parameters=parameters)
     index.add_embeddings(vectors(2000)[:few], names(0, few), [{"n": n} for n in range(few)])
     index.add_embeddings(vectors(2, seed=8), ["gone", "stays"], [{"n": 9999}, {"n": 9999}])
@@ -334,7 +333,7 @@ def test_others_search_while_inputs_are_awaited():
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    forward, sizes = type(model[0]).forward, []
+    forward, sizes = type(model.transformer).forward, []
 
     def small(self, features, **kwargs):
         sizes.append(len(features["input_ids"]))
@@ -342,7 +341,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(self, features, **kwargs)
 
-    monkeypatch.setattr(type(model[0]), "forward", small)
+    monkeypatch.setattr(type(model.transformer), "forward", small)
     index = EmbeddingIndex(model)
     index.add([f"{n} red circles" for n in range(6)], range(6), batch_size=4)
     assert sorted(index.ids()) == list("012345")

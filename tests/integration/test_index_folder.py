@@ -133,7 +133,7 @@ def test_a_save_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch):
     index = filled(count=500)
     index.save(tmp_path)
     index.add_embeddings(vectors(1, seed=3), ["new"])
-    monkeypatch.setattr("slq_embed.index_records.IndexRecords.save", lambda *a: 1 / 0)
+    monkeypatch.setattr("slq_embed.index.records.IndexRecords.save", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index.save(tmp_path)
     assert len(EmbeddingIndex.load(tmp_path)) == 500

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from slq_embed import pretrained
-from slq_embed.data.scene_text import captions
-from slq_embed.data.scenes import render, sample_scenes
+from slq_embed.toy import captions, render, sample_scenes
 
 MODEL = pretrained("slq-tiny")
 SCENES = sample_scenes(12, "test")

@@ -13,11 +13,10 @@ import torch
 from transformers import AutoProcessor
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.answering import answer
-from slq_embed.data.scene_text import caption
-from slq_embed.data.scenes import render, sample_scenes
-from slq_embed.reranking import build_reranker
-from slq_embed.serving import embed, lock_of
+from slq_embed.backbone import lock_of
+from slq_embed.generation import answer, build_reranker
+from slq_embed.serving import embed
+from slq_embed.toy import caption, render, sample_scenes
 from tests.checkpoints import FAMILIES
 from tests.training import toy_pairs, toy_train
 from tests.untouched import Untouched, every_pair, load, rerankable
@@ -136,7 +135,7 @@ def test_the_backbones_own_template_is_found_or_asked_for(checkpoint, encoder, i
     own.chat_template = None
     with pytest.raises(ValueError, match=r"is empty\. Pass"):
         rerankable(encoder, processor=own)
-    encoder.slq.backbone = str(tmp_path / "gone")
+    encoder.slq_config.backbone = str(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"no processor can be loaded from .*gone"):
         rerankable(encoder)
 
@@ -154,7 +153,7 @@ def test_threads_embed_rerank_and_answer_at_once(encoder, mixed, pairs, images):
     features = reranker.preprocess(pairs)
     expected = [job() for job in jobs]
     with ThreadPoolExecutor(len(jobs)) as pool:
-        with lock_of(encoder):
+        with lock_of(encoder.backbone):
             running = [pool.submit(job) for job in jobs]
             assert not wait(running, timeout=1).done
         running += [pool.submit(job) for job in jobs * 3]

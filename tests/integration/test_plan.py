@@ -6,7 +6,7 @@ import pytest
 
 from slq_embed import PrefixStore
 from slq_embed.data import from_records
-from slq_embed.plan import Option, Plan, plan_prefixes
+from slq_embed.training.plan import Option, Plan, plan_prefixes
 from tests.training import toy_pairs, toy_train
 
 
@@ -57,7 +57,7 @@ def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
     pairs = toy_pairs(4).dataset
     levels = [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options]
     assert levels == [None, "keys_values", "vision"]
-    monkeypatch.setattr("slq_embed.plan.takes_vision_features", lambda decoder: False)
+    monkeypatch.setattr("slq_embed.training.plan.takes_vision_features", lambda decoder: False)
     assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
 
 

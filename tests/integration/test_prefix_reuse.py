@@ -13,7 +13,7 @@ import torch
 from datasets import Image
 from sentence_transformers.sentence_transformer import losses
 
-import slq_embed.prefix_source as prefix_source
+import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
 from tests.training import toy_pairs, toy_train
@@ -120,7 +120,9 @@ def test_undecoded_images_are_decoded_only_to_be_computed(checkpoint, tmp_path, 
     encoder = build(checkpoint)
     encoder.prefix_store = PrefixStore()
     decoded = []
-    monkeypatch.setattr("slq_embed.inputs._to_rgb", lambda image, name: decoded.append(name) or image.convert("RGB"))
+    monkeypatch.setattr(
+        "slq_embed.inputs.images._to_rgb", lambda image, name: decoded.append(name) or image.convert("RGB")
+    )
     toy_train(encoder, pairs, tmp_path, num_train_epochs=3, max_steps=-1)
     assert len(decoded) == 8
 
@@ -140,18 +142,18 @@ def test_the_second_pass_of_gradcache_runs_no_prefix(encoder, images, monkeypatc
     plain = gradient(losses.MultipleNegativesRankingLoss(encoder, **BOTH))
     for _ in range(2):
         if not stored:
-            encoder[0].source.memory.clear()
+            encoder.transformer.source.memory.clear()
         with counting(monkeypatch) as rows:
             cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH))
         assert (plain - cached).norm() < 1e-4 * plain.norm()
         assert rows == ({} if stored else {"run_prefix": 9})  # 4 images, one of them twice, and 5 texts
     encoder.eval()
-    assert not encoder[0].source.memory.rows
+    assert not encoder.transformer.source.memory.rows
 
 
 def test_a_step_that_does_not_fit_is_run_again(encoder, images, monkeypatch):
     encoder.train()
-    encoder[0].source.memory.budget = 1
+    encoder.transformer.source.memory.budget = 1
     loss = losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH)
     with counting(monkeypatch) as rows:
         loss([encoder.preprocess(images), encoder.preprocess(["a", "bb", "ccc", "d"])], None).backward()
@@ -160,9 +162,11 @@ def test_a_step_that_does_not_fit_is_run_again(encoder, images, monkeypatch):
 
 def test_captions_of_one_image_share_its_prefix_and_its_processing(encoder, images, monkeypatch):
     processed = []
-    process = encoder[0]._process
+    process = encoder.transformer._process
     monkeypatch.setattr(
-        encoder[0], "_process", lambda rows, places, *rest: processed.extend(places) or process(rows, places, *rest)
+        encoder.transformer,
+        "_process",
+        lambda rows, texts, indices, *rest: processed.extend(indices) or process(rows, texts, indices, *rest),
     )
     batch = [images[0], images[1].copy(), images[0].copy(), images[1], images[0]]
     encoder.train()
@@ -264,7 +268,7 @@ def test_a_trainers_autocast_does_not_reach_what_is_kept(checkpoint, mixed, leve
     with torch.autocast("cpu", dtype=torch.bfloat16):
         encoder.train()
         encoder(encoder.preprocess(mixed))
-    keys = encoder[0].prefix_keys(mixed)
+    keys = encoder.transformer.prefix_keys(mixed)
     found, expected = encoder.prefix_store.read(keys), other.prefix_store.read(keys)
     assert len(found) == len(expected) > 0
     name = "states" if level == "keys_values" else "features"

@@ -10,8 +10,7 @@ import torch
 from sentence_transformers import CrossEncoder
 from transformers import AutoProcessor
 
-from slq_embed.answering import answer
-from slq_embed.reranking import RERANK_INSTRUCTION, build_reranker
+from slq_embed.generation import RERANK_INSTRUCTION, answer, build_reranker
 from tests.checkpoints import FAMILIES
 from tests.untouched import Untouched, every_pair, load, rerankable, spelled_out
 

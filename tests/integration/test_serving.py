@@ -19,10 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-import slq_embed.serving as serving
 from slq_embed import SLQEncoder
+from slq_embed.backbone import lock_of
+from slq_embed.inputs import open_image
 from slq_embed.serving import UnreadableInputsError, embed, embed_images, shared_encoder
-from slq_embed.sources import open_image
 
 
 @pytest.fixture
@@ -140,10 +140,10 @@ def test_a_url_is_fetched_when_asked(encoder, images, picture, monkeypatch):
         with pytest.raises(ValueError, match="cannot be fetched"):
             open_image(f"{address[:-1]}x/a", fetch=True)
         with monkeypatch.context() as patch:
-            patch.setattr("slq_embed.sources.FETCH_SECONDS", 0.3)
+            patch.setattr("slq_embed.inputs.sources.FETCH_SECONDS", 0.3)
             with pytest.raises(ValueError, match=r"it took more than 0\.3 s"):
                 open_image(f"{address}/slow.png", fetch=True)
-        monkeypatch.setattr("slq_embed.sources.MAX_FETCHED_BYTES", 10)
+        monkeypatch.setattr("slq_embed.inputs.sources.MAX_FETCHED_BYTES", 10)
         with pytest.raises(ValueError, match="is larger than"):
             open_image(f"{address}/the picture.png", fetch=True)
     finally:
@@ -156,7 +156,7 @@ def test_one_bad_image_fails_alone_and_by_name(encoder, images, picture, tmp_pat
     sources = [images[1], str(broken), "https://example.com/a.png", picture, tmp_path / "none.png"]
     with pytest.raises(UnreadableInputsError, match=r"3 of 5 .*broken\.png.*pass fetch_urls.*none\.png") as caught:
         embed_images(encoder, sources, batch_size=2)
-    assert [row.place for row in caught.value.skipped] == [1, 2, 4]
+    assert [row.index for row in caught.value.skipped] == [1, 2, 4]
     good = caught.value.embeddings[[0, 3]]
     assert np.abs(good - encoder.encode([images[1], images[0]])).max() < 1e-6
     assert np.isnan(caught.value.embeddings[[1, 2, 4]]).all()
@@ -190,7 +190,7 @@ def test_a_batch_that_does_not_fit_is_halved(encoder, mixed, monkeypatch, caplog
 def test_threads_may_embed_at_once_and_while_the_backbone_answers(checkpoint, mixed):
     encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
     other = encoder.with_queries(2, seed=1)
-    assert serving.lock_of(encoder) is serving.lock_of(other)
+    assert lock_of(encoder.backbone) is lock_of(other.backbone)
     expected = encoder.encode(mixed), other.encode(mixed)
     prompt = encoder.tokenizer("what is that", return_tensors="pt")
 
@@ -212,7 +212,7 @@ def test_shorter_embeddings_are_normalised(encoder, mixed):
     found = embed(encoder, mixed)
     assert found.shape == (6, 8)
     assert np.linalg.norm(found, axis=1) == pytest.approx(np.ones(6))
-    assert np.abs(embed(encoder, mixed, normalize=False) - encoder.encode(mixed)).max() < 1e-6
+    assert np.abs(embed(encoder, mixed, normalize_embeddings=False) - encoder.encode(mixed)).max() < 1e-6
 
 
 def test_nothing_in_nothing_out(encoder):

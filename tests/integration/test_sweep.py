@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer import losses
 from slq_embed import PrefixStore, SLQEncoder, SymmetricInfoNCELoss
 from slq_embed.data import retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
-from slq_embed.sweep import sweep
+from slq_embed.training import sweep
 from tests.integration.test_prefix_reuse import counting
 from tests.training import arguments, toy_pairs, toy_train
 
@@ -48,7 +48,7 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
     for given, variant in zip(VARIANTS, result.variants, strict=True):
         alone = SLQEncoder.from_backbone(
             encoder.backbone,
-            backbone_name=encoder.slq.backbone,
+            backbone_name=encoder.slq_config.backbone,
             num_queries=given["num_queries"],
             seed=given["seed"],
             pooling=given.get("pooling", "mean"),

@@ -119,7 +119,8 @@ def test_checkpoints_are_stock_folders(encoder, tmp_path):
     )
     assert not list(checkpoint.glob("model*.safetensors"))
     assert (
-        json.loads((checkpoint / "slq_config.json").read_text())["log_temperature"] == encoder[0].log_temperature.item()
+        json.loads((checkpoint / "slq_config.json").read_text())["log_temperature"]
+        == encoder.transformer.log_temperature.item()
     )
 
 

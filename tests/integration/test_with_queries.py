@@ -47,13 +47,13 @@ def test_a_loaded_model_gives_others_its_template_once(checkpoint, mixed, tmp_pa
 
 
 def test_a_sweep_starts_from_a_merged_model(checkpoint, tmp_path):
-    from slq_embed.sweep import sweep
+    from slq_embed.training import sweep
 
     made = SLQEncoder.from_backbone(checkpoint(spare=1), num_queries=4, seed=0, device="cpu", form="merged")
     made.save_pretrained(tmp_path / "merged")
     encoder = SLQEncoder(tmp_path / "merged", device="cpu")
     result = sweep(encoder, arguments(tmp_path, max_steps=2), toy_pairs().dataset, [{"num_queries": n} for n in (2, 6)])
-    assert [variant.encoder.num_queries for variant in result.variants] == [2, 6]
+    assert [variant.len(encoder.queries) for variant in result.variants] == [2, 6]
     assert all(np.isfinite(variant.loss) for variant in result.variants)
 
 

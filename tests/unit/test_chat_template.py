@@ -4,7 +4,7 @@ import pytest
 from jinja2 import Environment
 from transformers import AutoProcessor
 
-from slq_embed.chat_template import build_chat_template, neutralising_filters
+from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters
 
 
 def clean(text: str, controls: list[str]) -> str:

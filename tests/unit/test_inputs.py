@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from slq_embed.inputs import MAX_DECODED_PIXELS, read_image, read_row
+from slq_embed.inputs.images import MAX_DECODED_PIXELS, read_image
+from slq_embed.inputs.rows import read_row
 
 
 def solid(mode: str, colour, size=(8, 6)) -> Image.Image:
@@ -105,7 +106,7 @@ def test_images_come_from_files_and_bytes(tmp_path, source):
 
 
 def test_a_huge_image_is_reduced(monkeypatch):
-    monkeypatch.setattr("slq_embed.inputs.MAX_DECODED_PIXELS", 10_000)
+    monkeypatch.setattr("slq_embed.inputs.images.MAX_DECODED_PIXELS", 10_000)
     read = read_image(solid("L", 5, size=(400, 300)))
     assert read.width * read.height <= 10_000
     assert read.width / read.height == pytest.approx(4 / 3, rel=0.05)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-import slq_embed.prefix_disk as prefix_disk
+import slq_embed.prefix.disk as prefix_disk
 from slq_embed import PrefixStore
-from slq_embed.prefix import PrefixRow
+from slq_embed.prefix.passes import PrefixRow
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -104,7 +104,7 @@ def test_what_a_killed_writer_left_is_gone_too(tmp_path):
 
 
 def test_by_default_a_folder_may_grow_by_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr("slq_embed.prefix_store.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("slq_embed.prefix.store.free_bytes", lambda folder: 1000)
     first = PrefixStore(tmp_path, budget="1GB")
     fill(first, 3)
     assert PrefixStore(tmp_path).budget == first.nbytes + 1000

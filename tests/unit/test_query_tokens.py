@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from slq_embed.query_tokens import allocate
+from slq_embed.backbone.query_tokens import allocate
 from tests.checkpoints import QWEN_VISION, build_tokenizer
 
 

@@ -13,8 +13,8 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables.config import run_in_executor
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_serializer
 from slq_embed import SLQEncoder
-from slq_embed.fingerprint import encoder_digest
-from slq_embed.serving import embed, embed_images, prompt_for, shared_encoder
+from slq_embed.encoding import encoder_digest
+from slq_embed.serving import embed, embed_images, shared_encoder
 
 Result = TypeVar("Result")
 
@@ -99,7 +99,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
     @field_serializer("model")
     def _describe_model(self, model: str | Path | SLQEncoder) -> str:
         if isinstance(model, SLQEncoder):
-            size = f"{model.num_queries} x {model.get_embedding_dimension()}"
+            size = f"{len(model.queries)} x {model.get_embedding_dimension()}"
             return f"{_IN_MEMORY}, {size}, {encoder_digest(model)[:12]}>"  # caches tell models apart by it
         return str(model)
 
@@ -131,9 +131,6 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """A copy that shares the model; weights are never copied."""
         return self.model_copy()
 
-    def _prompt(self, given: str | None, task: Literal["query", "document"]) -> str | None:
-        return prompt_for(self.encoder, task) if given is None else given
-
     def _settings(self) -> dict[str, Any]:
         return {"batch_size": self.batch_size, "show_progress_bar": self.show_progress}
 
@@ -150,9 +147,9 @@ class SLQEmbeddings(BaseModel, Embeddings):
             UnreadableInputsError: If something is no text; its message names which.
             RuntimeError: If one text alone does not fit into memory.
         """
-        prompt = self._prompt(self.document_prompt, "document")
-        rows: list[list[float]] = embed(self.encoder, list(texts), prompt=prompt, **self._settings()).tolist()
-        return rows
+        return embed(
+            self.encoder, list(texts), task="document", prompt=self.document_prompt, **self._settings()
+        ).tolist()
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a text that is searched with.
@@ -167,9 +164,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
             UnreadableInputsError: If it is no text.
             RuntimeError: If it does not fit into memory.
         """
-        prompt = self._prompt(self.query_prompt, "query")
-        row: list[float] = embed(self.encoder, [text], prompt=prompt, **self._settings())[0].tolist()
-        return row
+        return embed(self.encoder, [text], task="query", prompt=self.query_prompt, **self._settings())[0].tolist()
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Embed images.
@@ -186,8 +181,8 @@ class SLQEmbeddings(BaseModel, Embeddings):
                 ``embeddings`` hold the vectors of all others.
             RuntimeError: If one image alone does not fit into memory.
         """
-        given = self.document_prompt if self.image_prompt is None else self.image_prompt
-        return self._embed_images(uris, self._prompt(given, "document"))
+        prompt = self.document_prompt if self.image_prompt is None else self.image_prompt
+        return self._embed_images(uris, "document", prompt)
 
     def embed_images(self, uris: Sequence[Any]) -> list[list[float]]:
         """The same as :meth:`embed_image`, under the name that some stores call."""
@@ -208,13 +203,13 @@ class SLQEmbeddings(BaseModel, Embeddings):
             UnreadableInputsError: As for :meth:`embed_image`.
             RuntimeError: If one input alone does not fit into memory.
         """
-        return self._embed_images(inputs, self._prompt(self.query_prompt, "query"))
+        return self._embed_images(inputs, "query", self.query_prompt)
 
-    def _embed_images(self, sources: Sequence[Any], prompt: str | None) -> list[list[float]]:
-        rows: list[list[float]] = embed_images(
-            self.encoder, list(sources), fetch_urls=self.fetch_urls, prompt=prompt, **self._settings()
-        ).tolist()
-        return rows
+    def _embed_images(
+        self, sources: Sequence[Any], task: Literal["query", "document"], prompt: str | None
+    ) -> list[list[float]]:
+        settings = {"fetch_urls": self.fetch_urls, **self._settings()}
+        return embed_images(self.encoder, list(sources), task=task, prompt=prompt, **settings).tolist()
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """As :meth:`embed_documents`, in a thread: the event loop stays free."""

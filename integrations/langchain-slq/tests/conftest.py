@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from slq_embed import pretrained
-from slq_embed.data.scene_text import caption
-from slq_embed.data.scenes import Scene, Thing, render
+from slq_embed.toy import Scene, Thing, caption, render
 
 from langchain_slq import SLQEmbeddings
 

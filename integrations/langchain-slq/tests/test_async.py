@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 import pytest
-import slq_embed.serving as serving
 import torch
+from slq_embed.backbone import lock_of
 
 
 def test_many_calls_at_once_give_the_right_vectors(embeddings, gallery):
@@ -61,7 +61,7 @@ def test_waiting_calls_leave_asyncios_own_executor_free(embeddings):
     """Else name look-ups of the same application would wait for the model too."""
 
     async def run():
-        with serving.lock_of(embeddings.encoder):  # the model is busy
+        with lock_of(embeddings.encoder.backbone):  # the model is busy
             calls = [asyncio.ensure_future(embeddings.aembed_query("a star")) for _ in range(60)]
             await asyncio.sleep(0.05)
             answer = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, lambda: "here"), 5)

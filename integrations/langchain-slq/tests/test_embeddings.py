@@ -71,7 +71,7 @@ def test_urls_are_fetched_only_when_asked(embeddings, monkeypatch, gallery):
     url = "http://127.0.0.1:9/picture.png"
     with pytest.raises(UnreadableInputsError, match="pass fetch_urls=True"):
         embeddings.embed_image([url])
-    monkeypatch.setattr("slq_embed.sources._fetch", lambda url: Path(gallery.paths[0]).read_bytes())
+    monkeypatch.setattr("slq_embed.inputs.sources._fetch", lambda url: Path(gallery.paths[0]).read_bytes())
     asked = SLQEmbeddings(model=FOLDER, device="cpu", fetch_urls=True)
     assert close(asked.embed_image([url]), embeddings.embed_image(gallery.paths[:1]))
 

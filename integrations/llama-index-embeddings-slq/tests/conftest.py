@@ -17,9 +17,8 @@ from llama_index.core.schema import BaseNode, ImageNode, TextNode
 from llama_index.embeddings.slq import SLQEmbedding
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.data.scene_text import caption, implicit
-from slq_embed.data.scenes import render, sample_scenes
 from slq_embed.serving import shared_encoder
+from slq_embed.toy import caption, implicit, render, sample_scenes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from slq_embed.data.scenes import Scene, Thing, render, sample_scenes
+from slq_embed.toy import Scene, Thing, render, sample_scenes
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -7,8 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from slq_embed.data.scene_text import caption, captions, facts, implicit, questions
-from slq_embed.data.scenes import KINDS, Scene, Thing, all_scenes, draw, is_unseen, render, sample_scenes
+from slq_embed.toy.scene_text import caption, captions, facts, implicit, questions
+from slq_embed.toy.scenes import KINDS, Scene, Thing, all_scenes, draw, is_unseen, render, sample_scenes
 
 # Words that carry no content: the only ones captions and implicit descriptions may share.
 WORDS = "a an the of and with in on to as all that is are your you than has have what at it by for"

@@ -17,8 +17,8 @@ from llama_index.embeddings.slq.query_cache import QueryCache
 from llama_index.embeddings.slq.threads import in_thread
 
 from slq_embed import SLQEncoder
-from slq_embed.fingerprint import encoder_digest
-from slq_embed.serving import embed, embed_images, prompt_for, shared_encoder
+from slq_embed.encoding import encoder_digest
+from slq_embed.serving import embed, embed_images, shared_encoder
 
 _LOADING = (
     "device",
@@ -179,7 +179,7 @@ class SLQEmbedding(MultiModalEmbedding):
         return self.model_copy(update={"embeddings_cache": QueryCache(self.embeddings_cache)})
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._embed_texts([query], self._prompt(self.query_instruction, "query"))[0]
+        return self._embed_texts([query], "query", self.query_instruction)[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         return await in_thread(self._get_query_embedding, query)
@@ -191,7 +191,7 @@ class SLQEmbedding(MultiModalEmbedding):
         return await in_thread(self._get_text_embedding, text)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._embed_texts(texts, self._prompt(self.text_instruction, "document"))
+        return self._embed_texts(texts, "document", self.text_instruction)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return await in_thread(self._get_text_embeddings, texts)
@@ -203,33 +203,25 @@ class SLQEmbedding(MultiModalEmbedding):
         return await in_thread(self._get_image_embedding, img_file_path)
 
     def _get_image_embeddings(self, img_file_paths: Sequence[ImageType | Path]) -> list[Embedding]:
-        found: list[Embedding] = embed_images(
-            self._encoder,
-            img_file_paths,
-            fetch_urls=self.fetch_urls,
-            prompt=self._prompt(self.image_instruction, "document"),
-            batch_size=self.embed_batch_size,
-            normalize=self.normalize,
-            show_progress_bar=self.show_progress_bar,
+        settings = {"task": "document", "prompt": self.image_instruction, **self._settings()}
+        rows: list[Embedding] = embed_images(
+            self._encoder, img_file_paths, fetch_urls=self.fetch_urls, **settings
         ).tolist()
-        return found
+        return rows
 
     async def _aget_image_embeddings(self, img_file_paths: Sequence[ImageType | Path]) -> list[Embedding]:
         return await in_thread(self._get_image_embeddings, img_file_paths)
 
-    def _embed_texts(self, texts: list[str], prompt: str | None) -> list[Embedding]:
-        found: list[Embedding] = embed(
-            self._encoder,
-            texts,
-            prompt=prompt,
-            batch_size=self.embed_batch_size,
-            normalize=self.normalize,
-            show_progress_bar=self.show_progress_bar,
-        ).tolist()
-        return found
+    def _embed_texts(self, texts: list[str], task: Literal["query", "document"], prompt: str | None) -> list[Embedding]:
+        rows: list[Embedding] = embed(self._encoder, texts, task=task, prompt=prompt, **self._settings()).tolist()
+        return rows
 
-    def _prompt(self, given: str | None, task: Literal["query", "document"]) -> str | None:
-        return prompt_for(self._encoder, task) if given is None else given
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.embed_batch_size,
+            "normalize_embeddings": self.normalize,
+            "show_progress_bar": self.show_progress_bar,
+        }
 
 
 def _is_no_place(name: str) -> bool:

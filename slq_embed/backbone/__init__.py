@@ -1,0 +1,7 @@
+"""The frozen multimodal LLM: its family, its identity, its chat template, the tokens of the queries."""
+
+from slq_embed.backbone.chat_template import DEFAULT_INSTRUCTIONS
+from slq_embed.backbone.families import FAMILIES, Family
+from slq_embed.backbone.lock import lock_of
+
+__all__ = ["DEFAULT_INSTRUCTIONS", "FAMILIES", "Family", "lock_of"]

@@ -1,0 +1,88 @@
+"""A backbone's fingerprint: enough to refuse another one instead of giving wrong vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slq_embed.backbone.families import embedding_table
+
+# What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
+_VOLATILE: tuple[str, ...] = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation",
+    "use_cache",
+)
+_VOLATILE += ("quantization_config", "architectures", "attn_implementation", "_attn_implementation_internal")
+_SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a backbone.
+
+    Args:
+        config_sha256: Of its configuration, without what differs between loads.
+        table_sha256: Of its token embeddings in bfloat16, which float32 and bfloat16 loads share.
+        table_sample: A few of their values, to compare a float16 load by.
+        shape: Of the table.
+    """
+
+    config_sha256: str
+    table_sha256: str
+    table_sample: list[float]
+    shape: list[int]
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
+    return value
+
+
+def fingerprint(backbone: PreTrainedModel) -> Fingerprint:
+    """Take a backbone's fingerprint; about a second for a table of 150,000 rows."""
+    config = json.dumps(_stable(backbone.config.to_dict()), sort_keys=True, default=str)
+    table = embedding_table(backbone).detach()
+    digest = hashlib.sha256()
+    for block in table.split(8192):
+        digest.update(block.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    rows = torch.linspace(0, len(table) - 1, _SAMPLE_ROWS, device=table.device).long()
+    sample = table[rows][:, :_SAMPLE_COLUMNS].float().flatten().tolist()
+    return Fingerprint(
+        hashlib.sha256(config.encode()).hexdigest(), digest.hexdigest(), sample, [int(n) for n in table.shape]
+    )
+
+
+def difference(recorded: Fingerprint, backbone: PreTrainedModel) -> str | None:
+    """Say in words how a backbone differs from the one recorded, or None if it is the same."""
+    fresh = fingerprint(backbone)
+    if fresh.shape != recorded.shape:
+        return f"its token embeddings have shape {fresh.shape}, not {recorded.shape}"
+    if fresh.config_sha256 != recorded.config_sha256:
+        return "its configuration differs"
+    if embedding_table(backbone).dtype == torch.float16:
+        if torch.allclose(torch.tensor(fresh.table_sample), torch.tensor(recorded.table_sample), 1e-2, 1e-6):
+            return None
+        return "its token embeddings differ"
+    return None if fresh.table_sha256 == recorded.table_sha256 else "its token embeddings differ"
+
+
+def weights_digest(backbone: PreTrainedModel) -> bytes:
+    """A digest of all weights and of the configuration, for what must not outlive any change of them.
+
+    It reads every weight: about 0.6 s for each GB.
+    """
+    digest = hashlib.sha256(json.dumps(_stable(backbone.config.to_dict()), sort_keys=True, default=str).encode())
+    for name, value in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,0 +1,199 @@
+"""From inputs to features: files are read ahead, batches are of like size, workers decode beside a GPU."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from slq_embed.encoding.protocol import Encoder
+from slq_embed.inputs.images import shortened
+from slq_embed.inputs.rows import Row, Skipped, read_row
+from slq_embed.prefix.features import Features
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 32
+"""Batches that are sorted by size together: more pad less, fewer hold less in memory."""
+WINDOW_BYTES = 256 << 20
+"""Bytes of image files after which a window ends."""
+_FILES_AT_ONCE = 8  # files that are read at the same time: a network disk answers late
+_SHARED_MEMORY = 2 << 30
+
+Batch = list[tuple[int, Row | Skipped]]
+
+
+def _read(item: tuple[int, Any]) -> tuple[int, Row | Skipped]:
+    index, value = item
+    try:
+        row = read_row(value)
+        _ = row.content
+    except ValueError as error:
+        return index, Skipped(_name(index, value), str(error), index)
+    return index, row
+
+
+def _name(index: int, value: Any) -> str:
+    if isinstance(value, Row):
+        value = value.text if value.source is None else value.source
+    if isinstance(value, Mapping):
+        value = value.get("image", value.get("path"))
+    if not isinstance(value, Path | str):
+        return f"input {index}"
+    return f"input {index} ({shortened(value)})".encode(errors="backslashreplace").decode()  # so that it can be printed
+
+
+def sorted_windows(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterator[list[Batch]]:
+    """Read inputs a window at a time, each file once, and sort each window into batches of like size.
+
+    Args:
+        inputs: Inputs with their indices, any number of them.
+        batch_size: Inputs a batch.
+
+    Yields:
+        The batches of a window, largest inputs first. An input that cannot be read is a :class:`Skipped`.
+    """
+    waiting = iter(inputs)
+    window: Batch = []
+    nbytes = 0
+    while part := list(islice(waiting, batch_size)):
+        if all(isinstance(value, str) for _, value in part):
+            rows = list(map(_read, part))
+        else:
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+                rows = list(pool.map(_read, part))
+        window += rows
+        nbytes += sum(len(row.content or b"") for _, row in rows if isinstance(row, Row))
+        if len(window) >= WINDOW * batch_size or nbytes > WINDOW_BYTES:
+            yield _sorted(window, batch_size)
+            window, nbytes = [], 0
+    if window:
+        yield _sorted(window, batch_size)
+
+
+def _sorted(window: Batch, batch_size: int) -> list[Batch]:
+    window.sort(key=lambda item: -item[1].size if isinstance(item[1], Row) else 0.0)
+    return [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+
+
+@dataclass
+class Reader(Dataset[Any]):
+    """Turns batches of inputs into features; runs in workers.
+
+    Args:
+        model: The encoder.
+        prompt: A system message.
+        options: For the model's ``preprocess``.
+    """
+
+    model: Encoder
+    prompt: str | None
+    options: Mapping[str, Any]
+
+    def __getitem__(self, batch: Batch) -> tuple[list[int], Features, list[Skipped]]:
+        """Indices, features and what cannot be read."""
+        skipped = [row for _, row in batch if isinstance(row, Skipped)]
+        rows = [(index, row) for index, row in batch if isinstance(row, Row)]
+        try:
+            features = self._preprocess([row for _, row in rows])
+        except (ValueError, OSError, RuntimeError):  # which of them was it?
+            readable = []
+            for index, row in rows:
+                try:
+                    self._preprocess([row])
+                    readable.append((index, row))
+                except (ValueError, OSError, RuntimeError) as error:
+                    reason = str(error).removeprefix("Input 0 of 1: ")
+                    skipped.append(Skipped(_name(index, row), reason, index))
+            if len(readable) == len(rows):
+                raise
+            rows, features = readable, self._preprocess([row for _, row in readable])
+        return [index for index, _ in rows], features, skipped
+
+    def _preprocess(self, rows: list[Row]) -> Features:
+        keyed = self.model.prefix_store is not None
+        features: Features = self.model.transformer.preprocess(rows, self.prompt, keyed=keyed, **self.options)
+        return features
+
+
+@cache
+def default_workers(kind: str, daemon: bool) -> int:
+    """Processes that read ahead: up to 8 beside a GPU; none beside a CPU that computes, which they would slow down.
+
+    Args:
+        kind: Type of the device.
+        daemon: Whether this process may have no children, as in ``SentenceTransformer.start_multi_process_pool``.
+    """
+    shared = Path("/dev/shm")
+    if kind == "cpu" or daemon or sys.platform != "linux" or not shared.is_dir():
+        return 0
+    if shutil.disk_usage(shared).free < _SHARED_MEMORY:
+        logger.warning("Images are read in the main process: workers need 2 GB in %s (docker: --shm-size).", shared)
+        return 0
+    return min(8, max(0, len(os.sched_getaffinity(0)) - 1))
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _start_worker(number: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def read_features(
+    reader: Reader, inputs: Iterable[tuple[int, Any]], batch_size: int, lock: threading.RLock
+) -> Iterator[tuple[list[int], Features, list[Skipped]]]:
+    """Features of all inputs, batch by batch.
+
+    Args:
+        reader: Makes them.
+        inputs: Inputs with their indices. They are awaited without the lock.
+        batch_size: Inputs a batch.
+        lock: Held while the model's tokenizer is used.
+
+    Yields:
+        Indices of a batch, its features, and what cannot be read.
+    """
+    device = reader.model.device
+    workers = reader.model.num_workers
+    if workers is None:
+        workers = default_workers(device.type, multiprocessing.current_process().daemon)
+    windows = sorted_windows(inputs, batch_size)
+    first = next(windows, [])
+    batches = chain(first, chain.from_iterable(windows))
+    # A worker pays for images only, and one batch leaves nothing to read ahead.
+    workers = min(
+        workers, sum(any(getattr(row, "source", None) is not None for _, row in batch) for batch in first) - 1
+    )
+    if workers < 1:
+        for batch in batches:
+            with lock:
+                item = reader[batch]
+            yield item
+        return
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork",
+    )
+    with lock:  # a tokenizer in use cannot be forked
+        items = iter(loader)
+    yield from items

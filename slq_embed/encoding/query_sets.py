@@ -1,0 +1,75 @@
+"""Several query sets on one backbone: each input runs once, and each set embeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slq_embed.backbone.chat_template import replace_queries
+from slq_embed.encoding.protocol import Encoder
+from slq_embed.encoding.stream import collect, stream
+
+
+def encode_query_sets(
+    model: Encoder,
+    inputs: Sequence[Any],
+    query_sets: Mapping[str, Encoder],
+    *,
+    convert_to_numpy: bool = True,
+    convert_to_tensor: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Encode inputs with several query sets; see :meth:`slq_embed.SLQEncoder.encode`.
+
+    Args:
+        model: The encoder that reads the inputs.
+        inputs: Texts, images, or both.
+        query_sets: Encoders on the same backbone, by name.
+        convert_to_numpy: Whether to give NumPy arrays, else a list of tensors.
+        convert_to_tensor: Whether to give tensors on the model's device.
+        **options: For :func:`slq_embed.encoding.stream.stream`.
+
+    Returns:
+        Embeddings ``(len(inputs), H)`` by name.
+
+    Raises:
+        ValueError: If a query set would see another prefix, or an input cannot be read.
+    """
+    check_query_sets(model, query_sets)
+    batches = stream(model, enumerate(inputs), query_sets=query_sets, strict=True, total=len(inputs), **options)
+    rows = collect(batches, len(inputs), to_cpu=not convert_to_tensor)
+    widths = [int(encoder.get_embedding_dimension() or 0) for encoder in query_sets.values()]
+    parts = rows.split(widths, dim=1) if len(inputs) else [rows.new_empty(0, width) for width in widths]
+    if convert_to_tensor:
+        return dict(zip(query_sets, parts, strict=True))
+    return {
+        name: part.numpy() if convert_to_numpy else list(part) for name, part in zip(query_sets, parts, strict=True)
+    }
+
+
+def check_query_sets(model: Encoder, query_sets: Mapping[str, Encoder]) -> None:
+    """Refuse query sets that would see another prefix.
+
+    Raises:
+        ValueError: With the name of the set and what differs.
+    """
+    for name, encoder in query_sets.items():
+        theirs, ours = encoder.slq_config, model.slq_config
+        same = {
+            "another backbone; load it with SLQEncoder(folder, backbone=model.backbone)": encoder.backbone
+            is model.backbone,
+            "other instructions": theirs.instructions == ours.instructions,
+            "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
+            "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
+            "another chat template": _template(encoder) == _template(model),
+            "other image sizes": encoder.processor.image_processor.to_dict()
+            == model.processor.image_processor.to_dict(),
+        }
+        for difference, equal in same.items():
+            if not equal:
+                raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")
+
+
+def _template(model: Encoder) -> str:
+    template: Any = model.processor.chat_template
+    return replace_queries(template, model.slq_config.tokens.strings, ())

@@ -1,0 +1,178 @@
+"""The one way to encode: inputs go in as they come, batches of embeddings come out as they are ready."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from sentence_transformers.util import batch_to_device, truncate_embeddings
+from torch import Tensor
+from tqdm.autonotebook import tqdm
+
+from slq_embed.backbone.lock import lock_of
+from slq_embed.encoding.batches import Reader, read_features
+from slq_embed.encoding.protocol import Encoder, Task, resolve_prompt
+from slq_embed.inputs.rows import Skipped
+from slq_embed.prefix.features import Features, select_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EncodedBatch:
+    """Some results of a stream.
+
+    Args:
+        indices: The indices of the inputs.
+        embeddings: ``(len(indices), H)`` float32 on the model's device.
+        skipped: Inputs of the batch that cannot be read.
+    """
+
+    indices: list[int]
+    embeddings: Tensor
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def stream(
+    model: Encoder,
+    inputs: Iterable[tuple[int, Any]],
+    *,
+    batch_size: int = 32,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    task: Task | None = None,
+    truncate_dim: int | None = None,
+    normalize_embeddings: bool = False,
+    query_sets: Mapping[str, Encoder] | None = None,
+    strict: bool = False,
+    show_progress_bar: bool = False,
+    total: int | None = None,
+    **options: Any,
+) -> Iterator[EncodedBatch]:
+    """Encode inputs as they come, from any thread, in smaller batches where memory runs out.
+
+    The backbone's lock is held while a batch is prepared or run, and is free between batches and while inputs are
+    awaited.
+
+    Args:
+        model: The encoder.
+        inputs: Inputs with their indices, any number of them; read 32 batches ahead and sorted by size within those.
+        batch_size: Inputs a batch. A batch that does not fit into memory is halved.
+        prompt: A system message.
+        prompt_name: A name among the model's prompts.
+        task: See :func:`slq_embed.encoding.protocol.resolve_prompt`.
+        truncate_dim: How many of an embedding's numbers to keep; by default the model's ``truncate_dim``.
+        normalize_embeddings: Whether to normalise what was truncated.
+        query_sets: Encoders on the same backbone that read their inputs alike, in place of the model's own queries.
+            Their embeddings stand side by side, ``(batch, sum of widths)``; each has its own ``truncate_dim``.
+        strict: Whether an input that cannot be read is an error, or is skipped and listed.
+        show_progress_bar: Whether to show one.
+        total: Number of inputs, for the progress bar.
+        **options: For the model's ``preprocess``.
+
+    Yields:
+        Batches of embeddings, not in the order of the inputs.
+
+    Raises:
+        ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, or there is no such prompt.
+        RuntimeError: If one input alone does not fit into memory.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
+    model.require_loaded()
+    lock = lock_of(model.backbone)
+    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), options)
+
+    def embed(features: Features) -> Tensor:
+        if query_sets is None:
+            dim = model.truncate_dim if truncate_dim is None else truncate_dim
+            return _finish(model(features)["sentence_embedding"], dim, normalize_embeddings)
+        prefix = model.transformer.prefix(features)
+        parts = []
+        for encoder in query_sets.values():
+            states: Features = {"token_embeddings": encoder.transformer.query_states(prefix).float()}
+            for module in list(encoder)[1:]:
+                states = module(states)
+            parts.append(_finish(states["sentence_embedding"], encoder.truncate_dim, normalize_embeddings))
+        return torch.cat(parts, dim=1)
+
+    forward = _Halving(embed, lock, model.device, model.transformer.source.image_token)
+    batches = read_features(reader, inputs, batch_size, lock)
+    count = None if total is None else -(-total // batch_size)
+    model.eval()
+    for indices, features, skipped in tqdm(batches, "Batches", total=count, disable=not show_progress_bar):
+        if skipped and strict:
+            name = skipped[0].name
+            raise ValueError(f"{name[0].upper()}{name[1:]}: {skipped[0].reason}")
+        yield EncodedBatch(indices, forward(features) if indices else torch.empty(0), skipped)
+
+
+def _finish(embeddings: Tensor, dim: int | None, normalize: bool) -> Tensor:
+    if dim is not None:
+        embeddings = truncate_embeddings(embeddings, dim)
+    return torch.nn.functional.normalize(embeddings, dim=-1) if normalize else embeddings
+
+
+class _Halving:
+    """Runs a batch, in halves where it does not fit into memory, and later batches in parts of that size at once."""
+
+    def __init__(
+        self, run: Callable[[Features], Tensor], lock: threading.RLock, device: torch.device, image_token: int
+    ) -> None:
+        self._run, self._lock, self._device, self._image_token = run, lock, device, image_token
+        self._limit: int | None = None
+
+    def __call__(self, features: Features) -> Tensor:
+        rows = len(features["input_ids"])
+        if self._limit is None or rows <= self._limit:
+            try:
+                with self._lock, torch.inference_mode():
+                    return self._run(batch_to_device(dict(features), self._device))
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if rows == 1:
+                    raise RuntimeError(
+                        f"One input alone does not fit into memory ({error}). Use a smaller max_pixels or "
+                        "max_text_chars, half precision, or a larger device."
+                    ) from error
+            # Outside of the handler, whose traceback would keep the batch.
+            self._limit = max(1, rows // 2)
+            logger.warning("A batch does not fit into memory: going on with %d at a time.", self._limit)
+            gc.collect()
+            torch.cuda.empty_cache()
+        starts = range(0, rows, self._limit)
+        parts = [range(start, min(start + self._limit, rows)) for start in starts]
+        return torch.cat([self(select_rows(features, part, self._image_token)) for part in parts])
+
+
+def collect(batches: Iterable[EncodedBatch], count: int, to_cpu: bool, skipped: list[Skipped] | None = None) -> Tensor:
+    """Put the batches of a stream into the order of the inputs.
+
+    Args:
+        batches: From :func:`stream`.
+        count: Number of inputs.
+        to_cpu: Whether to bring the embeddings to main memory.
+        skipped: Gets what was skipped, in order.
+
+    Returns:
+        ``(count, H)``, with NaN in the rows of what was skipped; an empty tensor if nothing was encoded.
+    """
+    rows = torch.empty(0)
+    for batch in batches:
+        if skipped is not None:
+            skipped += batch.skipped
+        if batch.indices:
+            embeddings = batch.embeddings.cpu() if to_cpu else batch.embeddings
+            if not rows.numel():
+                rows = embeddings.new_full((count, embeddings.shape[1]), torch.nan)
+            rows[batch.indices] = embeddings
+    if skipped is not None:
+        skipped.sort(key=lambda row: row.index or 0)
+    return rows

@@ -1,0 +1,97 @@
+"""The vision tower's features: computed apart, kept by row, and handed to the backbone in place of pixels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slq_embed.prefix.features import pad_left
+from slq_embed.prefix.passes import backbone_inputs
+
+
+def takes_vision_features(decoder: PreTrainedModel) -> bool:
+    """Whether this version of transformers can run a backbone on what its vision tower made earlier."""
+    return "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
+
+
+@torch.no_grad()
+def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: int) -> list[dict[str, Tensor]]:
+    """Run the vision tower over a batch in which every row has an image.
+
+    Args:
+        decoder: The backbone without its head.
+        features: Left-padded features with pixels.
+        image_token: Id of the token that stands for a piece of an image.
+
+    Returns:
+        For each row: ``input_ids`` and the other features of its tokens, ``image_*`` features, and what the tower
+        made of it: ``features``, ``(tokens, H)`` or ``(tiles, tokens, H)``, and ``deepstack.0`` and so on.
+
+    Raises:
+        ValueError: If this version of transformers cannot take vision features.
+    """
+    if not takes_vision_features(decoder):
+        raise ValueError(
+            f"This version of transformers cannot run {type(decoder).__name__} on vision features (it has no "
+            'mm_encoder_outputs). Use PrefixStore(level="keys_values"), or transformers 5.23 or later.'
+        )
+    known = inspect.signature(decoder.get_image_features).parameters
+    output = decoder.get_image_features(**{k: v for k, v in backbone_inputs(features).items() if k in known})
+    ids, mask = features["input_ids"], features["attention_mask"].bool()
+    pieces = (ids == image_token).sum(dim=1)
+    made = {"features": output.pooler_output}
+    made |= {f"deepstack.{n}": part for n, part in enumerate(getattr(output, "deepstack_features", None) or [])}
+    rows: list[dict[str, Tensor]] = [
+        {key: value[row][mask[row]] for key, value in features.items() if _per_token(value, ids)}
+        for row in range(len(ids))
+    ]
+    for name, whole in made.items():
+        joined = whole if isinstance(whole, Tensor) else torch.cat(list(whole))
+        shares = pieces if joined.ndim == 2 else pieces // joined.shape[1]
+        for row, part in zip(rows, joined.split(shares.tolist()), strict=True):
+            row[name] = part
+    counts = features["num_images_per_sample"].tolist()
+    for key, value in features.items():
+        if key.startswith("image_") and isinstance(value, Tensor):
+            for row, part in zip(rows, value.split(counts), strict=True):
+                row[key] = part
+    return rows
+
+
+def _per_token(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == ids.shape
+
+
+def join_rows(rows: Sequence[Mapping[str, Tensor]], pad_token: int) -> dict[str, Any]:
+    """Features of a batch, with ``mm_encoder_outputs`` in place of pixels.
+
+    Args:
+        rows: From :func:`run_vision`, on one device.
+        pad_token: Id that padding has.
+    """
+    mask = pad_left([torch.ones_like(row["input_ids"]) for row in rows])
+    joined: dict[str, Any] = {}
+    made: dict[str, Tensor] = {}
+    for key, value in rows[0].items():
+        parts = [row[key] for row in rows]
+        if key == "features" or key.startswith("deepstack."):
+            made[key] = torch.cat(parts)
+        elif key.startswith("image_"):
+            joined[key] = torch.cat(parts)
+        elif value.ndim == 1:
+            joined[key] = pad_left(parts, pad_token if key == "input_ids" else 0)
+    joined["attention_mask"] = mask
+    pooled = made.pop("features")
+    joined["mm_encoder_outputs"] = {
+        "image": SimpleNamespace(
+            pooler_output=pooled if pooled.ndim == 3 else (pooled,),
+            deepstack_features=[(made[key],) for key in sorted(made, key=lambda name: int(name.split(".")[1]))],
+        )
+    }
+    return joined

@@ -1,0 +1,60 @@
+"""The trainer's checkpoints: what it reloads at the end of training, and a reload that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slq_embed.saving.config import read_folder
+
+QUERIES, TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
+"""Keys of an encoder's state dict."""
+
+
+class CheckpointState:
+    """What stands in for the second model that the trainer builds from a checkpoint, only to copy its state.
+
+    Args:
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or its queries are missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        slq_config, queries = read_folder(folder)
+        self._state: dict[str, Tensor] = {QUERIES: queries}
+        if slq_config.log_temperature is not None:
+            self._state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The queries and the temperature; the backbone is in no checkpoint."""
+        return self._state
+
+
+def expect_reload(model: Any, checkpoint: str) -> None:
+    """Note that a model is about to take over a checkpoint's state; until that is there, it refuses to be used.
+
+    Args:
+        model: The :class:`slq_embed.SLQEncoder`.
+        checkpoint: What it is to reload, for the error.
+    """
+
+    def done(module: nn.Module, incompatible_keys: Any) -> None:
+        model.failed_checkpoint = None
+        handle.remove()
+
+    model.failed_checkpoint = checkpoint
+    handle = model.register_load_state_dict_post_hook(done)
+
+
+def failed_reload(checkpoint: str) -> RuntimeError:
+    """What a model says that was to be reloaded and was not: the trainer itself only logs it."""
+    return RuntimeError(
+        f"The best checkpoint ({checkpoint}) could not be loaded after training, so this model holds the last "
+        "step's weights. The log says why. Load a checkpoint: SLQEncoder(folder). Or accept the last weights: "
+        "model.load_state_dict(model.state_dict())."
+    )

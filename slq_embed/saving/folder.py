@@ -1,0 +1,187 @@
+"""The saved folder: stock Sentence Transformers modules only, so that anyone loads it without this package.
+
+| piece | stock part | holds |
+| --- | --- | --- |
+| 0 | ``Transformer`` (root) | the queries as rows of the embedding table: a peft adapter, or the merged model |
+| 1, 2 | ``WordWeights`` + ``Pooling("mean")``, or ``Pooling("lasttoken")`` | the pooling over the queries |
+| last | ``Normalize`` | L2 |
+
+Beside them, ``slq_config.json`` records what :class:`slq_embed.SLQEncoder` needs to load it again and to refuse
+another backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
+from slq_embed.saving.config import ADAPTER_NAME, QUERIES_NAME, SLQConfig
+
+
+def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None:
+    """Write everything of an encoder but the model card.
+
+    Args:
+        model: The :class:`slq_embed.SLQEncoder`; its ``slq_config`` names the form.
+        folder: Made if it is not there.
+        host_config: The host's own configuration: prompts and the like.
+
+    Raises:
+        ValueError: If the form does not fit the backbone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    slq_config = model.slq_config
+    if (learned := model.transformer.log_temperature) is not None:
+        slq_config.log_temperature = float(learned.detach())
+    slq_config.loss = model.model_card_data.loss_name or slq_config.loss
+    if slq_config.form == "merged":  # it holds its backbone: where that came from is no place to look
+        label = model.model_card_data.backbone_label(slq_config)
+        slq_config = replace(slq_config, fingerprint=None, backbone=label)
+    else:
+        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint)
+    write_folder(folder, slq_config, model.backbone, model.processor, model.queries)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
+
+
+def write_folder(
+    folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor
+) -> None:
+    """Write everything but the model card and the host's own configuration.
+
+    Args:
+        folder: Where to; it exists.
+        slq_config: What to record.
+        backbone: The frozen backbone; only read.
+        processor: The processor with the SLQ chat template.
+        queries: ``(Q, H)``.
+
+    Raises:
+        ValueError: If the form does not fit the backbone.
+    """
+    if slq_config.form == "adapter":
+        _write_adapter(folder, slq_config, backbone, queries)
+    else:
+        _write_merged(folder, slq_config, backbone, queries)
+    processor.save_pretrained(folder)
+    kept = {"method": "forward", "method_output_name": "last_hidden_state"}
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": kept, "image": kept, "message": {**kept, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+        # Flattened batches have no attention mask, which WordWeights needs.
+        "unpad_inputs": False,
+        # The template caps the text; a cut by tokens would take the queries with it.
+        "processing_kwargs": {"text": {"truncation": False}, "image": slq_config.image_kwargs},
+    }
+    (folder / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n", "utf8")
+    modules = [{"idx": 0, "name": "0", "path": "", "type": _reference(Transformer)}]
+    rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
+    for module in _tail(slq_config, rows, queries.shape[1]):
+        number = len(modules)
+        path = f"{number}_{type(module).__name__}"
+        (folder / path).mkdir(exist_ok=True)
+        module.save(str(folder / path))
+        if isinstance(module, WordWeights):  # one item a line would triple the file
+            (folder / path / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
+        modules.append({"idx": number, "name": str(number), "path": path, "type": _reference(type(module))})
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf8")
+    slq_config.write(folder)
+
+
+def _tail(slq_config: SLQConfig, rows: int, width: int) -> list[Any]:
+    if slq_config.pooling == "last":
+        return [Pooling(width, "lasttoken"), Normalize()]
+    # WordWeights looks a token id up as the id-th entry of its vocabulary: "q" for a query, "" for all else.
+    chosen = set(slq_config.tokens.ids)
+    vocabulary = ["q" if row in chosen else "" for row in range(rows)]
+    weights = WordWeights(vocabulary, {"q": 1.0, "": 0.0}, unknown_word_weight=0.0)
+    return [weights, Pooling(width, "mean"), Normalize()]
+
+
+def _reference(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def _write_adapter(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:
+    from peft import TrainableTokensConfig
+
+    if slq_config.tokens.source == "resized":
+        raise ValueError(
+            "This backbone has too few rows that no text uses for the adapter form. Save with form='merged', which "
+            "writes the whole model with rows of its own."
+        )
+    if not slq_config.backbone:
+        raise ValueError(
+            "The adapter form names its backbone, but this one was built in memory and has no name. Save the backbone "
+            "to a folder and give that (or backbone_name=) to SLQEncoder.from_backbone, or save with form='merged'."
+        )
+    # Stock loading gives the decoder without its head, so the path of the table starts there.
+    decoder = decoder_of(backbone)
+    table = decoder.get_input_embeddings()
+    target = next(name for name, module in decoder.named_modules() if module is table)
+    TrainableTokensConfig(
+        token_indices=list(slq_config.tokens.ids),
+        target_modules=target,
+        base_model_name_or_path=slq_config.backbone,
+        revision=slq_config.revision,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    tensors = {f"base_model.model.{target}.trainable_tokens_delta": queries.detach().float().cpu().contiguous()}
+    save_file(tensors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+
+
+def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:
+    if is_placed(backbone):
+        raise ValueError(
+            "The merged form needs the whole backbone unquantized on one device. Save the adapter form, or load the "
+            "backbone without device_map and quantization."
+        )
+    table = embedding_table(backbone).detach()
+    ids = torch.tensor(slq_config.tokens.ids, device=table.device)
+    grown = max(int(ids.max()) + 1 - len(table), 0)
+
+    def with_new_rows(weight: Tensor, rows: Tensor) -> Tensor:
+        # A new tensor: the shared backbone is never written to.
+        longer = torch.cat([weight, weight.new_zeros(grown, weight.shape[1])])
+        longer[ids] = rows.to(longer.device, longer.dtype)
+        return longer
+
+    state = dict(backbone.state_dict())
+    merged = with_new_rows(table, queries.detach())
+    head = backbone.get_output_embeddings()
+    for name, value in state.items():
+        if value.data_ptr() == table.data_ptr() and value.shape == table.shape:
+            state[name] = merged  # the table, and a head tied to it
+        elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
+            state[name] = with_new_rows(value, torch.zeros_like(queries))
+    backbone.save_pretrained(folder, state_dict=state)
+    _edit_json(folder / "config.json", lambda values: _set_vocabulary(values, len(merged)))
+    # A query token must never be an answer.
+    suppressed = {"suppress_tokens": list(slq_config.tokens.ids)}
+    if (folder / "generation_config.json").exists():
+        _edit_json(folder / "generation_config.json", lambda values: values.update(suppressed))
+    save_file({"queries": queries.detach().float().cpu().contiguous()}, folder / QUERIES_NAME)
+
+
+def _set_vocabulary(values: dict[str, Any], rows: int) -> None:
+    for part in (values, values.get("text_config", {})):
+        if "vocab_size" in part:
+            part["vocab_size"] = rows
+
+
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads(path.read_text("utf8"))
+    change(values)
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -1,0 +1,179 @@
+"""Loading: a backbone that is to get latent queries, and a saved model with its recorded backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.util.file_io import load_file_path
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone
+from slq_embed.backbone.fingerprint import difference
+from slq_embed.saving.config import SLQConfig, read_queries
+
+_HUB = {"token": "token", "cache_folder": "cache_dir", "local_files_only": "local_files_only"}
+_HUB |= {"revision": "revision", "trust_remote_code": "trust_remote_code"}
+"""Arguments for the hub: as Sentence Transformers names them, and as transformers does."""
+_MODEL = ("dtype", "attn_implementation", "device_map", "quantization_config")
+
+
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for the hub, under the names of transformers."""
+    return {theirs: arguments[ours] for ours, theirs in _HUB.items() if arguments.get(ours) is not None}
+
+
+@dataclass
+class LoadedBackbone:
+    """A backbone in memory.
+
+    Args:
+        model: The multimodal LLM, with its head.
+        processor: Its processor.
+        name: Hub name or absolute folder; empty where it has none.
+        commit: Its commit on the hub.
+        device: Where it has to compute; ``None`` leaves the choice to Sentence Transformers.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    name: str
+    commit: str | None
+    device: str | torch.device | None
+
+
+def load_or_share(
+    backbone: str | Path | PreTrainedModel,
+    processor: ProcessorMixin | None,
+    arguments: dict[str, Any],
+) -> LoadedBackbone:
+    """Load a backbone by name, or take a loaded one as it is; see :meth:`slq_embed.SLQEncoder.from_backbone`.
+
+    Args:
+        backbone: Hub name, folder, or a loaded model.
+        processor: Of a loaded model.
+        arguments: The other arguments of ``from_backbone``; those for loading are taken out.
+
+    Raises:
+        ValueError: If the backbone is unsupported, is a saved SLQ model, or has neither name nor processor.
+        OSError: If nothing can be loaded from there.
+    """
+    hub = hub_arguments(arguments)
+    device = arguments.pop("device", None)
+    for argument in _HUB:
+        arguments.pop(argument, None)
+    name = arguments.pop("backbone_name", None)
+    model_kwargs = {key: value for key in _MODEL if (value := arguments.pop(key, None)) is not None}
+    model_kwargs |= arguments.pop("model_kwargs", None) or {}
+    processor_kwargs = arguments.pop("processor_kwargs", None) or {}
+    if isinstance(backbone, PreTrainedModel):
+        family_of(backbone.config)
+        model, name, commit = backbone, name or backbone.name_or_path, hub.get("revision")
+        if processor is None and not name:
+            raise ValueError("A backbone without a name came without its processor: pass processor=.")
+        device = device or model.device
+    else:
+        name = str(backbone)
+        if (Path(name) / "slq_config.json").is_file():
+            raise ValueError(f"{name} is a saved SLQ model already. Load it with SLQEncoder({name!r}).")
+        model = load_backbone(name, **hub, **model_kwargs)
+        commit = commit_of(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
+        if is_placed(model):
+            device = model.device
+    if processor is None:
+        processor = AutoProcessor.from_pretrained(name, **hub, **processor_kwargs)
+    return LoadedBackbone(model, processor, _place(name), commit, device)
+
+
+def _place(name: str) -> str:
+    """A hub name as it is, a folder as an absolute path."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+@dataclass
+class SavedModel:
+    """What a saved folder holds, and the backbone it names.
+
+    Args:
+        slq_config: The record.
+        queries: ``(Q, H)`` in float32.
+        backbone: The multimodal LLM.
+        processor: The processor with the SLQ chat template.
+        host_config: The host's own configuration: prompts and the like.
+        model_card: Text of the model card, if there is one.
+    """
+
+    slq_config: SLQConfig
+    queries: Tensor
+    backbone: PreTrainedModel
+    processor: ProcessorMixin
+    host_config: dict[str, Any]
+    model_card: str | None
+
+
+def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, arguments: Mapping[str, Any]) -> SavedModel:
+    """Load a saved model.
+
+    Args:
+        folder: Folder or hub name.
+        backbone: What the user gave in place of the recorded backbone.
+        arguments: Arguments of ``SentenceTransformer``: for the hub, ``model_kwargs``, ``processor_kwargs``.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or the backbone is not the one it was trained on.
+        OSError: If the backbone cannot be loaded.
+    """
+    names = ("token", "cache_folder", "revision", "local_files_only")
+    find = partial(load_file_path, folder, **{name: arguments.get(name) for name in names})
+    slq_config = SLQConfig.read(find)
+    if slq_config is None:
+        raise ValueError(
+            f"{folder} is no saved SLQ model: it has no slq_config.json. To put latent queries on a backbone, use "
+            f"SLQEncoder.from_backbone({folder!r})."
+        )
+    host_config, card = find("config_sentence_transformers.json"), find("README.md")
+    hub = hub_arguments(arguments)
+    return SavedModel(
+        slq_config,
+        read_queries(find),
+        _find_backbone(folder, slq_config, hub, dict(arguments.get("model_kwargs") or {}), backbone),
+        AutoProcessor.from_pretrained(folder, **hub, **(arguments.get("processor_kwargs") or {})),
+        {} if host_config is None else json.loads(Path(host_config).read_text("utf8")),
+        None if card is None else Path(card).read_text("utf8"),
+    )
+
+
+def _find_backbone(
+    folder: str,
+    slq_config: SLQConfig,
+    hub: dict[str, Any],
+    model_kwargs: dict[str, Any],
+    backbone: PreTrainedModel | str | Path | None,
+) -> PreTrainedModel:
+    """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
+    if slq_config.form == "merged" and backbone is None:  # an adapter saved from it names this folder
+        slq_config.backbone, slq_config.revision = _place(folder), hub.get("revision")
+        return load_backbone(folder, **{**hub, **model_kwargs})
+    if not isinstance(backbone, PreTrainedModel):
+        if backbone is not None:  # saving again records where it is now
+            slq_config.backbone, slq_config.revision = _place(str(backbone)), None
+        name = slq_config.backbone
+        try:
+            backbone = load_backbone(name, **{**hub, "revision": slq_config.revision, **model_kwargs})
+        except OSError as error:
+            raise OSError(
+                f"{folder} was trained on the backbone {name!r}, but nothing can be loaded from there. Bring it back, "
+                f"or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
+            ) from error
+    if slq_config.fingerprint is not None and (change := difference(slq_config.fingerprint, backbone)) is not None:
+        raise ValueError(
+            f"{folder} was trained on the backbone {slq_config.backbone!r}, but this one is another: {change}. "
+            "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."
+        )
+    return backbone
