@@ -193,7 +193,7 @@ def test_the_same_backbone_in_another_dtype_is_accepted(saved, dtype):
 
 def test_a_float16_load_of_another_backbone_is_refused(saved):
     build(saved / "backbone", seed=1)
-    with pytest.raises(ValueError, match="embeddings are others"):
+    with pytest.raises(ValueError, match="embeddings differ"):
         SLQEncoder(saved / "slq", model_kwargs={"dtype": torch.float16})
 
 

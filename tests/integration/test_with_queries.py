@@ -53,7 +53,7 @@ def test_a_sweep_starts_from_a_merged_model(checkpoint, tmp_path):
     made.save_pretrained(tmp_path / "merged")
     encoder = SLQEncoder(tmp_path / "merged", device="cpu")
     result = sweep(encoder, arguments(tmp_path, max_steps=2), toy_pairs().dataset, [{"num_queries": n} for n in (2, 6)])
-    assert [variant.len(encoder.queries) for variant in result.variants] == [2, 6]
+    assert [len(variant.encoder.queries) for variant in result.variants] == [2, 6]
     assert all(np.isfinite(variant.loss) for variant in result.variants)
 
 
