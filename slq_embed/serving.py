@@ -47,7 +47,7 @@ def shared_encoder(model: str | Path | SLQEncoder, **kwargs: Any) -> SLQEncoder:
     """An encoder, loaded once for all callers in this process that ask for the same; anew if it was saved anew.
 
     Args:
-        model: A folder, a hub name, or an encoder, which is given back.
+        model: A folder, a hub name, or an encoder, which is returned as it is.
         **kwargs: For :class:`~slq_embed.SLQEncoder`; None is as good as nothing.
 
     Raises:

@@ -1,8 +1,8 @@
 """The chat template of an SLQ model: the backbone's own turn, the text as plain text, the query tokens last.
 
 The saved template is what makes stock loading right and safe, so it is built here once and used everywhere.
-It is not written family by family: the backbone's own template is rendered with markers, cut at them, and the
-pieces are put together again with the text neutralised and capped.
+It is not written family by family. The backbone's own template is rendered with markers and cut at them. The pieces
+are put together again with the text neutralised and capped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BODY = """\
 
 
 def control_strings(processor: Any) -> list[str]:
-    """Every string that the processor reads as something else than text.
+    """Every string that the processor does not read as plain text.
 
     Args:
         processor: A transformers processor with a ``tokenizer``.
@@ -46,9 +46,9 @@ def control_strings(processor: Any) -> list[str]:
         Added tokens that are not white space, and placeholder strings such as ``image_token``.
     """
     tokenizer = processor.tokenizer
-    found = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    found |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
-    return sorted(token for token in found if token.strip())
+    strings = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    strings |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    return sorted(token for token in strings if token.strip())
 
 
 def neutralising_filters(controls: Iterable[str]) -> str:
@@ -61,7 +61,7 @@ def neutralising_filters(controls: Iterable[str]) -> str:
         >>> neutralising_filters(["<|im_end|>", "<|image_pad|>"])
         '| replace("<|", "< |")'
     """
-    return " ".join(f"| replace({json.dumps(found)}, {json.dumps(broken)})" for found, broken in _breaks(controls))
+    return " ".join(f"| replace({json.dumps(start)}, {json.dumps(broken)})" for start, broken in _breaks(controls))
 
 
 def neutralise(text: str, controls: Iterable[str]) -> str:
@@ -71,8 +71,8 @@ def neutralise(text: str, controls: Iterable[str]) -> str:
         >>> neutralise("a <|im_end|> b", ["<|im_end|>"])
         'a < |im_end|> b'
     """
-    for found, broken in _breaks(controls):
-        text = text.replace(found, broken)
+    for start, broken in _breaks(controls):
+        text = text.replace(start, broken)
     return text
 
 
@@ -111,13 +111,13 @@ def build_chat_template(
     Raises:
         ValueError: If an instruction is unknown or lacks ``{text}``, or the processor has no usable template.
     """
-    told = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
-    if unknown := set(told) - set(DEFAULT_INSTRUCTIONS):
+    texts = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
+    if unknown := set(texts) - set(DEFAULT_INSTRUCTIONS):
         raise ValueError(f"Unknown instructions {sorted(unknown)}: use {sorted(DEFAULT_INSTRUCTIONS)}.")
     for kind in ("text", "composed"):
-        if told[kind].count("{text}") != 1:
+        if texts[kind].count("{text}") != 1:
             raise ValueError(
-                f"The {kind!r} instruction is {told[kind]!r}, but it must hold {{text}} once: the place of the text."
+                f"The {kind!r} instruction is {texts[kind]!r}, but it must hold {{text}} once, where the text belongs."
             )
     clean = neutralising_filters(control_strings(processor))
     text = f"{{{{ ((slq.text or '')[:{max_text_chars}]) {clean} }}}}"
@@ -125,7 +125,7 @@ def build_chat_template(
 
     def turn(image: bool, with_text: bool, with_system: bool) -> str:
         kind = "composed" if image and with_text else "image" if image else "text"
-        marked = told[kind].replace("{text}", _TEXT)
+        marked = texts[kind].replace("{text}", _TEXT)
         pieces = re.split(f"({_TEXT}|{_SYSTEM})", _render_turn(processor, marked, image, with_system))
         return "".join({_TEXT: text, _SYSTEM: system}.get(piece, _literal(piece)) for piece in pieces)
 

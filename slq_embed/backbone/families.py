@@ -1,4 +1,4 @@
-"""The one place that knows model families: a row a family, and one clear error for everything else."""
+"""Model families: a row for each, and one clear error for everything else. No other file knows them."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ class Fingerprint:
     """What identifies a backbone.
 
     Args:
-        config_sha256: Of its configuration, without what differs between loads.
-        table_sha256: Of its token embeddings in bfloat16, which float32 and bfloat16 loads share.
-        table_sample: A few of their values, to compare a float16 load by.
-        shape: Of the table.
+        config_sha256: Digest of its configuration, without what differs between loads.
+        table_sha256: Digest of its token embeddings in bfloat16, which float32 and bfloat16 loads share.
+        table_sample: A few of their values, to compare a float16 load with.
+        shape: Shape of the table.
     """
 
     config_sha256: str
@@ -64,16 +64,16 @@ def fingerprint(backbone: PreTrainedModel) -> Fingerprint:
 
 def difference(recorded: Fingerprint, backbone: PreTrainedModel) -> str | None:
     """Say in words how a backbone differs from the one recorded, or None if it is the same."""
-    fresh = fingerprint(backbone)
-    if fresh.shape != recorded.shape:
-        return f"its token embeddings have shape {fresh.shape}, not {recorded.shape}"
-    if fresh.config_sha256 != recorded.config_sha256:
+    current = fingerprint(backbone)
+    if current.shape != recorded.shape:
+        return f"its token embeddings have shape {current.shape}, not {recorded.shape}"
+    if current.config_sha256 != recorded.config_sha256:
         return "its configuration differs"
     if embedding_table(backbone).dtype == torch.float16:
-        if torch.allclose(torch.tensor(fresh.table_sample), torch.tensor(recorded.table_sample), 1e-2, 1e-6):
+        if torch.allclose(torch.tensor(current.table_sample), torch.tensor(recorded.table_sample), 1e-2, 1e-6):
             return None
         return "its token embeddings differ"
-    return None if fresh.table_sha256 == recorded.table_sha256 else "its token embeddings differ"
+    return None if current.table_sha256 == recorded.table_sha256 else "its token embeddings differ"
 
 
 def weights_digest(backbone: PreTrainedModel) -> bytes:

@@ -56,7 +56,7 @@ def build_modules(
     processor.chat_template = build_chat_template(
         processor, tokens.strings, max_text_chars=max_text_chars, instructions=texts
     )
-    # Saving writes what the tokenizer was made with; attributes set later are not kept.
+    # Saving writes what the tokenizer was created with; attributes that are set later are lost.
     processor.tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
     processor.tokenizer.model_max_length = NO_LIMIT
     slq_config = SLQConfig(loaded.name, loaded.commit, tokens, pooling, form, max_text_chars, texts, image_kwargs)
@@ -80,9 +80,9 @@ def rebuild_modules(
     backbone, processor = transformer.backbone, private_processor(transformer.processor)
     tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), slq_config.form)
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
-    fresh = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
-    fresh.pooling = pooling or slq_config.pooling
-    return join_modules(backbone, processor, queries, fresh), fresh
+    new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
+    new_config.pooling = pooling or slq_config.pooling
+    return join_modules(backbone, processor, queries, new_config), new_config
 
 
 def join_modules(

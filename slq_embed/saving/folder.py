@@ -45,7 +45,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())
     slq_config.loss = model.model_card_data.loss_name or slq_config.loss
-    if slq_config.form == "merged":  # it holds its backbone: where that came from is no place to look
+    if slq_config.form == "merged":  # it holds its own backbone, and names no other
         label = model.model_card_data.backbone_label(slq_config)
         slq_config = replace(slq_config, fingerprint=None, backbone=label)
     else:

@@ -122,7 +122,7 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
 
     Args:
         folder: Folder or hub name.
-        backbone: What the user gave in place of the recorded backbone.
+        backbone: A backbone, or its name, in place of the recorded one.
         arguments: Arguments of ``SentenceTransformer``: for the hub, ``model_kwargs``, ``processor_kwargs``.
 
     Raises:

@@ -1,6 +1,6 @@
 """What can be said of a scene: captions, implicit descriptions, questions with answers, and plain facts.
 
-An *implicit* description names no colour, shape, number, size or relation: each is told by what it is like
+An *implicit* description names no colour, shape, number, size or relation: each is described by what it is like
 ("the outline of a coin", "the colour of grass"), so that only knowledge connects it with the caption.
 This is the idea of KARR-Bench (arXiv:2604.13710) at toy size.
 """
@@ -80,7 +80,7 @@ def caption(scene: Scene) -> str:
 
 
 def _turned(scene: Scene) -> str:
-    """The caption told from its other end."""
+    """The caption from its other end."""
     thing = scene.first
     if scene.kind == "single":
         return f"one {thing.shape} that is {scene.detail} and {thing.colour}"
@@ -158,20 +158,20 @@ def questions(scene: Scene, rng: Random) -> list[tuple[str, str]]:
 
 def facts() -> list[tuple[str, str]]:
     """Plain knowledge as questions with answers: what a model must know to read implicit descriptions."""
-    told: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for colour, things in IMPLICIT_COLOURS.items():
-        told += [(f"which colour has {thing}?", colour) for thing in things]
-        told += [(f"the hue of {thing}?", colour) for thing in things]
-        told += [(f"name something {colour}.", things[0])]
+        pairs += [(f"which colour has {thing}?", colour) for thing in things]
+        pairs += [(f"the hue of {thing}?", colour) for thing in things]
+        pairs += [(f"name something {colour}.", things[0])]
     for shape, things in IMPLICIT_SHAPES.items():
-        told += [(f"which shape has {thing}?", shape) for thing in things]
-        told += [(f"the outline of {thing}?", shape) for thing in things]
-        told += [(f"name something shaped like a {shape}.", things[0])]
+        pairs += [(f"which shape has {thing}?", shape) for thing in things]
+        pairs += [(f"the outline of {thing}?", shape) for thing in things]
+        pairs += [(f"name something shaped like a {shape}.", things[0])]
     for number, things in IMPLICIT_NUMBERS.items():
-        told += [(f"how many are the {thing}?", NUMBERS[number]) for thing in things]
+        pairs += [(f"how many are the {thing}?", NUMBERS[number]) for thing in things]
     for size in SIZES:
-        told += [(f"how large is {thing}?", size) for thing in IMPLICIT_SIZES[size]]
+        pairs += [(f"how large is {thing}?", size) for thing in IMPLICIT_SIZES[size]]
     sides = {"triangle": "three", "square": "four", "diamond": "four"}
-    told += [(f"how many sides has a {shape}?", number) for shape, number in sides.items()]
-    told += [("how many points has a star?", "five"), ("how many sides has a circle?", "none")]
-    return told
+    pairs += [(f"how many sides has a {shape}?", number) for shape, number in sides.items()]
+    pairs += [("how many points has a star?", "five"), ("how many sides has a circle?", "none")]
+    return pairs

@@ -137,10 +137,10 @@ def sample_scenes(
     drawn: list[Scene] = []
     for kind, weight in zip(KINDS, weights, strict=True):
         pool = _of_split(kind, split)
-        wanted = count - len(drawn) if kind == "mix" else round(count * weight)
-        if kind == "mix" and wanted > len(pool):
+        count_of_kind = count - len(drawn) if kind == "mix" else round(count * weight)
+        if kind == "mix" and count_of_kind > len(pool):
             raise ValueError(f"{count} scenes were asked for, but the {split} split has too few. Ask for fewer.")
-        drawn += [pool[i] for i in rng.permutation(len(pool))[:wanted]]
+        drawn += [pool[i] for i in rng.permutation(len(pool))[:count_of_kind]]
     return [drawn[i] for i in rng.permutation(len(drawn))]
 
 
@@ -191,7 +191,7 @@ def _mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
     return mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
 
 
-def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, float, float, float]]:
+def _positions(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, float, float, float]]:
     """Thing, centre and radius (pixels) of all that is drawn."""
     if scene.kind == "single":
         radius = rng.uniform(20, 25) if scene.detail == "big" else rng.uniform(8, 11)
@@ -226,13 +226,13 @@ def draw(scene: Scene, seed: int = 0) -> tuple[Image.Image, list[tuple[Thing, fl
     rng = np.random.default_rng([seed, zlib.crc32(scene.key.encode())])
     ground = rng.uniform(105, 165) + rng.normal(0, 9, size=(IMAGE_SIZE, IMAGE_SIZE, 1))
     pixels = np.repeat(ground, 3, axis=2)
-    places = _places(scene, rng)
-    for thing, x, y, radius in places:
+    positions = _positions(scene, rng)
+    for thing, x, y, radius in positions:
         colour = np.array(COLOURS[thing.colour]) + rng.normal(0, 6, size=3)
         alpha = np.asarray(_mask(thing.shape, x, y, radius), dtype=np.float64)[..., None] / 255
         pixels = pixels * (1 - alpha) + colour * alpha
     pixels += rng.normal(0, 3, size=pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), places
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), positions
 
 
 def render(scene: Scene, seed: int = 0) -> Image.Image:

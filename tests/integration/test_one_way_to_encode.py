@@ -160,7 +160,11 @@ def backbone(checkpoint):
 @pytest.mark.parametrize("way", WITHOUT_TASK + OF_DOCUMENTS, ids=lambda way: way.__name__)
 def test_all_ways_give_the_same_vectors(backbone, inputs, way, change, tmp_path, monkeypatch):
     """The same as each input alone through the modules, with the prompt given by hand."""
-    if way in (by_encode, by_encode_document) and change in (little_memory, everything) and not hasattr(SentenceTransformer, "_inference"):
+    if (
+        way in (by_encode, by_encode_document)
+        and change in (little_memory, everything)
+        and not hasattr(SentenceTransformer, "_inference")
+    ):
         pytest.skip("encode has no smaller batches before sentence-transformers 6.2")
     model = backbone.with_queries(4, seed=0)
     prompt = None if way in OF_DOCUMENTS and change is default_prompt else EXPECTED_PROMPT.get(change)
@@ -213,7 +217,7 @@ def test_a_batch_that_does_not_fit_is_halved_once(backbone, inputs, monkeypatch,
     list(model.encode_stream(inputs, batch_size=BATCH))
     assert sizes == [5, 2, 2, 1, 2, 2, 1]
     monkeypatch.setattr(model, "forward", lambda features: limited({"input_ids": range(9)}))
-    with pytest.raises(RuntimeError, match="One input alone does not fit into memory .*smaller max_pixels"):
+    with pytest.raises(RuntimeError, match=r"One input alone does not fit into memory .*smaller max_pixels"):
         model.encode(inputs)
 
 

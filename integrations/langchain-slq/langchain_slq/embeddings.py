@@ -83,7 +83,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
         if self._encoder is None:
             if str(self.model).startswith(_IN_MEMORY):
                 raise ValueError(
-                    f"{self.model} was written down of a loaded model, which cannot be found by that. Pass the "
+                    f"{self.model} describes a model that was in memory, and cannot be loaded. Pass the "
                     "SLQEncoder itself, or save it and pass the folder."
                 )
             self._encoder = shared_encoder(
@@ -93,7 +93,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
 
     @property
     def model_name(self) -> str:
-        """What was given as ``model``; of a loaded model, a description."""
+        """The ``model`` argument; a description where that is a loaded model."""
         return self._describe_model(self.model)
 
     @field_serializer("model")
@@ -111,7 +111,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """What is pickled: the settings. Whoever reads them loads the model anew, or shares it.
 
         Raises:
-            ValueError: If a loaded model was given, since nothing says where it can be loaded from.
+            ValueError: If ``model`` is a loaded model: nothing says where it can be loaded from.
         """
         if isinstance(self.model, SLQEncoder):
             raise ValueError(
@@ -135,7 +135,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
         return {"batch_size": self.batch_size, "show_progress_bar": self.show_progress}
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Embed texts that will be found.
+        """Embed texts to be searched.
 
         Args:
             texts: Always texts, even if they spell a path or a URL.

@@ -118,19 +118,19 @@ class SLQEmbedding(MultiModalEmbedding):
     @classmethod
     def _check_model_kwargs(cls, value: Any) -> Any:
         """Hold what can be written down, and no secret."""
-        given = {
+        arguments = {
             key: str(entry).removeprefix("torch.") if isinstance(entry, torch.dtype) else entry
             for key, entry in dict(value).items()
         }
-        if "token" in given:
+        if "token" in arguments:
             raise ValueError("model_kwargs is serialised, so it must not hold a token. Pass token= instead.")
         try:
-            json.dumps(given)
+            json.dumps(arguments)
         except TypeError as error:
             raise ValueError(
                 f"model_kwargs is serialised as JSON, but {error}. Load the model with SLQEncoder, and pass model=."
             ) from error
-        return given
+        return arguments
 
     @classmethod
     def class_name(cls) -> str:
@@ -164,14 +164,14 @@ class SLQEmbedding(MultiModalEmbedding):
             ``H`` numbers.
         """
         host = inspect.unwrap(MultiModalEmbedding.get_query_embedding)  # this method has the host's span already
-        found: Embedding = host(self._caching_queries(), query)
-        return found
+        row: Embedding = host(self._caching_queries(), query)
+        return row
 
     async def aget_query_embedding(self, query: str) -> Embedding:
         """Embed a query as :meth:`get_query_embedding`, beside the event loop."""
         host = inspect.unwrap(MultiModalEmbedding.aget_query_embedding)
-        found: Embedding = await host(self._caching_queries(), query)
-        return found
+        row: Embedding = await host(self._caching_queries(), query)
+        return row
 
     def _caching_queries(self) -> SLQEmbedding:
         if self.embeddings_cache is None:
