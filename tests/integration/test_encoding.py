@@ -194,6 +194,7 @@ def test_embeddings_in_a_file(encoder, folder, tmp_path):
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", prompt="x"), "another model"),
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.npy", dtype="float16"), "another dtype"),
         (lambda: encoder.encode_to_file(inputs, tmp_path / "e.bin"), r"ends in \.npy"),
+        (lambda: encoder.encode_to_file(inputs, tmp_path / "i.npy", dtype="int8"), "dtype is 'int8', but one of"),
     ]:
         with pytest.raises(ValueError, match=message):
             change()
