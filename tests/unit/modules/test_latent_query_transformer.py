@@ -1,0 +1,44 @@
+"""The first module alone: what it asks of the processor, and what a state dict holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tokenizers import processors
+
+from slq_embed import SymmetricInfoNCELoss
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second(encoder):
+    """Of tokenizers that add a first token by themselves, as transformers' own chat call has it."""
+    tokenizer = encoder.tokenizer
+    plain = encoder.preprocess(["a red circle"])["input_ids"]
+    first = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert plain[0, 0] == first, "the template begins with it"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", first)]
+    )
+    assert encoder.preprocess(["a red circle"])["input_ids"].shape[1] == plain.shape[1] + 1
+    tokenizer.bos_token = "<|im_start|>"
+    assert torch.equal(encoder.preprocess(["a red circle"])["input_ids"], plain)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_temperature_travels_in_the_state(encoder, trained):
+    other = encoder.with_queries(4, seed=9)
+    if trained:
+        SymmetricInfoNCELoss(other, temperature=0.3)
+        encoder.load_state_dict(other.state_dict())
+        assert encoder.temperature == pytest.approx(0.3)
+    else:
+        SymmetricInfoNCELoss(encoder, temperature=0.2)
+        encoder.load_state_dict(other.state_dict())
+        assert encoder.transformer.log_temperature.item() == pytest.approx(math.log(0.2))
+    assert torch.equal(encoder.queries, other.queries)
+
+
+def test_queries_of_another_width_are_refused(encoder):
+    with pytest.raises(ValueError, match=r"shape \(4, 16\), but \(number of queries, 32\) is needed"):
+        encoder.with_queries(init=torch.zeros(4, 16))
