@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -12,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +33,10 @@ BLOCK = re.compile(
     r"(?:^<!-- snippet: needs (?P<need>[^>\n]+) -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n*^```text\n(?P<output>.*?)^```$)?",
     flags=re.M | re.S,
 )
-AVAILABLE = {"the hub": False, "mteb_model": hasattr(slq_embed.evaluation, "mteb_model")}
+AVAILABLE = {
+    "the hub": False,
+    "mteb_model": find_spec("mteb") is not None and hasattr(slq_embed.evaluation, "mteb_model"),
+}
 """What a marker may name. A block that needs what is missing is only compiled."""
 
 
@@ -89,6 +94,18 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(page, photos, tmp_path
         assert doctest.OutputChecker().check_output(shown, printed.getvalue(), doctest.ELLIPSIS), (
             f"{name_of(page)}, line {line + 1}: the page shows\n{shown}but the block prints\n{printed.getvalue()}"
         )
+
+
+@pytest.mark.parametrize("page", pages_with_blocks(), ids=name_of)
+def test_the_blocks_of_a_page_import_public_names_only(page):
+    public = {module.__name__: set(module.__all__) for module in public_modules()}
+    for block in BLOCK.finditer(page.read_text("utf8")):
+        if block["need"] == "mteb_model" and not AVAILABLE["mteb_model"]:
+            continue
+        for node in ast.walk(ast.parse(block["code"])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "slq_embed":
+                names = {alias.name for alias in node.names}
+                assert names <= public.get(node.module or "", set()), f"{node.module} does not export all of {names}"
 
 
 def test_the_readme_is_short():
