@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: help demo test test-slow test-gpu check docs build clean
+.PHONY: help demo test test-slow test-gpu check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -33,7 +33,8 @@ check: $(READY) ## Lint, format and types
 	$(BIN)/mypy
 	$(foreach folder,$(INTEGRATIONS),(cd $(folder) && ../../$(BIN)/mypy) &&) true
 
-docs: $(READY) ## The documentation, in site/: offline; a broken link or reference is an error
+.PHONY: docs
+docs: $(READY) ## The documentation, in build/site: offline; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 build: $(READY) ## The wheels and the source archives, of the integrations too
@@ -41,4 +42,4 @@ build: $(READY) ## The wheels and the source archives, of the integrations too
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
-	rm -rf .venv dist build site demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
