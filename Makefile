@@ -33,6 +33,10 @@ check: $(READY) ## Lint, format and types
 	$(BIN)/mypy
 	$(foreach folder,$(INTEGRATIONS),(cd $(folder) && ../../$(BIN)/mypy) &&) true
 
+.PHONY: docs
+docs: $(READY) ## The documentation, in build/site: offline; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 build: $(READY) ## The wheels and the source archives, of the integrations too
 	rm -rf dist
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true

@@ -23,6 +23,7 @@ from slq_embed.prefix.passes import backbone_inputs, token_positions
 RERANK_INSTRUCTION = (
     "Query: {query}\nDocument: {document}\nDoes the document match the query? Answer with yes or no only."
 )
+"""The user turn of a reranker, unless another is passed."""
 
 
 def build_reranker(

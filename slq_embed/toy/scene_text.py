@@ -45,7 +45,9 @@ IMPLICIT_SIZES = {"big": ("an elephant", "a whale"), "small": ("a mouse", "an an
 IMPLICIT_RELATIONS = {"above": ("higher than", "floating on"), "left": ("west of", "earlier in reading than")}
 
 DESCRIBE = ("describe the image.", "what is in the image?", "")
+"""Requests for a caption of a picture; the empty one is a picture alone."""
 RESTATE = ("say it plainly.", "")
+"""Requests for a literal caption of an implicit description."""
 
 
 def _plural(shape: str) -> str:

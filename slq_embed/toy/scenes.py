@@ -28,7 +28,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
     "brown": (116, 70, 30),
 }
+"""Colours by name, as red, green and blue from 0 to 255."""
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "crescent", "ring", "arrow", "diamond")
+"""Shapes by name."""
 RELATIONS = ("above", "left")
 SIZES = ("big", "small")
 IMAGE_SIZE = 64
@@ -37,6 +39,7 @@ IMAGE_SIZE = 64
 Split = Literal["train", "validation", "test"]
 Kind = Literal["single", "count", "pair", "mix"]
 KINDS: tuple[Kind, ...] = ("single", "count", "pair", "mix")
+"""What a scene may show; see :class:`Scene`."""
 _OVERSAMPLE = 4  # shapes are drawn this many times larger and averaged down, which smooths their edges
 
 
