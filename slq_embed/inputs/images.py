@@ -94,7 +94,11 @@ def decode(content: bytes, source: Any) -> Image.Image:
     name = _name(content, source)
     try:
         image = Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError as error:  # its message names a buffer
+        raise ValueError(
+            f"{name} is not an image that can be read: its format is unknown, or its header damaged."
+        ) from error
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from error
     with image:
         return _to_rgb(image, name)
