@@ -8,12 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.index import EmbeddingIndex, faiss_index, image_files, table
+from slq_embed.index import EmbeddingIndex, faiss_index, faiss_types, image_files, table
 from slq_embed.toy import captions, render, sample_scenes
 
 KINDS = [
@@ -189,16 +190,23 @@ def test_a_gpu_is_asked_for_no_more_than_it_finds(monkeypatch):
     index, asked = filled(count=500), []
 
     class OnGpu:
+        def __init__(self, index):
+            self.copy = faiss.clone_index(index)
+
         def search(self, rows, k):
             asked.append(k)
-            return index._table.vectors._index.search(rows, k)
+            return self.copy.search(rows, k)
 
     monkeypatch.setattr(faiss_index, "has_gpu", lambda: True)
-    monkeypatch.setattr(faiss_index, "copy_to_gpu", lambda *_: (OnGpu(), None))
+    monkeypatch.setattr(faiss_index, "copy_to_gpu", lambda index, *_: (OnGpu(index), None))
     monkeypatch.setattr(faiss_index, "MOST_ON_GPU", 20)
     index.delete(names(0, 10))
     assert [len(index.search_embeddings(vectors(1), k)[0]) for k in (20, 30)] == [20, 30]
     assert asked == [20]
+    index.add_embeddings(vectors(1, seed=7), ["new"])
+    assert index.search_embeddings(vectors(1, seed=7), 1)[0][0].id == "new", "the copy is made anew"
+    index.delete(["new"])
+    assert index.search_embeddings(vectors(1, seed=7), 1)[0][0].id != "new"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +229,19 @@ def test_too_few_to_learn_from_are_kept_exactly_until_there_are_enough(factory, 
         assert recall(kept, np.ones(2000, bool)) > {"IVF16,Flat": 0.99, "PQ8x4": 0.2, "SQ8": 0.9}[factory]
         assert "exact for now" not in repr(kept)
         assert (kept.ids(), kept.metadata("n10")) == (names(0, 2000), {"n": 10})
+
+
+def test_what_was_too_few_to_learn_from_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 5)
+    index, attempts = EmbeddingIndex(dimension=32, factory="PQ8x4"), []
+    monkeypatch.setattr(
+        faiss_index, "make_faiss_index", lambda *a: attempts.append(a) or faiss_types.make_faiss_index(*a)
+    )
+    for number in (10, 11):
+        index.add_embeddings(vectors(number - len(index), seed=number), names(len(index), number))
+        for _ in range(3):
+            index.search_embeddings(vectors(1), 1)
+    assert len(attempts) == 2, "one for each number of embeddings"
 
 
 @pytest.mark.parametrize("factory", ["PCA16,IVF4,Flat", "IVF4,RaBitQ,RFlat", "IVF4,PQ8x4fs,RFlat", "OPQ8,IVF4,PQ8x4"])
@@ -268,7 +289,8 @@ def test_another_model_is_refused_whatever_happened_in_between(tmp_path):
         with pytest.raises(ValueError, match="another model"):
             call()
     index.delete(["a", "b"])
-    assert index.add(["c"]) == []
+    assert index.add(["c"], ["c"]) == []
+    assert index.search("c")[0].id == "c", "an empty index takes any model"
 
 
 def test_a_search_meanwhile_does_not_forget_the_model(monkeypatch):

@@ -82,8 +82,16 @@ def model():
 def test_inputs_that_do_not_fit_are_refused_before_anything_is_added(model, arguments, message):
     index = EmbeddingIndex(model)
     with pytest.raises(ValueError, match=message):
-        index.add(*arguments)
+        index.add(*arguments, batch_size=1)
     assert index.ids() == []
+
+
+def test_an_id_that_is_there_is_refused_before_its_input_is_embedded(model, monkeypatch):
+    index = EmbeddingIndex(model)
+    index.add("a red circle", "x")
+    monkeypatch.setattr(type(model.transformer), "forward", lambda *_: pytest.fail("the input was embedded"))
+    with pytest.raises(ValueError, match=r"in the index already: \['x'\]"):
+        index.add("two blue stars", "x")
 
 
 def test_a_dimension_that_is_not_the_models_is_refused(model):
@@ -112,6 +120,8 @@ def test_search_parameters_hold_from_then_on_and_are_checked(monkeypatch):
         with pytest.raises(ValueError, match="has no 'efSearch=4'"):
             refusing.search_parameters = "efSearch=4"
     assert index.search_parameters == "nprobe=16"
+    refusing.search_parameters = "nprobe=4"
+    assert (refusing.search_parameters, "exact for now" in repr(refusing)) == ("nprobe=4", True)
 
 
 def test_a_damaged_save_is_named(tmp_path):
