@@ -54,12 +54,12 @@ def recall(index: EmbeddingIndex, alive: np.ndarray, k: int = 10) -> float:
     """Share of the exact neighbours among the rows that are alive which the index finds."""
     queries, rows = vectors(50, seed=1), vectors(2000)
     exact = np.where(alive, queries @ rows.T, -np.inf).argsort(axis=1)[:, ::-1][:, :k]
-    found = index.search_embeddings(queries, k)
-    assert all(len(line) == k for line in found)
-    for line in found:
+    results = index.search_embeddings(queries, k)
+    assert all(len(line) == k for line in results)
+    for line in results:
         assert all(alive[hit.metadata["n"]] for hit in line)
         assert [hit.score for hit in line] == sorted((hit.score for hit in line), reverse=True)
-    hits = [{hit.metadata["n"] for hit in line} for line in found]
+    hits = [{hit.metadata["n"] for hit in line} for line in results]
     return float(np.mean([len(h & set(e.tolist())) / k for h, e in zip(hits, exact, strict=True)]))
 
 
@@ -118,8 +118,8 @@ def test_images_texts_and_both_are_searched_by_each_other(tmp_path):
     (skipped,) = index.add(files, batch_size=8, show_progress_bar=True)
     assert "broken.png" in skipped.name
     texts = [captions(scene)[0] for scene in scenes]
-    found = index.search(texts, k=1)
-    assert sum(line[0].metadata["path"].endswith(f"{n:02}.png") for n, line in enumerate(found)) >= 36
+    results = index.search(texts, k=1)
+    assert sum(line[0].metadata["path"].endswith(f"{n:02}.png") for n, line in enumerate(results)) >= 36
     assert index.search(files[5], k=2)[0].id == str(files[5])
     assert index.search(render(scenes[5], seed=5), k=1)[0].score == pytest.approx(1, abs=1e-5)
     assert len(index.search({"image": files[5], "text": "now in blue"}, k=3)) == 3
@@ -223,8 +223,8 @@ def test_too_few_to_learn_from_are_kept_exactly_until_there_are_enough(factory, 
     for kept in (index, EmbeddingIndex.load(tmp_path)):
         assert "exact for now" in repr(kept)
         kept.delete(["stays"])
-        found = kept.search_embeddings(vectors(2000)[:few], 1)
-        assert [hits[0].id for hits in found] == names(0, few)
+        results = kept.search_embeddings(vectors(2000)[:few], 1)
+        assert [hits[0].id for hits in results] == names(0, few)
         kept.add_embeddings(vectors(2000)[few:], names(few, 2000), [{"n": n} for n in range(few, 2000)])
         assert recall(kept, np.ones(2000, bool)) > {"IVF16,Flat": 0.99, "PQ8x4": 0.2, "SQ8": 0.9}[factory]
         assert "exact for now" not in repr(kept)
@@ -330,18 +330,18 @@ def test_prompts_are_those_of_the_host(prompts, default):
 
 def test_others_search_while_inputs_are_awaited():
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    index, other, found = EmbeddingIndex(model), EmbeddingIndex(model), []
+    index, other, results = EmbeddingIndex(model), EmbeddingIndex(model), []
     other.add(["a red circle"], ["it"])
 
     def slow():
         yield "two blue stars"
-        thread = threading.Thread(target=lambda: found.append(other.search("a red circle")[0].id), daemon=True)
+        thread = threading.Thread(target=lambda: results.append(other.search("a red circle")[0].id), daemon=True)
         thread.start()
         thread.join(60)
         yield "a green square"
 
     index.add(slow())
-    assert found == ["it"]
+    assert results == ["it"]
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
@@ -366,11 +366,11 @@ def test_threads_share_an_index():
     index = filled(count=1000)
     expected = index.search_embeddings(vectors(20, seed=1), 5)
     with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(index.search_embeddings, vectors(20, seed=1), 5) for _ in range(20)]
+        results = [pool.submit(index.search_embeddings, vectors(20, seed=1), 5) for _ in range(20)]
         added = [pool.submit(index.add_embeddings, -expected_row(n), [f"t{n}"]) for n in range(10)]
         for future in added:
             future.result()
-    assert all(future.result() == expected for future in found)
+    assert all(future.result() == expected for future in results)
     assert len(index) == 1010
 
 

@@ -111,7 +111,7 @@ def test_other_queries_read_their_inputs_alike(checkpoint, images, tmp_path):
     for model in (first, SLQEncoder(str(tmp_path / "first"))):
         other = model.with_queries(6, seed=5)
         assert other.backbone is model.backbone
-        found = model.encode([images[0], "x"], query_sets={"other": other})["other"]
-        assert abs(found - other.encode([images[0], "x"])).max() < 1e-6
+        results = model.encode([images[0], "x"], query_sets={"other": other})["other"]
+        assert abs(results - other.encode([images[0], "x"])).max() < 1e-6
         other.save_pretrained(str(tmp_path / "other"))
-        assert abs(found - SLQEncoder(str(tmp_path / "other")).encode([images[0], "x"])).max() < 1e-6
+        assert abs(results - SLQEncoder(str(tmp_path / "other")).encode([images[0], "x"])).max() < 1e-6
