@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,12 +19,13 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
-from slq_embed.inputs import Skipped, read_image
+from slq_embed.inputs import Skipped, read_image, report
 
 logger = logging.getLogger(__name__)
 
 FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("int64")})
 """Columns of a training set: an image, one of its captions, and the number of the image."""
+_CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 
 
 @dataclass
@@ -31,21 +33,17 @@ class ImageTextPairs:
     """A training set and what was left out of it.
 
     Args:
-        dataset: Rows ``image`` (decoded when read), ``text``, ``label``: one caption each. The label is the
-            number of the image, so that captions of one image are known to be siblings. An ``IterableDataset``
-            where the source was streamed.
-        skipped: Bad records, by name. Of a streamed source, it grows while the dataset is read.
+        dataset: Rows ``image`` (decoded when read), ``text``, ``label``: one caption each. The label is the number of
+            the image: it marks the captions of one image as siblings. An ``IterableDataset`` if the source was streamed.
+        skipped: Bad records, by name. If the source is streamed, the list grows while the dataset is read.
     """
 
     dataset: Dataset | IterableDataset
     skipped: list[Skipped] = field(default_factory=list)
 
     def report(self) -> str:
-        """A line on what was left out, with every name."""
-        if not self.skipped:
-            return "nothing was skipped"
-        names = "; ".join(f"{record.name} ({record.reason})" for record in self.skipped)
-        return f"{len(self.skipped)} skipped: {names}"
+        """One line that names every skipped record."""
+        return report(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -60,36 +58,79 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
 
     Args:
         folder: The folder that image paths are relative to.
-        captions: A ``.jsonl`` file with ``image`` (or ``file_name``) and ``captions`` or ``text`` in each
-            line, or a ``.csv`` file with such columns, one caption a row; by default ``captions.jsonl``,
-            ``metadata.jsonl``, ``captions.csv`` or ``metadata.csv`` in the folder.
-        **options: ``split`` (keep rows whose ``split`` it is), ``limit`` (images), ``strict``, ``verify``; see
+        captions: A ``.jsonl`` file with ``image`` (or ``file_name``) and ``captions`` or ``text`` in each line, or a
+            ``.csv`` file with such columns, one caption a row. A relative path is relative to the folder. By default
+            ``captions.jsonl``, ``metadata.jsonl``, ``captions.csv`` or ``metadata.csv``.
+        **options: ``split`` (only rows with this value of ``split``), ``limit`` (images), ``strict``, ``verify``; see
             :func:`from_records`.
 
     Raises:
         FileNotFoundError: If there is no caption file.
+        ValueError: If the caption file cannot be read, or has no row of the split.
     """
     folder = Path(folder)
-    names = [captions] if captions else ["captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv"]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} has no caption file. Looked for: {', '.join(map(str, names))}.")
-    text = found[0].read_text("utf8")
-    rows = list(csv.DictReader(io.StringIO(text))) if found[0].suffix == ".csv" else _json_lines(text)
-    wanted = options.pop("split", None)
-    grouped: dict[str, list[Any]] = {}
+    candidates = [folder / name for name in ([captions] if captions else _CAPTION_FILES)]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"There is no caption file in {folder}. Looked for: {', '.join(map(str, candidates))}. "
+            "Write one, or pass captions=..., relative to the folder."
+        )
+    text = _read_text(file)
+    rows = list(csv.DictReader(io.StringIO(text))) if file.suffix == ".csv" else _json_lines(text, file)
+    split = options.pop("split", None)
+    if split is not None:
+        splits = sorted({str(row.get("split")) for row in rows})
+        rows = [row for row in rows if row.get("split") == split]
+        _require_rows(rows, split, splits, file)
+    captions_by_name: dict[str, list[Any]] = {}
     for row in rows:
         name = row.get("image") or row.get("file_name")
         if not name:
-            raise ValueError(f"{found[0]} has a row without 'image' or 'file_name': {row}")
-        if wanted is None or row.get("split") == wanted:
-            said = row.get("captions", row.get("text", row.get("caption")))
-            grouped.setdefault(name, []).extend(said if isinstance(said, list) else [said])
-    return from_records(((name, folder / name, said) for name, said in grouped.items()), **options)
+            raise ValueError(f"{file} has a row without 'image' or 'file_name': {reprlib.repr(row)}")
+        value = row.get("captions", row.get("text", row.get("caption")))
+        captions_by_name.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+    return from_records(((name, folder / name, values) for name, values in captions_by_name.items()), **options)
 
 
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")  # Excel begins a CSV file with a mark that would be part of the first name
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _json_lines(text: str, file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} is not JSON in line {number}: {error}. Each line must be a JSON object."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{file} has a {type(row).__name__} in line {number}, but each line must be an object."
+                )
+            rows.append(row)
+    return rows
+
+
+def _require_rows(rows: list[Any], split: str, splits: Iterable[str], file: str | Path) -> None:
+    if not rows:
+        raise ValueError(f"{file} has no rows of the split {split!r}. Its splits are: {', '.join(splits) or 'none'}.")
+
+
+def _annotations(file: str | Path, keys: Sequence[str], kind: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_text(Path(file)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise ValueError(f"{file} is no {kind} file: it needs the keys {', '.join(keys)}.")
+    return content
 
 
 def from_coco(annotations: str | Path, images: str | Path, **options: Any) -> ImageTextPairs:
@@ -99,13 +140,23 @@ def from_coco(annotations: str | Path, images: str | Path, **options: Any) -> Im
         annotations: The JSON file with ``images`` and ``annotations``.
         images: The folder of the image files.
         **options: See :func:`from_records`.
+
+    Raises:
+        ValueError: If the file is of another kind.
     """
-    content = json.loads(Path(annotations).read_text("utf8"))
-    said: dict[Any, list[str]] = {}
-    for annotation in content["annotations"]:
-        said.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    rows = ((row["file_name"], Path(images) / row["file_name"], said.get(row["id"], [])) for row in content["images"])
-    return from_records(rows, **options)
+    content = _annotations(annotations, ("images", "annotations"), "COCO captions")
+    captions: dict[Any, list[str]] = {}
+    for row in content["annotations"]:
+        if "caption" not in row:
+            raise ValueError(
+                f"{annotations} has annotations without a caption, such as COCO's boxes. Use captions_*.json."
+            )
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    folder = Path(images)
+    return from_records(
+        ((row["file_name"], folder / row["file_name"], captions.get(row["id"], [])) for row in content["images"]),
+        **options,
+    )
 
 
 def from_karpathy(
@@ -115,21 +166,29 @@ def from_karpathy(
 
     Args:
         annotations: The JSON file.
-        images: The folder of the image files; COCO's ``filepath`` is respected.
+        images: The folder of the image files. An image may name a folder below it (``filepath``, as COCO's do).
         split: ``"train"``, ``"val"``, ``"test"`` or ``"restval"``; by default all.
         **options: See :func:`from_records`.
+
+    Raises:
+        ValueError: If the file is of another kind, or has no image of the split.
     """
-    content = json.loads(Path(annotations).read_text("utf8"))
-    rows = (
+    rows = _annotations(annotations, ("images",), "Karpathy split")["images"]
+    if any(not {"filename", "sentences"} <= set(row) for row in rows):
+        raise ValueError(f"{annotations} is no Karpathy split file: each image needs 'filename' and 'sentences'.")
+    if split is not None:
+        splits = sorted({str(row.get("split")) for row in rows})
+        rows = [row for row in rows if row.get("split") == split]
+        _require_rows(rows, split, splits, annotations)
+    records = (
         (
             row["filename"],
             Path(images) / row.get("filepath", "") / row["filename"],
-            [s["raw"] for s in row["sentences"]],
+            [sentence["raw"] for sentence in row["sentences"]],
         )
-        for row in content["images"]
-        if split is None or row["split"] == split
+        for row in rows
     )
-    return from_records(rows, **options)
+    return from_records(records, **options)
 
 
 def from_dataset(
@@ -138,9 +197,9 @@ def from_dataset(
     """Read any dataset with an image and a text column; a text may be a list of captions.
 
     Args:
-        dataset: From the hub or elsewhere. A streamed one stays streamed.
-        image_column: Its images.
-        text_column: Its captions.
+        dataset: A dataset. If it is streamed, the pairs are streamed too.
+        image_column: The column of images.
+        text_column: The column of captions.
         **options: See :func:`from_records`.
 
     Raises:
@@ -175,15 +234,15 @@ def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> Ima
     Args:
         records: Name, image (path, bytes, PIL image, or what ``datasets`` gives undecoded) and captions (a str or
             several).
-        **options: ``limit``: read no more than so many images. ``strict``: raise at the first bad record
-            instead of skipping it. ``verify``: decode each image once now (the default), so that no bad one stops
-            the training later.
+        **options: ``limit``: the most images to read. ``strict``: raise an error at the first bad record instead of
+            skipping it. ``verify``: decode each image once now, so that a bad image does not stop the training later
+            (the default).
 
     Returns:
-        The pairs; bad images and empty captions are skipped and listed, and a warning names them.
+        The pairs. Bad images and empty captions are skipped and listed, and a warning names them.
 
     Raises:
-        ValueError: If ``strict`` and a record is bad, or no record is good.
+        ValueError: If ``strict`` and a record is bad, no record is good, or ``limit`` is below 1.
     """
     skipped: list[Skipped] = []
     rows = list(_good_rows(records, skipped, **options))
@@ -203,15 +262,18 @@ def _good_rows(
     strict: bool = False,
     verify: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    def check(record: tuple[str, Any, Any]) -> tuple[_Record, str | None]:
-        name, image, said = record
-        found = _Record(name, image, tuple(said) if isinstance(said, list | tuple) else (said,))
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, but at least 1 is needed. Leave it out to read all images.")
+
+    def check(values: tuple[str, Any, Any]) -> tuple[_Record, str | None]:
+        name, image, captions = values
+        record = _Record(name, image, tuple(captions) if isinstance(captions, list | tuple) else (captions,))
         try:
             if verify:
                 read_image(image)
         except ValueError as error:
-            return found, str(error)
-        return found, None
+            return record, str(error)
+        return record, None
 
     def skip(name: str, reason: str) -> None:
         if strict:
@@ -226,15 +288,23 @@ def _good_rows(
                 if problem is not None:
                     skip(record.name, problem)
                     continue
-                good = [said for said in record.captions if isinstance(said, str) and said.strip()]
-                for number, said in enumerate(record.captions):
-                    if said not in good:
-                        skip(record.name, f"caption {number} is empty" if record.captions != (None,) else "no caption")
+                captions = [caption for caption in record.captions if isinstance(caption, str) and caption.strip()]
+                for number, caption in enumerate(record.captions):
+                    if caption not in captions:
+                        skip(record.name, _caption_problem(caption, number))
                 if not record.captions:
                     skip(record.name, "no caption")
-                for said in good:
-                    yield {"image": _storable(record.image), "text": said, "label": label}
-                label += bool(good)
+                for caption in captions:
+                    yield {"image": _storable(record.image), "text": caption, "label": label}
+                label += bool(captions)
+
+
+def _caption_problem(caption: Any, number: int) -> str:
+    if caption is None:
+        return "no caption"
+    if isinstance(caption, str):
+        return f"caption {number} is empty"
+    return f"caption {number} is a {type(caption).__name__}, but a str is needed"
 
 
 def _storable(image: Any) -> Any:
@@ -242,7 +312,10 @@ def _storable(image: Any) -> Any:
 
 
 def retrieval_set(pairs: ImageTextPairs) -> tuple[list[PILImage.Image], list[str], list[int]]:
-    """Split pairs into distinct images, all texts, and for each text the number of its image.
+    """Split pairs into distinct images, all texts, and for each text the index of its image.
+
+    Args:
+        pairs: The pairs.
 
     Returns:
         Arguments for :class:`slq_embed.evaluation.ImageTextRetrievalEvaluator`.
@@ -251,7 +324,9 @@ def retrieval_set(pairs: ImageTextPairs) -> tuple[list[PILImage.Image], list[str
         ValueError: If the pairs are streamed.
     """
     if isinstance(pairs.dataset, IterableDataset):
-        raise ValueError("An evaluation needs all of its pairs at once: load the dataset without streaming.")
+        raise ValueError(
+            "An evaluation needs all pairs at once, but these are streamed. Load the dataset without streaming."
+        )
     labels = np.asarray(pairs.dataset["label"])
     _, first_rows, image_of = np.unique(labels, return_index=True, return_inverse=True)
     images = [read_image(row["image"]) for row in pairs.dataset.select(first_rows)]
@@ -259,7 +334,7 @@ def retrieval_set(pairs: ImageTextPairs) -> tuple[list[PILImage.Image], list[str
 
 
 class DistinctImageBatchSampler(NoDuplicatesBatchSampler):
-    """Batches without two captions of one image, for losses that take every other row as a negative.
+    """Batches without two captions of one image: for losses to which every other row is a negative.
 
     Pass the class as ``batch_sampler`` of ``SentenceTransformerTrainingArguments``. The host's own
     ``NO_DUPLICATES`` would decode every image to compare them; this compares the ``label`` column.

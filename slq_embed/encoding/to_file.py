@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slq_embed.encoding.protocol import Encoder, encoder_digest, resolve_prompt
 from slq_embed.encoding.stream import stream
-from slq_embed.inputs.rows import Skipped, read_row
+from slq_embed.inputs.rows import Skipped, read_row, report
 from slq_embed.prefix.keys import settings_digest
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
@@ -54,13 +54,6 @@ class EncodedFile:
     def report(self) -> str:
         """A line on what was skipped, with every name."""
         return report(self.skipped)
-
-
-def report(skipped: Sequence[Skipped]) -> str:
-    """A line on what was skipped, with every name."""
-    if not skipped:
-        return "nothing was skipped"
-    return f"{len(skipped)} skipped: " + "; ".join(f"{row.name} ({row.reason})" for row in skipped)
 
 
 def encode_to_file(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import operator
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,16 @@ RECALL_AT = (1, 5, 10)
 class ImageTextRetrievalEvaluator(SentenceEvaluator):
     """Recall at 1, 5 and 10 from text to image and back.
 
-    From text to image, a text finds its own image. From image to text, a hit is any of the image's texts in
-    the top k. The primary metric is the mean of all six.
+    From text to image, a hit is the text's image in the top k. From image to text, a hit is any of the image's texts
+    in the top k. The primary metric is the mean of all six.
 
     Args:
-        images: Images, in any form the model encodes.
+        images: Images, in any form that the model encodes.
         texts: Texts.
-        image_of: For each text, the place of its image in ``images``.
+        image_of: For each text, the index of its image in ``images``.
         name: Prefix of the metrics.
-        batch_size: For encoding.
-        show_progress_bar: While encoding.
+        batch_size: Inputs a batch.
+        show_progress_bar: Whether to show one while encoding.
         write_csv: Whether to append the metrics to a file in the output path.
 
     Raises:
@@ -49,12 +51,16 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        if len(image_of) != len(texts) or set(image_of) != set(range(len(images))):
+        if isinstance(texts, str):
+            raise ValueError(f"texts is the str {reprlib.repr(texts)}, but a list of texts is needed.")
+        indices = [operator.index(index) for index in image_of]
+        if len(indices) != len(texts) or set(indices) != set(range(len(images))):
             raise ValueError(
-                f"image_of gives {len(set(image_of))} images for {len(image_of)} texts, but there are {len(texts)} "
-                f"texts and {len(images)} images. Give each text the place of its image; each image needs a text."
+                f"image_of has {len(indices)} indices of {len(set(indices))} different images, but there are "
+                f"{len(texts)} texts and {len(images)} images. Pass the index of its image for each text, from 0 on; "
+                "each image needs a text."
             )
-        self.images, self.texts, self.image_of = list(images), list(texts), torch.tensor(image_of)
+        self.images, self.texts, self.image_of = list(images), list(texts), torch.tensor(indices)
         self.name, self.batch_size, self.show_progress_bar = name, batch_size, show_progress_bar
         self.write_csv = write_csv
         self.primary_metric = "mean_recall"
@@ -62,7 +68,17 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Encode everything and measure; see the class."""
+        """Encode all images and texts, and measure.
+
+        Args:
+            model: Any Sentence Transformer that encodes images and texts.
+            output_path: Folder of the CSV file.
+            epoch: For the CSV file.
+            steps: For the CSV file.
+
+        Returns:
+            Recalls by name, and their mean.
+        """
         options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
         images = model.encode_document(self.images, convert_to_tensor=True, **options)
         texts = model.encode_query([{"text": text} for text in self.texts], convert_to_tensor=True, **options)
@@ -84,10 +100,10 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
     def _append(self, folder: Path, row: dict[str, float]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"image_text_retrieval{'_' + self.name if self.name else ''}_results.csv"
-        fresh = not path.exists()
+        is_new = not path.exists()
         with path.open("a", newline="", encoding="utf8") as file:
             writer = csv.DictWriter(file, list(row))
-            if fresh:
+            if is_new:
                 writer.writeheader()
             writer.writerow(row)
 
@@ -99,10 +115,10 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
 def best_ranks(
     queries: Tensor, candidates: Tensor, query_group: Tensor, candidate_group: Tensor, block: int = 2048
 ) -> Tensor:
-    """The rank of each query's best right candidate, 0 for the top.
+    """The rank of each query's best relevant candidate, 0 for the top.
 
-    A candidate is right if it has the query's group. Equal scores are ranked by the candidates' order, always.
-    Scores are computed block by block, so memory grows with the block, not with queries times candidates.
+    A candidate is relevant if it has the query's group. Candidates with equal scores rank in their order.
+    Scores are computed block by block: memory grows with the block, not with queries times candidates.
 
     Args:
         queries: ``(queries, H)``.
@@ -125,21 +141,21 @@ def best_ranks(
     ranks = []
     for rows, groups in zip(queries.float().split(block), query_group.split(block), strict=True):
         best = torch.full((len(rows),), -torch.inf, device=device)
-        place = torch.zeros(len(rows), dtype=torch.long, device=device)
+        position = torch.zeros(len(rows), dtype=torch.long, device=device)
         for start in starts:
-            right = groups[:, None] == candidate_group[None, start : start + block]
-            scores = (rows @ candidates[start : start + block].float().T).masked_fill(~right, -torch.inf)
-            # Of equal scores, argmax may give any: the first one is wanted.
+            relevant = groups[:, None] == candidate_group[None, start : start + block]
+            scores = (rows @ candidates[start : start + block].float().T).masked_fill(~relevant, -torch.inf)
+            # Of equal scores, argmax may return any one, and the first one is needed.
             top = scores.amax(dim=1)
             first = (scores == top[:, None]).int().argmax(dim=1) + start
             better = top > best
-            best, place = torch.where(better, top, best), torch.where(better, first, place)
+            best, position = torch.where(better, top, best), torch.where(better, first, position)
         above = torch.zeros(len(rows), dtype=torch.long, device=device)
         for start in starts:
             scores = rows @ candidates[start : start + block].float().T
             order = torch.arange(start, start + scores.shape[1], device=device)
-            # "Not at most" and not "more than": a score that is no number must not make a query a hit.
-            ahead = ~(scores <= best[:, None]) | ((scores == best[:, None]) & (order[None, :] < place[:, None]))
+            # "Not at most" instead of "more than": then NaN counts as ahead, and never makes a hit.
+            ahead = ~(scores <= best[:, None]) | ((scores == best[:, None]) & (order[None, :] < position[:, None]))
             above += ahead.sum(dim=1)
         ranks.append(above)
     return torch.cat(ranks).cpu()

@@ -1,4 +1,4 @@
-"""What the backbone does beside embedding: it answers and reranks, with the same copy of the weights."""
+"""Answering and reranking with the backbone that embeds, and with the same copy of its weights."""
 
 from slq_embed.generation.answering import answer
 from slq_embed.generation.reranking import RERANK_INSTRUCTION, build_reranker

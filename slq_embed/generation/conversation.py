@@ -1,4 +1,4 @@
-"""How a backbone is spoken to when it is to say something: its own chat template, and text that is only ever text."""
+"""Conversations with a backbone that is to generate: in its own chat template, and with text that is only ever text."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from slq_embed.inputs.rows import Row, read_row
 
 
 def speaking_processor(model: SLQEncoder, processor: ProcessorMixin | None = None) -> ProcessorMixin:
-    """The processor with which a backbone is spoken to.
+    """The processor for conversations with a backbone.
 
-    An encoder's own ends every conversation with its query tokens, so it cannot serve here.
+    The encoder's own chat template ends every conversation with query tokens: with it, the backbone cannot answer.
 
     Args:
         model: The encoder.
-        processor: The backbone's; used as it is. Without one: the encoder's, which reads images as for embedding,
-            with the chat template that stands where the backbone was loaded from.
+        processor: The backbone's processor, used as it is. By default the encoder's processor, which reads images as for
+            embedding, with the chat template from where the backbone was loaded.
+
+    Returns:
+        The processor.
 
     Raises:
-        ValueError: If there is no such template, or it is an encoder's: a merged model holds no other.
+        ValueError: If there is no such template, or the template is an encoder's: a merged model has no other.
     """
     if processor is None:
         processor = copy.copy(model.processor)
         processor.chat_template = _recorded_template(model.slq_config.backbone, model.slq_config.revision)
     if not processor.chat_template or is_slq_template(processor.chat_template):
         raise ValueError(
-            f"The chat template from {model.slq_config.backbone!r} does not let the backbone speak: it "
+            f"The backbone cannot answer with the chat template from {model.slq_config.backbone!r}: the template "
             f"{'ends with query tokens' if processor.chat_template else 'is empty'}. Pass the backbone's own "
             "processor: processor=AutoProcessor.from_pretrained(...)."
         )
@@ -45,20 +48,24 @@ def _recorded_template(name: str, revision: str | None) -> Any:
         return AutoProcessor.from_pretrained(name, revision=revision).chat_template
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The backbone's own chat template is needed, but no processor can be loaded from {name!r}. Pass one: "
-            f"processor=AutoProcessor.from_pretrained(...). ({error})"
+            f"The backbone's own chat template is needed, but no processor can be loaded from {name!r}. Pass the "
+            f"backbone's own processor: processor=AutoProcessor.from_pretrained(...). ({error})"
         ) from error
 
 
 def read_named(value: Any, name: str) -> Row:
-    """Read and decode one input; an error begins with its name.
+    """Read and decode one input.
+
+    Args:
+        value: The input.
+        name: Its name; an error begins with it.
 
     Raises:
         ValueError: If it cannot be read.
     """
     try:
         row = read_row(value)
-        _ = row.image
+        _ = row.image  # decodes it, so that a bad image is refused here
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return row
@@ -71,9 +78,12 @@ def user_turn(
 
     Args:
         processor: From :func:`speaking_processor`.
-        pieces: Inputs, of which an image goes before its text, and words around them, in order.
+        pieces: Inputs and the words between them, in order. The image of an input precedes its text.
         prompt: A system message.
         max_text_chars: Longest text of an input, in characters; the rest is cut.
+
+    Returns:
+        The conversation.
     """
     content: list[dict[str, Any]] = []
     for piece in pieces:
@@ -81,7 +91,7 @@ def user_turn(
             content.append({"type": "image", "image": piece.image})
         text = piece if isinstance(piece, str) else (piece.text or "")[:max_text_chars]
         if text and content and content[-1]["type"] == "text":
-            content[-1]["text"] += text  # joined first: two harmless pieces can spell a control token together
+            content[-1]["text"] += text  # joined first, because two pieces together can spell a control token
         elif text:
             content.append({"type": "text", "text": text})
     controls = control_strings(processor)
@@ -96,12 +106,16 @@ def user_turn(
 
 
 def to_features(model: SLQEncoder, processor: ProcessorMixin, chats: list[list[dict[str, Any]]]) -> BatchFeature:
-    """Left-padded features of conversations in which the backbone is to speak next.
+    """Turn conversations into the backbone's inputs, up to where its answer begins.
 
     Args:
-        model: The encoder, whose image settings are used.
+        model: The encoder; its image settings are used.
         processor: From :func:`speaking_processor`.
         chats: From :func:`user_turn`.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both ``(batch, seq)`` and padded on the left, and the processor's tensors
+        of the images.
     """
     return processor.apply_chat_template(
         chats,

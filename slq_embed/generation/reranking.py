@@ -1,4 +1,4 @@
-"""Rerank with the backbone that embeds: a stock CrossEncoder that asks it yes or no, without a second copy."""
+"""Reranking with the backbone that embeds: a stock CrossEncoder asks it yes or no, without a second copy."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def build_reranker(
     processor: ProcessorMixin | None = None,
     **kwargs: Any,
 ) -> CrossEncoder:
-    """A reranker on an encoder's own backbone, as it is in memory.
+    """Build a reranker on an encoder's own backbone, without a copy of it.
 
-    A score is the log-odds of the next token: the logit of ``true_token`` less that of ``false_token``;
-    ``predict(..., activation_fn=torch.nn.Sigmoid())`` makes it a probability. It is as good as the backbone's
-    judgement: nothing is trained here, and nothing of the queries takes part.
+    A score is the log-odds of the next token: the logit of ``true_token`` less that of ``false_token``.
+    ``predict(..., activation_fn=torch.nn.Sigmoid())`` makes it a probability. It is the untrained backbone's judgement:
+    the queries take no part.
 
     Args:
-        model: The encoder. Its device is the reranker's: moving the reranker moves nothing.
-        instruction: The user turn, with ``{query}`` and ``{document}`` where those belong. Each may be a text, an image,
-            or an image with a text, as :func:`slq_embed.inputs.rows.read_row` takes them.
-        true_token: What the backbone says of a match; one token.
-        false_token: What it says otherwise; one token.
-        processor: The backbone's own. Needed where its chat template cannot be found: for merged models, and for
+        model: The encoder. The reranker runs on its device, and moving the reranker moves nothing.
+        instruction: The user turn, with ``{query}`` and ``{document}`` once each. Both may be a text, an image, or a dict
+            of both, as :func:`slq_embed.inputs.rows.read_row` takes them.
+        true_token: The backbone's answer for a match; one token.
+        false_token: Its answer for anything else; one token.
+        processor: The backbone's own. Needed if its chat template cannot be loaded: for merged models, and for
             backbones without a name.
         **kwargs: For ``CrossEncoder``: ``prompts`` (system messages), ``activation_fn``, ...
 
@@ -55,15 +55,17 @@ def build_reranker(
         A :class:`~sentence_transformers.CrossEncoder`, for ``predict`` and ``rank``. It cannot be saved or trained.
 
     Raises:
-        ValueError: If the instruction lacks a place, an answer is not one token, or there is no chat template.
+        ValueError: If the instruction lacks a field, an answer is not one token, or there is no chat template.
     """
-    for place in ("{query}", "{document}"):
-        if instruction.count(place) != 1:
-            raise ValueError(f"The instruction is {instruction!r}, but it must hold {place} once.")
+    for name in ("{query}", "{document}"):
+        if (count := instruction.count(name)) != 1:
+            raise ValueError(f"The instruction holds {name} {count} times, but it must hold it once: {instruction!r}.")
     answers = [_single_token(model.tokenizer, token) for token in (true_token, false_token)]
     if answers[0] == answers[1]:
-        raise ValueError(f"true_token and false_token are both {true_token!r}, so every score would be 0.")
-    kwargs.setdefault("activation_fn", nn.Identity())  # the host's default, a sigmoid, makes ties of sure answers
+        raise ValueError(
+            f"true_token and false_token are both {true_token!r}, so every score is 0. Pass two different ones."
+        )
+    kwargs.setdefault("activation_fn", nn.Identity())  # the host's default, a sigmoid, gives sure answers equal scores
     module = SharedCausalLM(model, speaking_processor(model, processor), instruction)
     return CrossEncoder(modules=[module, LogitScore(*answers)], device=str(model.backbone.device), **kwargs)
 
@@ -72,16 +74,16 @@ def _single_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         raise ValueError(
-            f"The answer {text!r} is {len(ids)} tokens of this backbone, but one is needed. "
-            "Give others: true_token=..., false_token=..., and an instruction that asks for them."
+            f"The answer {text!r} is {len(ids)} tokens of this backbone, but one is needed. Pass other answers: "
+            "true_token=..., false_token=..., and an instruction that asks for them."
         )
     return int(ids[0])
 
 
 class SharedCausalLM(InputModule):
-    """Reads pairs, and returns an encoder's backbone's logits for the next token.
+    """Reads pairs, and returns the logits of an encoder's backbone for the next token.
 
-    The backbone is no submodule, so it is neither moved nor saved nor trained from here.
+    The backbone is no submodule: it is not moved, saved or trained with this module.
 
     Args:
         model: The encoder.
@@ -97,7 +99,7 @@ class SharedCausalLM(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        """What a pair can hold."""
+        """What each side of a pair can be."""
         return ["text", "image", ("image", "text"), "message"]
 
     @property
@@ -114,12 +116,12 @@ class SharedCausalLM(InputModule):
             **kwargs: Ignored.
 
         Raises:
-            ValueError: If an input is no pair, or cannot be read; the message names it.
+            ValueError: If an input is no pair, or cannot be read. The message names it.
         """
         (model,) = self._encoder
         chats = []
         for pair in inputs:
-            name = f"Pair {reprlib.repr(pair)}"  # not its place: the host sorts pairs by size before they come here
+            name = f"Pair {reprlib.repr(pair)}"  # not its index: the host has sorted the pairs by size
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise ValueError(f"{name} is a {type(pair).__name__}, but (query, document) is needed.")
             parts = {
@@ -134,7 +136,7 @@ class SharedCausalLM(InputModule):
 
     @torch.no_grad()
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Add ``causal_logits``, ``(batch, 1, vocabulary)``, of the token after the last."""
+        """Add ``causal_logits`` ``(batch, 1, vocabulary)``: the logits of the next token."""
         (model,) = self._encoder
         backbone = model.backbone
         # The host does not see the backbone, so it leaves features on the CPU.
@@ -155,5 +157,5 @@ class SharedCausalLM(InputModule):
         return features
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Refuse: there is nothing here to save."""
+        """Raise an error: a reranker has no weights of its own."""
         raise RuntimeError("A reranker shares its encoder's backbone: save the encoder, and call build_reranker again.")

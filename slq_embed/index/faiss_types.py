@@ -1,4 +1,4 @@
-"""FAISS behind the index: its types by name, their settings, and their copies on a GPU."""
+"""FAISS's index types: by name, with their settings, and as copies on a GPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from typing import Any
 
 MOST_ON_GPU = 2048
-"""Hits a query, of which a GPU finds no more."""
+"""The most hits that a GPU returns for a query."""
 LEAST_TO_LEARN_FROM = 10_000
-"""Embeddings for quantizers: 39 for each of the 256 values of a byte."""
+"""The least embeddings for a type to learn from: quantizers need 39 for each of the 256 values of a byte."""
 
 
 def import_faiss() -> Any:
-    """FAISS.
+    """Import FAISS.
 
     Raises:
-        ImportError: If it is not installed; the message says how.
+        ImportError: If it is not installed. The message says how to install it.
     """
     try:
         import faiss
@@ -27,42 +27,54 @@ def import_faiss() -> Any:
 
 
 def make_faiss_index(factory: str, dimension: int) -> Any:
-    """An empty index for inner products.
+    """Make an empty index for inner products.
+
+    Args:
+        factory: FAISS's name of the type.
+        dimension: Numbers in an embedding.
 
     Raises:
-        ValueError: If FAISS knows no such type, or it does not serve here.
+        ValueError: If FAISS has no such type, or the type cannot be used here.
     """
     faiss = import_faiss()
     try:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
-        faiss.clone_index(index)  # which deletion needs
+        faiss.clone_index(index)  # deletion needs this
     except RuntimeError as error:
-        raise ValueError(f"FAISS makes no index of {factory!r} and dimension {dimension}: {error}") from error
+        raise ValueError(
+            f"FAISS makes no index of the type {factory!r} and dimension {dimension}: {error}. Use another factory, such "
+            'as "Flat".'
+        ) from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(
-            f"FAISS makes {factory!r} for distances only, but inner products are needed. Use another type."
+            f"FAISS makes {factory!r} for distances only, but inner products are needed. Use another factory."
         )
     if isinstance(index, faiss.IndexIDMap):
-        raise ValueError(f"{factory!r} maps ids, which are kept here already: leave IDMap out.")
+        raise ValueError(f"The type {factory!r} maps ids, but this index has ids already: leave IDMap out.")
     kind = type(faiss.downcast_index(faiss.try_extract_index_ivf(index))).__name__
     if re.search("RaBitQ|FastScan", kind) and not isinstance(index, faiss.IndexRefine):
-        # FAISS gives back a row that is coded to something else, or crashes.
-        raise ValueError(f"{factory!r} cannot give its rows back, which deletion needs. Use '{factory},RFlat'.")
+        # FAISS returns wrong rows, or crashes.
+        raise ValueError(
+            f"The type {factory!r} does not return its rows, but deletion needs them. Use '{factory},RFlat'."
+        )
     return index
 
 
 def least_to_learn_from(index: Any) -> int:
-    """Embeddings without which a type learns badly, and what is added later suffers: by FAISS's measure, 39 a cluster."""
+    """The least embeddings for a type to learn from. With fewer, its later searches miss more.
+
+    FAISS itself warns below 39 for each cluster.
+    """
     clusters = import_faiss().try_extract_index_ivf(index)
-    fitting = 0 if clusters is None else int(clusters.nlist * clusters.cp.min_points_per_centroid)
-    return max(LEAST_TO_LEARN_FROM, fitting)
+    for_clusters = 0 if clusters is None else int(clusters.nlist * clusters.cp.min_points_per_centroid)
+    return max(LEAST_TO_LEARN_FROM, for_clusters)
 
 
 def rows_of(index: Any, rows: Any) -> Any:
-    """Embeddings ``(n, dimension)`` by row number, as the index has kept them."""
+    """Embeddings ``(n, dimension)`` by row number, as exact as the type keeps them."""
     faiss = import_faiss()
     if (clusters := faiss.try_extract_index_ivf(index)) is not None:
-        clusters.make_direct_map()  # to find a row's cluster
+        clusters.make_direct_map()  # the table from rows to clusters
     return index.reconstruct_batch(rows)
 
 
@@ -78,18 +90,28 @@ def set_parameters(index: Any, parameters: str, factory: str, *, on_gpu: bool = 
     try:
         (faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()).set_index_parameters(index, parameters)
     except RuntimeError as error:
-        raise ValueError(f"{factory!r} has no {parameters!r}: {error}") from error
+        raise ValueError(
+            f'The type {factory!r} has no {parameters!r}: {error}. Use its own settings, such as "nprobe=32" for IVF.'
+        ) from error
 
 
 def has_gpu() -> bool:
-    """Whether faiss-gpu and a GPU are there."""
+    """Whether faiss-gpu is installed and there is a GPU."""
     faiss = import_faiss()
-    # Without a GPU, faiss-gpu gives an index that stores nothing: ask first.
+    # Without a GPU, faiss-gpu makes an index that stores nothing: ask first.
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
 def copy_to_gpu(index: Any, parameters: str, factory: str) -> tuple[Any, Any]:
-    """A copy on the first GPU, and the resources that must live as long.
+    """Copy an index to the first GPU.
+
+    Args:
+        index: The index.
+        parameters: Search-time settings.
+        factory: FAISS's name of the type, for messages.
+
+    Returns:
+        The copy, and its resources: they must live as long as the copy.
 
     Raises:
         RuntimeError: If the type has no GPU form, such as HNSW.

@@ -1,4 +1,4 @@
-"""The folder of a saved index: each save writes files of its own, and then, in one step, the file that names them."""
+"""The folder of a saved index. Each save writes files of its own. Then, in one step, it replaces the file that names them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,53 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import uuid
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from slq_embed.index.faiss_types import import_faiss
-from slq_embed.index.records import IndexRecords
+from slq_embed.index.table import EMBEDDINGS_FILE, RECORDS_FILE, IndexTable
 
 FORMAT_VERSION = 1
-_ABOUT, _EMBEDDINGS, _RECORDS = "index.json", "embeddings.faiss", "records.sqlite"
+_ABOUT = "index.json"
 
 
-def write_folder(
-    folder: Path, index: Any, records: IndexRecords, about: dict[str, Any], after: Path | None = None
-) -> Path:
-    """Write an index; killed in the middle, what was saved before is still whole.
+def write_folder(folder: Path, table: IndexTable, about: dict[str, Any], after: Path | None = None) -> Path:
+    """Write an index. If the process is killed in the middle, the earlier save is still whole.
 
     Args:
-        folder: Made if it is not there.
-        index: The FAISS index, on the CPU.
-        records: Ids and metadata.
-        about: What :func:`read_about` is to give.
-        after: What the folder was last known to hold, if it is known: another save in between must not be undone.
+        folder: The folder; created if it does not exist.
+        table: The rows.
+        about: Settings; :func:`read_about` returns them.
+        after: The save that this one may replace, where the caller knows one. Another save must not be undone.
 
     Returns:
-        Where the files lie.
+        The folder of this save's files.
 
     Raises:
-        ValueError: If something else was saved there in between, or the folder has another ``index.json``.
+        ValueError: If another save is there than ``after``, or the ``index.json`` there is not of an index.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if (folder / _ABOUT).exists():
-            found, _ = read_about(folder)  # whoever else wrote it will miss it
-            if after not in (None, found):
+            current, _ = read_about(folder)  # refuses a file of another program
+            if after not in (None, current):
                 raise ValueError(
                     f"The index in {folder} was saved anew from elsewhere since it was read here, and saving would "
                     "undo that. Load it again, or save to another folder."
                 )
         files = folder / f"v-{uuid.uuid4().hex[:12]}"
         files.mkdir()
-        import_faiss().write_index(index, str(embeddings_file(files)))
-        records.save(records_file(files))
-        fresh = files / _ABOUT
-        fresh.write_text(
-            json.dumps({"format_version": FORMAT_VERSION, "version": files.name, **about}, indent=2) + "\n"
-        )
+        table.write(files)
+        about_file = files / _ABOUT
+        content = {"format_version": FORMAT_VERSION, "version": files.name, **about}
+        about_file.write_text(json.dumps(content, indent=2) + "\n", "utf8")
         for file in files.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        fresh.replace(folder / _ABOUT)
+        about_file.replace(folder / _ABOUT)
         for old in folder.iterdir():  # an earlier save, or one that was killed
             if old != files and _is_save(old):
                 shutil.rmtree(old, ignore_errors=True)  # Windows keeps what is mapped
@@ -65,34 +60,54 @@ def write_folder(
 
 
 def _is_save(folder: Path) -> bool:
-    ours = {_ABOUT, _EMBEDDINGS, _RECORDS, f"{_RECORDS}-journal"}
+    ours = {_ABOUT, EMBEDDINGS_FILE, RECORDS_FILE, f"{RECORDS_FILE}-journal"}
     return re.fullmatch("v-[0-9a-f]{12}", folder.name) is not None and ours >= {file.name for file in folder.iterdir()}
 
 
+def read_folder(folder: Path, *, gpu: bool | None, mmap: bool) -> tuple[Path, dict[str, Any], IndexTable]:
+    """Read a saved index; again, if another process replaces it meanwhile.
+
+    Args:
+        folder: The folder.
+        gpu: As for :meth:`IndexTable.read`.
+        mmap: As for :meth:`IndexTable.read`.
+
+    Returns:
+        The folder of the save's files, the settings, and the rows.
+
+    Raises:
+        ValueError: If there is no index, a file is damaged, or a newer version of this package wrote it.
+    """
+    while True:
+        files, about = read_about(folder)
+        try:
+            return files, about, IndexTable.read(files, about, gpu=gpu, mmap=mmap)
+        except (OSError, RuntimeError, sqlite3.Error, KeyError) as error:
+            if read_about(folder)[0] == files:
+                raise ValueError(
+                    f"The index in {folder} is damaged ({type(error).__name__}: {error}). Restore {files.name} and "
+                    f"{_ABOUT} from a copy, or build the index anew."
+                ) from error
+
+
 def read_about(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the files of a saved index lie, and what was written about it.
+    """The folder of a saved index's files, and its settings.
 
     Raises:
         ValueError: If there is no index, or a newer version of this package wrote it.
     """
     if not (folder / _ABOUT).is_file():
-        raise ValueError(f"{folder} holds no index: there is no {_ABOUT}. Was it saved there?")
-    about = json.loads((folder / _ABOUT).read_text("utf8"))
-    if not isinstance(about, dict) or not {"format_version", "version"} <= set(about):
-        raise ValueError(f"{folder / _ABOUT} is not of a search index of slq-embed. Use another folder.")
-    if about["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{folder} holds no index: there is no {_ABOUT}. Check the path.")
+    try:
+        about = json.loads((folder / _ABOUT).read_text("utf8"))
+        version, name = about["format_version"], about["version"]
+        if not isinstance(version, int) or not isinstance(name, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _ABOUT} is not of a search index of slq-embed. Use another folder.") from error
+    if version > FORMAT_VERSION:
         raise ValueError(
-            f"The index in {folder} has format {about['format_version']}, but this slq-embed reads up to "
-            f"{FORMAT_VERSION}. Upgrade slq-embed."
+            f"The index in {folder} has format {version}, but this slq-embed reads up to {FORMAT_VERSION}. "
+            "Upgrade slq-embed."
         )
-    return folder / about["version"], about
-
-
-def embeddings_file(files: Path) -> Path:
-    """The FAISS index."""
-    return files / _EMBEDDINGS
-
-
-def records_file(files: Path) -> Path:
-    """Ids and metadata."""
-    return files / _RECORDS
+    return folder / name, about

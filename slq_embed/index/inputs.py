@@ -1,10 +1,10 @@
-"""What is put into an index: image files of a folder, and names and metadata where none are given."""
+"""What goes into the index: inputs, each with an id and metadata."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from slq_embed.inputs.rows import ONE_INPUT
 
 Metadata = Mapping[str, Any]
 
-_NONE_LEFT = object()
+_MISSING = object()
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
@@ -25,18 +25,18 @@ def image_files(folder: str | Path) -> list[Path]:
         ValueError: If there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r}.")
+        raise ValueError(f"There is no folder {str(folder)!r}. Check the path.")
     return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
 
 
-def own_name(value: Any) -> str:
-    """An id: a path's own name, and for anything else a random one."""
+def default_id(value: Any) -> str:
+    """The id of an input without one: for a path its name, for anything else a random id."""
     # A file's name is bytes, and need not be Unicode.
     return str(value).encode("utf8", "backslashreplace").decode() if isinstance(value, Path) else uuid.uuid4().hex
 
 
 def as_json(metadata: Metadata) -> str:
-    """Metadata as it is stored.
+    """Metadata in the form in which it is stored.
 
     Raises:
         ValueError: If it is no mapping, or JSON cannot hold it.
@@ -46,13 +46,35 @@ def as_json(metadata: Metadata) -> str:
     try:
         return json.dumps(dict(metadata))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Metadata {dict(metadata)!r} cannot be stored: {error}. Use what JSON can hold.") from error
+        raise ValueError(
+            f"Metadata {dict(metadata)!r} cannot be stored: {error}. Use str, numbers, bool, None, lists and dicts."
+        ) from error
+
+
+def one_each(ids: Iterable[Any] | None, metadata: Iterable[Metadata] | Metadata | None) -> None:
+    """Check that ids and metadata come as lists, for inputs that come as a list.
+
+    Raises:
+        ValueError: If there is a single one: its characters or keys would be taken for a list.
+    """
+    if isinstance(ids, str):
+        raise ValueError(f"ids is the str {ids!r}, but the inputs are a list. Pass a list of ids, one for each input.")
+    if isinstance(metadata, Mapping):
+        raise ValueError("metadata is one dict, but the inputs are a list. Pass a list of dicts, one for each input.")
 
 
 def with_ids_and_metadata(
     inputs: Any, ids: Iterable[Any] | None, metadata: Iterable[Metadata] | Metadata | None
 ) -> Iterator[tuple[Any, str, str]]:
-    """Inputs, each with its id and its metadata as it is stored; one input, id and dict need not be lists.
+    """Join inputs with their ids and metadata.
+
+    Args:
+        inputs: One input, or any number of them.
+        ids: One for each input; for one input, an id or a list of one. By default :func:`default_id`.
+        metadata: As ``ids``. By default :func:`default_metadata`.
+
+    Yields:
+        An input, its id, and its metadata in the form in which it is stored.
 
     Raises:
         ValueError: If there are more of one than of another, or metadata cannot be stored.
@@ -60,17 +82,55 @@ def with_ids_and_metadata(
     if isinstance(inputs, ONE_INPUT):
         inputs, ids = [inputs], [ids] if isinstance(ids, str) else ids
         metadata = [metadata] if isinstance(metadata, Mapping) else metadata
-    columns = [column for column in (inputs, ids, metadata) if column is not None]
-    for place, row in enumerate(zip_longest(*columns, fillvalue=_NONE_LEFT)):
-        if any(value is _NONE_LEFT for value in row):
-            raise ValueError(f"Inputs, ids and metadata are not equally many: at place {place} some have ended.")
+    if not isinstance(inputs, Iterable) or isinstance(inputs, bytes):
+        raise ValueError(
+            f"inputs is a {type(inputs).__name__}, but an input (str, pathlib.Path, PIL image, dict) or a list of "
+            "inputs is needed."
+        )
+    one_each(ids, metadata)
+    columns = [inputs, *(column for column in (ids, metadata) if column is not None)]
+    for index, row in enumerate(zip_longest(*columns, fillvalue=_MISSING)):
+        if any(value is _MISSING for value in row):
+            raise ValueError(
+                f"Inputs, ids and metadata are not equally many: one of them ends at index {index}. Pass one id and "
+                "one dict for each input."
+            )
         value, *rest = row
-        id_ = own_name(value) if ids is None else str(rest[0])
-        yield value, id_, as_json(described(value) if metadata is None else rest[-1])
+        id_ = default_id(value) if ids is None else str(rest[0])
+        yield value, id_, as_json(default_metadata(value) if metadata is None else rest[-1])
 
 
-def described(value: Any) -> dict[str, Any]:
-    """Metadata: the path or the text."""
+class WaitingInputs:
+    """Inputs with their numbers, for an encoder. Ids and metadata wait here for the embeddings.
+
+    Args:
+        entries: From :func:`with_ids_and_metadata`.
+        require_new: Raises an error if the index has an id already: it is asked before the input is embedded.
+    """
+
+    def __init__(self, entries: Iterable[tuple[Any, str, str]], require_new: Callable[[str], None]) -> None:
+        self._entries, self._require_new = entries, require_new
+        self._records: dict[int, tuple[str, str]] = {}
+        self._ids: set[str] = set()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, (value, id_, metadata) in enumerate(self._entries):
+            if id_ in self._ids:
+                raise ValueError(f"The id {id_!r} was given twice. Each input needs an id of its own.")
+            self._require_new(id_)
+            self._records[number] = id_, metadata
+            self._ids.add(id_)
+            yield number, value
+
+    def take(self, numbers: Iterable[int]) -> list[tuple[str, str]]:
+        """Remove entries by the numbers of their inputs; returns their ids and metadata."""
+        records = [self._records.pop(number) for number in numbers]
+        self._ids -= {id_ for id_, _ in records}
+        return records
+
+
+def default_metadata(value: Any) -> dict[str, Any]:
+    """The metadata of an input without any: its path and its text."""
     if isinstance(value, Path):
         return {"path": str(value)}
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What an index knows of its rows beside their embeddings: an id and metadata each, in a small database."""
+"""Ids and metadata of an index's rows, in a small database."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 _SCHEMA = "CREATE TABLE records (row INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, metadata TEXT NOT NULL)"
-_AT_ONCE = 500  # values in one statement
+_AT_ONCE = 500  # values of one statement
 
 
 class IndexRecords:
     """Ids and metadata by row number. A row without a record was deleted.
 
-    In memory; a saved file is read where it lies, and copied into memory when something is to change.
+    Args:
+        path: A saved file. It is read where it lies, and copied into memory before the first change. Without one, the
+            database is empty and in memory.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -51,14 +56,43 @@ class IndexRecords:
             database.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
         self._count += len(ids)
 
+    def require_new(self, ids: Sequence[str]) -> None:
+        """Check ids before they are added.
+
+        Raises:
+            ValueError: If two are the same, one is in the database already, or one is not Unicode.
+        """
+        try:
+            "".join(ids).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"An id holds half a character, {error.object[error.start]!r}, and cannot be stored. "
+                "Clean it with id.encode(errors='ignore').decode()."
+            ) from error
+        if len(set(ids)) < len(ids):
+            twice = next(id_ for id_ in ids if ids.count(id_) > 1)
+            raise ValueError(f"The id {twice!r} was given twice. Each embedding needs an id of its own.")
+        if known := list(self.rows_of(ids)):
+            raise ValueError(f"Ids are in the index already: {known[:5]}. Delete them first, or choose other ids.")
+
     def rows_of(self, ids: Iterable[str]) -> dict[str, int]:
-        """Rows of those ids that are there."""
+        """Rows by id. Ids that are not in the database are left out."""
         return {id_: row for row, id_ in self._select("SELECT row, id FROM records WHERE id IN ({})", list(ids))}
 
     def get(self, rows: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        """Ids and metadata of those rows that were not deleted."""
-        found = self._select("SELECT row, id, metadata FROM records WHERE row IN ({})", list(rows))
-        return {row: (id_, json.loads(metadata)) for row, id_, metadata in found}
+        """Ids and metadata by row. Deleted rows are left out."""
+        entries = self._select("SELECT row, id, metadata FROM records WHERE row IN ({})", list(rows))
+        return {row: (id_, json.loads(metadata)) for row, id_, metadata in entries}
+
+    def metadata(self, id_: str) -> dict[str, Any]:
+        """The metadata of an id.
+
+        Raises:
+            KeyError: If the database has no such id.
+        """
+        for _, metadata in self.get(self.rows_of([id_]).values()).values():
+            return metadata
+        raise KeyError(f"There is no id {id_!r} in the index.")
 
     def _select(self, query: str, values: list[Any]) -> Iterable[Any]:
         for start in range(0, len(values), _AT_ONCE):
@@ -67,27 +101,28 @@ class IndexRecords:
 
     def remove(self, rows: Iterable[int]) -> None:
         """Delete records."""
-        gone = [(row,) for row in rows]
+        deleted = [(row,) for row in rows]
         with self._writable() as database:
             database.execute("PRAGMA secure_delete = ON")
-            database.executemany("DELETE FROM records WHERE row = ?", gone)
-        self._count -= len(gone)
+            database.executemany("DELETE FROM records WHERE row = ?", deleted)
+        self._count -= len(deleted)
 
     def ids(self) -> list[str]:
         """All ids, in the order of their rows."""
         return [id_ for (id_,) in self._database.execute("SELECT id FROM records ORDER BY row")]
 
-    def rows(self) -> list[int]:
-        """All rows that were not deleted, in order."""
-        return [row for (row,) in self._database.execute("SELECT row FROM records ORDER BY row")]
+    def rows(self) -> NDArray[np.int64]:
+        """All rows that were not deleted, in order: ``(len(self),)``."""
+        rows = self._database.execute("SELECT row FROM records ORDER BY row")
+        return np.fromiter((row for (row,) in rows), np.int64, len(self))
 
     def renumber(self) -> None:
         """Number the rows from 0 on, in order."""
         with self._writable() as database:
-            whole = database.execute("SELECT id, metadata FROM records ORDER BY row").fetchall()
+            records = database.execute("SELECT id, metadata FROM records ORDER BY row").fetchall()
             database.execute("DELETE FROM records")
             database.executemany(
-                "INSERT INTO records VALUES (?, ?, ?)", ((row, *values) for row, values in enumerate(whole))
+                "INSERT INTO records VALUES (?, ?, ?)", ((row, *record) for row, record in enumerate(records))
             )
 
     def save(self, path: Path) -> None:

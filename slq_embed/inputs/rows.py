@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,13 @@ class Skipped:
     name: str
     reason: str
     index: int | None = None
+
+
+def report(skipped: Sequence[Skipped]) -> str:
+    """One line that names every skipped input, with the reason."""
+    if not skipped:
+        return "nothing was skipped"
+    return f"{len(skipped)} skipped: " + "; ".join(f"{row.name} ({row.reason})" for row in skipped)
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ class SymmetricInfoNCELoss(nn.Module):
     """Cross-entropy over the batch, from the first column to the second and back.
 
     ``loss = (CE(S / tau) + CE(S.T / tau)) / 2`` with cosine similarities ``S``. The parameter is ``log(tau)``: at
-    the learning rates that suit latent queries (2e-2), ``tau`` itself would cross its whole range in a few steps.
-    It lives in the model, so that checkpoints carry it.
+    the learning rates of latent queries (2e-2), ``tau`` itself would cross its whole range in a few steps.
+    The parameter is part of the model, and so of its checkpoints.
 
     Args:
         model: The encoder to train.
-        temperature: Initial temperature; without one, the temperature the model was trained with, else 0.07.
+        temperature: Initial temperature; by default the temperature that the model was trained with, else 0.07.
         min_temperature: The temperature is clamped from below, which bounds the logits by its inverse.
-        max_temperature: And from above.
+        max_temperature: The temperature is clamped from above, too.
         gather_across_devices: Whether all processes share their negatives.
 
     Raises:
-        ValueError: If the temperature is outside of its bounds, or a batch does not have two columns.
+        ValueError: If the bounds are not ``0 < min <= max``, or the temperature is outside of them.
 
     Source:
         arXiv:2604.13710, initial temperature 0.07; the logarithm as in CLIP, arXiv:2103.00020, section 2.3.
@@ -46,13 +46,21 @@ class SymmetricInfoNCELoss(nn.Module):
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 < min_temperature <= max_temperature:
+            raise ValueError(
+                f"The temperature is bounded by {min_temperature} and {max_temperature}, but 0 < min_temperature <= "
+                "max_temperature is needed."
+            )
         learned = model.temperature
         if temperature is None and learned is not None:
-            start = math.log(learned)  # not checked: learned at a bound, rounding may put it outside; forward clamps it
+            start = math.log(learned)  # not checked: at a bound, rounding may put it outside; forward clamps it
         else:
             initial = INITIAL_TEMPERATURE if temperature is None else temperature
             if not min_temperature <= initial <= max_temperature:
-                raise ValueError(f"temperature is {initial}, but {min_temperature} to {max_temperature} is needed.")
+                raise ValueError(
+                    f"temperature is {initial}, but a value from {min_temperature} to {max_temperature} is needed. Pass "
+                    "another one, or other bounds: min_temperature=..., max_temperature=..."
+                )
             start = math.log(initial)
         self.model = model
         self._log_temperature = (model.transformer.require_log_temperature(start),)  # the model owns it
@@ -63,7 +71,7 @@ class SymmetricInfoNCELoss(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """The temperature in force."""
+        """The present temperature."""
         return math.exp(float(self._log_temperature[0].detach()))
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -71,18 +79,24 @@ class SymmetricInfoNCELoss(nn.Module):
 
         Args:
             sentence_features: Features of two columns, such as image and text.
-            labels: ``(batch,)``; where given, two rows with the same label (captions of one image) are not each
-                other's negatives.
+            labels: ``(batch,)``. Two rows with the same label (captions of one image) are not each other's negatives.
+                Without labels, all other rows are negatives.
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: If the batch does not have two columns.
         """
         with torch.no_grad():
-            # The value is clamped and not its gradient, which would be lost at a bound for good.
+            # Clamp the value, outside of autograd: a clamp inside has no gradient at a bound, and would stay there.
             self._log_temperature[0].clamp_(*map(math.log, self.bounds))
         outputs = [self.model(features) for features in sentence_features]
         if len(outputs) != 2:
-            raise ValueError(f"The loss compares two columns, but the batch has {len(outputs)}.")
+            raise ValueError(
+                f"The loss compares two columns, but the batch has {len(outputs)}. Leave two columns in the dataset, or "
+                "use a loss of Sentence Transformers."
+            )
         first, second = (nn.functional.normalize(output["sentence_embedding"], dim=-1) for output in outputs)
         temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
         return symmetric_info_nce(first, second, temperature, labels, self.gather_across_devices)
@@ -110,7 +124,7 @@ def symmetric_info_nce(
         first: ``(batch, H)``.
         second: ``(batch, H)``; row ``i`` belongs to row ``i`` of ``first``.
         temperature: A positive scalar.
-        labels: ``(batch,)`` or None; off-diagonal pairs with equal labels are left out.
+        labels: ``(batch,)`` or None. Pairs of two rows with equal labels are left out.
         gather: Whether to compare with the rows of all processes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What keeping prefixes would take and save, measured on a sample before the run."""
+"""An estimate before training: the bytes that kept prefixes take, and the time that they save."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Option:
 
     Args:
         level: What is kept; ``None`` for nothing.
-        nbytes: What all prefixes would take, in bytes.
-        kept: Share of the prefixes that fits the budget.
+        nbytes: Bytes of all prefixes.
+        kept: Share of the prefixes that fits into the budget.
         first: Seconds of the first epoch.
-        later: Seconds of each later one.
+        later: Seconds of each later epoch.
     """
 
     level: Level | None
@@ -40,20 +40,20 @@ class Option:
     later: float
 
     def seconds(self, epochs: int) -> float:
-        """Of a run."""
+        """Seconds of a run of so many epochs."""
         return self.first + (epochs - 1) * self.later
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was measured, and the choice; its ``str`` says both.
+    """The ways to keep prefixes with their times, and the choice; its ``str`` is a table.
 
     Args:
-        options: Keeping nothing first.
-        epochs: Of the run.
-        folder: Where prefixes would be kept; ``None`` for memory.
-        budget: Most bytes.
-        precision: Of what is kept.
+        options: The ways; the first keeps nothing.
+        epochs: Epochs of the run.
+        folder: The folder of the store; ``None`` for memory.
+        budget: The most bytes to keep.
+        precision: The precision of the store.
     """
 
     options: tuple[Option, ...]
@@ -69,19 +69,19 @@ class Plan:
 
     @property
     def speedup(self) -> float:
-        """Time without a store over time with the chosen one."""
+        """Time without a store, divided by the time with the chosen one."""
         return self.options[0].seconds(self.epochs) / self.choice.seconds(self.epochs)
 
     def store(self) -> PrefixStore | None:
-        """The chosen store, for ``model.prefix_store``; ``None`` if keeping nothing is fastest."""
+        """A store of the chosen level, for ``model.prefix_store``; ``None`` if no store is fastest."""
         if (level := self.choice.level) is None:
             return None
         return PrefixStore(self.folder, budget=self.budget, level=level, precision=self.precision)
 
     def __str__(self) -> str:
         chosen = self.choice
-        taken = f"{chosen.nbytes * chosen.kept / 1e9:.3g} GB" if chosen.level else "no store"
-        lines = [f"{self.epochs} epochs: {taken}, {self.speedup:.1f}x faster"]
+        size = f"{chosen.nbytes * chosen.kept / 1e9:.3g} GB" if chosen.level else "no store"
+        lines = [f"{self.epochs} epochs: {size}, {self.speedup:.1f}x faster"]
         for option in self.options:
             mark = "->" if option is chosen else "  "
             lines.append(
@@ -107,19 +107,29 @@ def plan_prefixes(
     """Estimate bytes and seconds of a training run with and without a prefix store, and choose.
 
     Args:
-        model: The encoder; its store, if it has one, is left alone.
-        dataset: What it will be trained on: rows with an image, a text or both in each column. With a ``label``
-            column, rows of one label are taken to have the same image.
-        epochs: Of the run.
+        model: The encoder. Its own store, if it has one, does not change.
+        dataset: The training set: rows with an image, a text or both in each column. Rows of one ``label`` count as rows
+            with the same image.
+        epochs: Epochs of the run.
         folder: As for :class:`PrefixStore`.
         budget: As for :class:`PrefixStore`.
         precision: As for :class:`PrefixStore`.
-        levels: What may be chosen; by default every level that the backbone and transformers' version allow.
-        sample: Rows that are measured, a batch.
+        levels: The levels to choose from; by default all that the backbone and the version of transformers allow.
+        sample: Number of rows to measure, as one batch.
 
     Returns:
-        The plan: print it, and give ``model.prefix_store`` its :meth:`Plan.store`.
+        The plan. Print it, and set ``model.prefix_store = plan.store()``.
+
+    Raises:
+        ValueError: If ``epochs`` or ``sample`` is below 1, or the dataset is streamed or empty.
     """
+    for name, number in (("epochs", epochs), ("sample", sample)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, but at least 1 is needed.")
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        raise ValueError(
+            "The dataset is streamed or empty, but the estimate needs its number of rows. Load it without streaming."
+        )
     decoder = decoder_of(model.backbone)
     if levels is None:
         levels = [level for level in get_args(Level) if level != "vision" or takes_vision_features(decoder)]
@@ -131,7 +141,7 @@ def plan_prefixes(
     if "label" in dataset.column_names:
         different = np.unique(dataset["label"], return_index=True)[1]
     spread = np.linspace(0, len(different) - 1, min(sample, len(different))).astype(int)
-    chosen = [dataset[int(place)] for place in different[spread]]
+    chosen = [dataset[int(index)] for index in different[spread]]
     batches = {name: [row[name] for row in chosen] for name in columns}
     distinct = {name: _distinct(dataset, name) for name in columns}
     before = model.prefix_store
@@ -147,9 +157,9 @@ def plan_prefixes(
                 sizes: dict[str, float] = {}
                 computed: dict[str, float] = {}
                 for name, batch in batches.items():
-                    taken = store.nbytes
+                    bytes_before = store.nbytes
                     computed |= _pass(model, {name: batch}, store)
-                    sizes[name] = (store.nbytes - taken) / len(chosen)
+                    sizes[name] = (store.nbytes - bytes_before) / len(chosen)
                 read = _pass(model, batches, store)
                 store.close()
             nbytes = int(sum(sizes[name] * distinct[name] for name in columns))
@@ -163,21 +173,22 @@ def plan_prefixes(
 
 
 def _pass(model: SLQEncoder, batches: Mapping[str, Sequence[Any]], store: PrefixStore | None) -> dict[str, float]:
-    """Seconds a row of a training step on each column, preprocessing included."""
+    """Seconds for a row of each column in a training step, preprocessing included."""
     model.prefix_store = store
     was_training, gradient = model.training, model.queries.grad
+    model.queries.grad = None  # backward would add to the gradient that is kept
     model.train()
-    taken = {}
+    seconds = {}
     for name, batch in batches.items():
         started = time.perf_counter()
         features = batch_to_device(model.preprocess(batch), model.device)
         model(features)["sentence_embedding"].sum().backward()
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        taken[name] = (time.perf_counter() - started) / len(batch)
+        seconds[name] = (time.perf_counter() - started) / len(batch)
     model.queries.grad = gradient
     model.train(was_training)
-    return taken
+    return seconds
 
 
 def _distinct(dataset: Any, column: str) -> int:

@@ -1,8 +1,9 @@
-"""Many query sets trained in one pass over the same prefixes."""
+"""Several query sets, trained together on the same batches and prefixes."""
 
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +29,10 @@ class Variant:
     """A query set of a sweep.
 
     Args:
-        settings: What was asked for.
-        encoder: The trained encoder; all of a sweep share one backbone.
+        settings: The settings, as :func:`sweep` got them.
+        encoder: The trained encoder. All variants share one backbone.
         loss: Mean training loss over the last tenth of the steps.
-        metrics: What the evaluator found.
+        metrics: The evaluator's results.
     """
 
     settings: dict[str, Any]
@@ -45,9 +46,9 @@ class Sweep:
     """The result of :func:`sweep`; its ``str`` is a table.
 
     Args:
-        variants: In the order of the settings.
-        primary_metric: The evaluator's, if there was one.
-        greater_is_better: Whether that is to be large.
+        variants: The trained variants, in the order of the settings.
+        primary_metric: The evaluator's primary metric; ``None`` without an evaluator.
+        greater_is_better: Whether a larger value of that metric is better.
     """
 
     variants: list[Variant]
@@ -56,7 +57,10 @@ class Sweep:
 
     @property
     def best(self) -> Variant:
-        """By the evaluator's primary metric, else by the training loss (comparable at one temperature only)."""
+        """The best variant by the primary metric, else by the training loss.
+
+        Training losses can be compared only between variants of one temperature.
+        """
         if self.primary_metric is None:
             return min(self.variants, key=lambda variant: variant.loss)
         sign = 1 if self.greater_is_better else -1
@@ -92,13 +96,13 @@ class _EveryLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
         self.source.memory.clear()
-        found = [loss([dict(features) for features in columns], labels) for loss in self.losses]
-        self.history.append(torch.stack([loss.detach() for loss in found]).tolist())
-        return torch.stack(found).sum()
+        values = torch.stack([loss([dict(features) for features in columns], labels) for loss in self.losses])
+        self.history.append(values.detach().tolist())
+        return values.sum()
 
 
 class _ClipEach(TrainerCallback):
-    """The host clips the gradients of its own model: here each variant's, as if it were trained alone."""
+    """Clips each variant's gradients, as if it were trained alone. The host clips those of its own model only."""
 
     def __init__(self, losses: Sequence[nn.Module]) -> None:
         self.losses = losses
@@ -122,14 +126,14 @@ def sweep(
     """Train several query sets on the same batches, each as if it were trained alone.
 
     Args:
-        model: Gives backbone, instructions and image processing, and a prefix store if it has one; its own queries
-            stay as they are.
-        args: For the host's trainer. Nothing is saved on the way.
+        model: The encoder whose backbone, instructions, image processing and prefix store are used. Its own queries do
+            not change.
+        args: For the host's trainer. Nothing is saved or evaluated before the end.
         train_dataset: For the host's trainer.
-        variants: For each query set ``num_queries``, ``seed``, ``init``, ``pooling`` as in
+        variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling`` as in
             :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them), ``learning_rate``, and
             arguments of ``loss``, such as ``temperature``.
-        loss: Makes a loss of an encoder and what is left of the settings.
+        loss: The class of the loss, or a function: it gets the encoder and the rest of the settings.
         evaluator: Measures every variant at the end.
         **trainer: For the host's trainer.
 
@@ -137,18 +141,24 @@ def sweep(
         The trained variants; print it for a table.
 
     Raises:
-        ValueError: If there is no variant, or several processes train.
+        ValueError: If there is no variant, a variant is no dict, or several processes train.
+        TypeError: If the loss has no argument of a setting's name.
     """
-    made = [Variant(dict(settings), _encoder(model, settings)) for settings in variants]
-    if not made:
+    all_settings = [variants] if isinstance(variants, Mapping) else list(variants)
+    if isinstance(variants, Mapping) or not all(isinstance(settings, Mapping) for settings in all_settings):
+        raise ValueError(
+            f"variants is {reprlib.repr(variants)}, but a list of dicts is needed, such as [{{'num_queries': 20}}]."
+        )
+    if not all_settings:
         raise ValueError("A sweep needs at least one variant, such as {'num_queries': 20}.")
     if args.world_size > 1:
         raise ValueError(
             f"A sweep trains in one process, but there are {args.world_size}. Start it without a launcher."
         )
-    losses = [loss(variant.encoder, **_loss_settings(variant.settings)) for variant in made]
+    trained = [Variant(dict(settings), _encoder(model, settings)) for settings in all_settings]
+    losses = [_loss(loss, variant) for variant in trained]
     every = _EveryLoss(model, losses)
-    rates = {rf"^losses\.{n}\.": variant.settings.get("learning_rate") for n, variant in enumerate(made)}
+    rates = {rf"^losses\.{n}\.": variant.settings.get("learning_rate") for n, variant in enumerate(trained)}
     args = dataclasses.replace(
         args,
         save_strategy="no",
@@ -160,18 +170,18 @@ def sweep(
     try:
         host = SentenceTransformerTrainer(model, args, train_dataset=train_dataset, loss=every, **trainer)
         host.add_callback(_ClipEach(losses))
-        for variant in made:  # the host does this to its own model
+        for variant in trained:  # the host does this to its own model
             variant.encoder.forward = host.accelerator.autocast()(variant.encoder.forward)
         host.train()
     finally:
-        for variant in made:
+        for variant in trained:
             variant.encoder.__dict__.pop("forward", None)
         source.shared = False
         source.memory.clear()
     last = every.history[-max(1, len(every.history) // 10) :]
-    for number, variant in enumerate(made):
+    for number, variant in enumerate(trained):
         variant.loss = sum(step[number] for step in last) / len(last)
-    result = Sweep(made)
+    result = Sweep(trained)
     if evaluator is not None:
         _evaluate(model, result, evaluator)
     return result
@@ -183,18 +193,26 @@ def _encoder(model: SLQEncoder, settings: Settings) -> SLQEncoder:
     return encoder
 
 
-def _loss_settings(settings: Settings) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in _QUERY_SETTINGS | {"learning_rate"}}
+def _loss(loss: LossOf, variant: Variant) -> nn.Module:
+    known = _QUERY_SETTINGS | {"learning_rate"}
+    arguments = {key: value for key, value in variant.settings.items() if key not in known}
+    try:
+        return loss(variant.encoder, **arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"The variant {variant.settings} does not fit: {error}. A setting is one of {', '.join(sorted(known))}, or "
+            "an argument of the loss."
+        ) from error
 
 
 def _evaluate(model: SLQEncoder, result: Sweep, evaluator: BaseEvaluator) -> None:
     before = model.prefix_store
     if before is None:
-        model.prefix_store = PrefixStore()  # what the first variant computes, the others read
+        model.prefix_store = PrefixStore()  # the first variant computes the prefixes, the others read them
     try:
         for variant in result.variants:
-            found = evaluator(variant.encoder)
-            variant.metrics = found if isinstance(found, dict) else {"score": float(found)}
+            metrics = evaluator(variant.encoder)
+            variant.metrics = metrics if isinstance(metrics, dict) else {"score": float(metrics)}
     finally:
         model.prefix_store = before
     metrics = result.variants[0].metrics

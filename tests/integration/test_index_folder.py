@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faiss
 import pytest
 
 from slq_embed.index import EmbeddingIndex, Hit
@@ -30,6 +33,29 @@ def test_a_mapped_index_can_change_and_be_saved_in_place(tmp_path):
     index.save(tmp_path)
     assert len(list(tmp_path.glob("v-*"))) == 1
     assert len(EmbeddingIndex.load(tmp_path)) == 1000
+
+
+def test_the_format_stays(tmp_path):
+    """What an earlier version saved is read by these names, and what is saved now by an earlier version."""
+    filled("IVF16,Flat", "nprobe=4", count=500).save(tmp_path)
+    about = json.loads((tmp_path / "index.json").read_text())
+    (files,) = tmp_path.glob("v-*")
+    assert about == {
+        "format_version": 1,
+        "version": files.name,
+        "factory": "IVF16,Flat",
+        "built": False,
+        "search_parameters": "nprobe=4",
+        "dimension": 32,
+        "model": None,
+        "model_name": None,
+    }
+    assert sorted(file.name for file in files.iterdir()) == ["embeddings.faiss", "records.sqlite"]
+    with sqlite3.connect(files / "records.sqlite") as database:
+        assert database.execute("SELECT row, id, metadata FROM records WHERE row = 7").fetchall() == [
+            (7, "n7", '{"n": 7}')
+        ]
+    assert type(faiss.read_index(str(files / "embeddings.faiss"))).__name__ == "IndexFlatIP"
 
 
 def test_an_index_that_was_saved_anew_from_elsewhere_is_searched_but_not_changed(tmp_path, monkeypatch):
@@ -120,7 +146,7 @@ def test_a_killed_save_leaves_the_index_whole(tmp_path):
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
         index = EmbeddingIndex.load(tmp_path)
-        assert len(index) == index._index.ntotal >= count
+        assert len(index) == len(index._table.vectors) >= count
         count = len(index)
         assert count % 50 == 0
         assert index.search_embeddings(vectors(500)[:1], 1)[0][0].id == "n0"

@@ -45,8 +45,8 @@ def test_answers_are_those_of_the_untouched_model(checkpoint, images, kind):
             ["a heart\n", images[1], images[0], "a star\nwhat is it?"],
         ),
     ):
-        said = answer(model, "what is it?", retrieved, max_new_tokens=12, do_sample=False)
-        assert said == untouched.said(content)
+        text = answer(model, "what is it?", retrieved, max_new_tokens=12, do_sample=False)
+        assert text == untouched.said(content)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -62,8 +62,8 @@ def test_embedding_reranking_and_training_leave_generation_bit_identical(
     scores = reranker.predict(pairs)
 
     def check() -> None:
-        for inputs, wanted in zip(asked, expected, strict=True):
-            assert all(map(torch.equal, generated(model.backbone, inputs), wanted))
+        for inputs, outputs in zip(asked, expected, strict=True):
+            assert all(map(torch.equal, generated(model.backbone, inputs), outputs))
             assert np.array_equal(reranker.predict(pairs), scores)
 
     check()
@@ -84,7 +84,7 @@ def parameters_alive() -> int:
 
 
 def test_there_is_one_copy_of_the_weights(encoder, pairs, images):
-    places = [weight.data_ptr() for weight in encoder.backbone.parameters()]
+    addresses = [weight.data_ptr() for weight in encoder.backbone.parameters()]
     before = parameters_alive()
     reranker = rerankable(encoder)
     reranker.predict(pairs)
@@ -93,7 +93,7 @@ def test_there_is_one_copy_of_the_weights(encoder, pairs, images):
     assert not list(reranker.parameters()) + list(reranker.buffers()) + list(reranker.state_dict())
     reranker.half()
     reranker.to("meta")
-    assert [weight.data_ptr() for weight in encoder.backbone.parameters()] == places
+    assert [weight.data_ptr() for weight in encoder.backbone.parameters()] == addresses
     assert encoder.backbone.dtype == torch.float32
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.backbone.modules())
 
@@ -158,11 +158,11 @@ def test_threads_embed_rerank_and_answer_at_once(encoder, mixed, pairs, images):
             assert not wait(running, timeout=1).done
         running += [pool.submit(job) for job in jobs * 3]
         for number, job in enumerate(running):
-            wanted = expected[number % len(jobs)]
-            if isinstance(wanted, str):
-                assert job.result() == wanted
+            result = expected[number % len(jobs)]
+            if isinstance(result, str):
+                assert job.result() == result
             else:
-                assert np.abs(job.result() - wanted).max() < 1e-5
+                assert np.abs(job.result() - result).max() < 1e-5
 
 
 def test_the_embedded_model_retrieves_reranks_and_answers():
@@ -177,12 +177,12 @@ def test_the_embedded_model_retrieves_reranks_and_answers():
     for scene in scenes[:8]:
         thing = scene.first
         query = f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.shape}"
-        found = model.similarity(model.encode(query), embeddings)[0].topk(10).indices.tolist()
-        ranked = [found[row["corpus_id"]] for row in reranker.rank(query, [images[n] for n in found])]
+        nearest = model.similarity(model.encode(query), embeddings)[0].topk(10).indices.tolist()
+        ranked = [nearest[row["corpus_id"]] for row in reranker.rank(query, [images[n] for n in nearest])]
         relevant = [thing in (other.first, other.second) for other in scenes]
-        before += sum(relevant[n] for n in found[:3]) / 24
+        before += sum(relevant[n] for n in nearest[:3]) / 24
         after += sum(relevant[n] for n in ranked[:3]) / 24
-        said = answer(model, "describe the image.", images[ranked[0]], processor=processor, do_sample=False)
-        described += said == caption(scenes[ranked[0]])
+        text = answer(model, "describe the image.", images[ranked[0]], processor=processor, do_sample=False)
+        described += text == caption(scenes[ranked[0]])
     assert after > before + 0.1, (before, after)
     assert described >= 7

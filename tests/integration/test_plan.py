@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from slq_embed import PrefixStore
 from slq_embed.data import from_records
@@ -68,3 +69,24 @@ def test_a_small_budget_keeps_its_share(encoder):
     )
     assert half.options[1].kept == pytest.approx(0.5, abs=0.01)
     assert half.options[1].later > 0
+
+
+def test_a_gradient_that_is_there_stays(encoder):
+    encoder.queries.grad = torch.ones_like(encoder.queries)
+    plan_prefixes(encoder, toy_pairs(4).dataset, epochs=2, levels=["keys_values"], sample=2)
+    assert torch.equal(encoder.queries.grad, torch.ones_like(encoder.queries))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"epochs": 0}, "epochs is 0"), ({"epochs": 2, "sample": 0}, "sample is 0")]
+)
+def test_numbers_below_one_are_refused(encoder, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_prefixes(encoder, toy_pairs(4).dataset, **options)
+
+
+def test_a_streamed_or_empty_dataset_is_refused(encoder):
+    dataset = toy_pairs(4).dataset
+    for refused in (dataset.to_iterable_dataset(), dataset.select([])):
+        with pytest.raises(ValueError, match="streamed or empty"):
+            plan_prefixes(encoder, refused, epochs=2)

@@ -77,7 +77,7 @@ def test_images_are_read_as_for_embedding_and_texts_are_cut_alike(checkpoint, im
     own = AutoProcessor.from_pretrained(checkpoint())
     own.tokenizer.padding_side = "right"
     features = rerankable(model, processor=own).preprocess([("x", images[1]), ("x", "y")])
-    assert len(features["pixel_values"]) > len(read["pixel_values"]), "a processor that is given decides itself"
+    assert len(features["pixel_values"]) > len(read["pixel_values"]), "the processor of the caller decides"
     assert features["attention_mask"][:, -1].all()
     assert own.tokenizer.padding_side == "right"
 
@@ -99,6 +99,6 @@ def test_bad_input_is_named(encoder, images, tmp_path):
     with pytest.raises(ValueError, match="both 'a'"):
         build_reranker(encoder, true_token="a", false_token="a")
     for wrong in ("{query}", "{document}{query}{query}"):
-        with pytest.raises(ValueError, match=r"it must hold \{(document|query)\} once"):
+        with pytest.raises(ValueError, match=r"holds \{(document|query)\} (0|2) times, but it must hold it once"):
             rerankable(encoder, instruction=wrong)
     assert RERANK_INSTRUCTION.count("{query}") == 1

@@ -45,16 +45,16 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
     assert (encoder.prefix_store is not None) == stored
     # Without a store, each of the six steps runs its eight rows once for all three; the evaluation, 16 rows once.
     assert rows == {"run_prefix": 16 if stored else 6 * 8 + 16}
-    for given, variant in zip(VARIANTS, result.variants, strict=True):
+    for settings_of, variant in zip(VARIANTS, result.variants, strict=True):
         alone = SLQEncoder.from_backbone(
             encoder.backbone,
             backbone_name=encoder.slq_config.backbone,
-            num_queries=given["num_queries"],
-            seed=given["seed"],
-            pooling=given.get("pooling", "mean"),
+            num_queries=settings_of["num_queries"],
+            seed=settings_of["seed"],
+            pooling=settings_of.get("pooling", "mean"),
         )
-        loss = SymmetricInfoNCELoss(alone, given.get("temperature"))
-        own = {**settings, "learning_rate": given.get("learning_rate", 0.01)}
+        loss = SymmetricInfoNCELoss(alone, settings_of.get("temperature"))
+        own = {**settings, "learning_rate": settings_of.get("learning_rate", 0.01)}
         trainer = toy_train(alone, pairs, tmp_path, loss=loss, **own)
         assert (variant.encoder.queries - alone.queries).abs().max() < 1e-5
         assert variant.encoder.temperature == pytest.approx(alone.temperature, rel=1e-5)
@@ -92,6 +92,17 @@ def test_a_sweep_of_nothing_is_refused(encoder, tmp_path):
         sweep(encoder, arguments(tmp_path), toy_pairs().dataset, [])
 
 
+@pytest.mark.parametrize("variants", [{"num_queries": 4}, [4, 8]])
+def test_variants_that_are_no_dicts_are_refused(encoder, tmp_path, variants):
+    with pytest.raises(ValueError, match=r"variants is .*, but a list of dicts is needed"):
+        sweep(encoder, arguments(tmp_path), toy_pairs().dataset, variants)
+
+
+def test_a_setting_that_nothing_takes_is_named(encoder, tmp_path):
+    with pytest.raises(TypeError, match=r"The variant \{'lr': 0.1\} does not fit: .*'lr'.* one of init, learning_rate"):
+        sweep(encoder, arguments(tmp_path), toy_pairs().dataset, [{"lr": 0.1}])
+
+
 def test_other_queries_read_their_inputs_alike(checkpoint, images, tmp_path):
     first = SLQEncoder.from_backbone(
         checkpoint(), num_queries=4, seed=0, max_pixels=1024, instructions={"text": "Say {text}."}, device="cpu"
@@ -100,7 +111,7 @@ def test_other_queries_read_their_inputs_alike(checkpoint, images, tmp_path):
     for model in (first, SLQEncoder(str(tmp_path / "first"))):
         other = model.with_queries(6, seed=5)
         assert other.backbone is model.backbone
-        found = model.encode([images[0], "x"], query_sets={"other": other})["other"]
-        assert abs(found - other.encode([images[0], "x"])).max() < 1e-6
+        results = model.encode([images[0], "x"], query_sets={"other": other})["other"]
+        assert abs(results - other.encode([images[0], "x"])).max() < 1e-6
         other.save_pretrained(str(tmp_path / "other"))
-        assert abs(found - SLQEncoder(str(tmp_path / "other")).encode([images[0], "x"])).max() < 1e-6
+        assert abs(results - SLQEncoder(str(tmp_path / "other")).encode([images[0], "x"])).max() < 1e-6

@@ -67,6 +67,64 @@ def test_no_good_record_is_an_error(folder):
         from_folder(folder)
 
 
+def test_a_csv_file_may_begin_with_a_mark_and_a_caption_may_hold_a_line_separator(folder):
+    """Excel writes the one. JSON allows the other, at which str.splitlines would split."""
+    (folder / "captions.csv").write_text("image,text\na.png,one\n", "utf-8-sig")
+    assert from_folder(folder).dataset["text"][:] == ["one"]
+    line = json.dumps({"image": "a.png", "text": "one\u2028two"}, ensure_ascii=False)
+    (folder / "captions.jsonl").write_text(line + "\n", "utf8")
+    assert from_folder(folder).dataset["text"][:] == ["one\u2028two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"image": "a.png", "text": "one"}\n{"image": ', {}, "is not JSON in line 2"),
+        ('["a.png", "one"]', {}, "has a list in line 1, but each line must be an object"),
+        ('{"picture": "a.png"}', {}, "without 'image' or 'file_name'"),
+        (
+            '{"image": "a.png", "text": "one", "split": "train"}',
+            {"split": "tset"},
+            "no rows of the split 'tset'.*: train",
+        ),
+        ('{"image": "a.png", "text": "one"}', {"limit": 0}, "limit is 0, but at least 1"),
+        ('{"image": "a.png", "text": 5}', {}, "caption 0 is a int, but a str is needed"),
+        ('{"image": "a.png"}', {}, r"a\.png \(no caption\)"),
+    ],
+)
+def test_a_caption_file_that_does_not_fit_is_named(folder, content, options, message):
+    (folder / "captions.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        from_folder(folder, **options)
+
+
+def test_a_caption_file_that_is_not_utf_8_is_named(folder):
+    (folder / "captions.csv").write_bytes("image,text\na.png,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"captions\.csv is not UTF-8 text .* Save it as UTF-8"):
+        from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "coco", "karpathy"),
+    [
+        ("{", "is not JSON", "is not JSON"),
+        ("[]", "is no COCO captions file", "is no Karpathy split file"),
+        (
+            '{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": []}]}',
+            "without a caption",
+            "each image needs",
+        ),
+        ('{"images": [{"filename": "a", "sentences": [], "split": "val"}]}', "no COCO", "'test'. Its splits are: val"),
+    ],
+)
+def test_an_annotation_file_of_another_kind_is_refused(folder, content, coco, karpathy):
+    (folder / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=coco):
+        from_coco(folder / "file.json", folder)
+    with pytest.raises(ValueError, match=karpathy):
+        from_karpathy(folder / "file.json", folder, split="test")
+
+
 def test_csv_and_splits(folder):
     (folder / "captions.csv").write_text("file_name,text,split\na.png,one,train\na.png,two,train\nb.png,three,test\n")
     assert from_folder(folder).dataset["label"][:] == [0, 0, 1]

@@ -9,11 +9,11 @@ from slq_embed.evaluation.retrieval import best_ranks
 
 
 def simple_ranks(queries, candidates, query_group, candidate_group):
-    found = []
+    ranks = []
     for query, group in zip(queries, query_group, strict=True):
         order = np.argsort(-(candidates @ query).numpy(), kind="stable")
-        found.append(next(i for i, c in enumerate(order) if candidate_group[c] == group))
-    return torch.tensor(found)
+        ranks.append(next(i for i, c in enumerate(order) if candidate_group[c] == group))
+    return torch.tensor(ranks)
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
@@ -22,9 +22,10 @@ def test_ranks_equal_a_stable_sort_whatever_the_block(block):
     queries = torch.randint(-2, 3, (20, 4), generator=generator).float()  # small integers: many ties, exact scores
     candidates = torch.randint(-2, 3, (31, 4), generator=generator).float()
     groups = torch.cat([torch.arange(10), torch.randint(0, 10, (21,), generator=generator)])
-    wanted = torch.randint(0, 10, (20,), generator=generator)
+    query_groups = torch.randint(0, 10, (20,), generator=generator)
     assert torch.equal(
-        best_ranks(queries, candidates, wanted, groups, block), simple_ranks(queries, candidates, wanted, groups)
+        best_ranks(queries, candidates, query_groups, groups, block),
+        simple_ranks(queries, candidates, query_groups, groups),
     )
 
 
@@ -71,5 +72,14 @@ def test_several_captions_an_image_count_as_in_coco(tmp_path):
 
 @pytest.mark.parametrize("image_of", [[0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3]])
 def test_a_mapping_that_does_not_fit_is_refused(image_of):
-    with pytest.raises(ValueError, match="Give each text the place of its image"):
+    with pytest.raises(ValueError, match="Pass the index of its image for each text"):
         ImageTextRetrievalEvaluator(["a", "b", "c"], list("wxyz"), image_of)
+
+
+def test_indices_may_be_of_any_integer_type_and_one_str_is_no_list():
+    for image_of in (np.array([0, 1, 1]), torch.tensor([0, 1, 1]), (0, True, 1)):
+        assert ImageTextRetrievalEvaluator(["a", "b"], list("xyz"), image_of).image_of.tolist() == [0, 1, 1]
+    with pytest.raises(TypeError, match="float"):
+        ImageTextRetrievalEvaluator(["a", "b"], list("xyz"), [0, 0.5, 1])
+    with pytest.raises(ValueError, match="texts is the str 'xyz', but a list"):
+        ImageTextRetrievalEvaluator(["a", "b"], "xyz", [0, 1, 1])

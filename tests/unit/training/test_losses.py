@@ -73,6 +73,13 @@ def test_the_temperature_starts_at_007_is_clamped_and_lives_in_the_model(encoder
             SymmetricInfoNCELoss(encoder, outside)
 
 
+@pytest.mark.parametrize(("least", "most"), [(0.0, 1.0), (-1.0, 1.0), (0.5, 0.1)])
+def test_bounds_that_do_not_fit_are_refused(encoder, least, most):
+    """Else the clamp of the logarithm ends in a math domain error, or in a temperature outside of the bounds."""
+    with pytest.raises(ValueError, match=f"bounded by {least} and {most}"):
+        SymmetricInfoNCELoss(encoder, 0.2, min_temperature=least, max_temperature=most)
+
+
 def test_three_columns_are_refused(encoder):
     with pytest.raises(ValueError, match="compares two columns, but the batch has 3"):
         SymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"]) for _ in range(3)])

@@ -21,9 +21,9 @@ def words(text: str) -> set[str]:
 
 def test_implicit_descriptions_share_no_content_word_with_any_caption():
     scenes = sample_scenes(400, "test", seed=1) + sample_scenes(400, "train", seed=1)
-    told = set().union(*(words(said) for scene in scenes for said in captions(scene)))
+    described = set().union(*(words(caption) for scene in scenes for caption in captions(scene)))
     hinted = set().union(*(words(implicit(scene, seed)) for scene in scenes for seed in range(5)))
-    assert not told & hinted
+    assert not described & hinted
 
 
 def test_scenes_are_the_same_everywhere_for_a_seed():
@@ -61,12 +61,12 @@ def test_too_many_scenes_are_refused():
 
 def test_pictures_show_what_was_asked_for():
     scene = Scene("pair", Thing("red", "square"), Thing("blue", "circle"), detail="left")
-    image, places = draw(scene, 1)
+    image, positions = draw(scene, 1)
     assert image.size == (64, 64)
-    (first, x1, _, _), (second, x2, _, _) = places
+    (first, x1, _, _), (second, x2, _, _) = positions
     assert (first, second) == (scene.first, scene.second)
     assert x1 < x2
-    red, _, blue = image.getpixel((round(x1), round(places[0][2])))
+    red, _, blue = image.getpixel((round(x1), round(positions[0][2])))
     assert red > 150 > blue
     assert len(draw(Scene("count", Thing("red", "star"), count=4))[1]) == 4
 

@@ -1,0 +1,147 @@
+"""What the search index refuses: the message says what came, what is needed, and what to do; nothing is added."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.index import EmbeddingIndex, image_files
+from tests.integration.test_index import filled, vectors
+
+
+def test_what_cannot_be_stored_is_refused_whole():
+    index = filled(count=500)
+    for ids, metadata in ((["a", "b"], [{"n": 1}, {"n": {1, 2}}]), (["a", "caf\udce9"], None)):
+        with pytest.raises(ValueError, match="cannot be stored"):
+            index.add_embeddings(vectors(2, seed=3), ids, metadata)
+        assert (len(index), len(index._table.vectors), "a" in index) == (500, 500, False)
+    index.add_embeddings(vectors(2, seed=3), ["a", "b"])
+    assert index.search_embeddings(vectors(1, seed=3), 1)[0][0].id == "a"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: EmbeddingIndex(), "needs a model, or the dimension"),
+        (lambda: EmbeddingIndex(dimension=0), "dimension is 0, but at least 1"),
+        (lambda: EmbeddingIndex(torch.nn.Linear(2, 2)), "is a Linear, but an SLQEncoder is needed"),
+        (lambda: EmbeddingIndex(dimension=32, factory="Nonsense"), "no index of the type 'Nonsense'"),
+        (lambda: EmbeddingIndex(dimension=32, search_parameters="nprobe=4"), "'Flat' has no 'nprobe=4'"),
+        (lambda: EmbeddingIndex(dimension=32).add(["a"]), "has no model"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(2, dimension=8), ["a", "b"]), r"\(n, 32\)"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(np.full((1, 32), np.nan), ["a"]), "not finite"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(3), "abc"), "ids is the str 'abc'"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(1), ["a"], {"n": 1}), "metadata is one dict"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(2), ["a"]), "2 embeddings, but 1 ids"),
+        (lambda: EmbeddingIndex(dimension=32).add_embeddings(vectors(2), ["a", "a"]), "'a' was given twice"),
+        (lambda: filled(count=500).add_embeddings(vectors(2), ["x", "n3"]), r"already: \['n3'\]"),
+        (lambda: EmbeddingIndex.load("nowhere"), "holds no index"),
+        (lambda: filled(count=500).search_embeddings(vectors(1), 0), "k is 0"),
+        (lambda: filled(count=500).add_embeddings(vectors(1), ["x"], ["ab"]), "is a str, but a dict"),
+        (lambda: image_files("nowhere"), "no folder 'nowhere'"),
+        (lambda: EmbeddingIndex(dimension=32, factory="HNSW16,PQ4"), "distances only"),
+        (lambda: EmbeddingIndex(dimension=32, factory="IDMap,Flat"), "leave IDMap out"),
+        (lambda: EmbeddingIndex(dimension=32, factory="L2norm,Flat"), "no index of the type 'L2norm,Flat'"),
+        (lambda: EmbeddingIndex(dimension=32, factory="IVF16,RaBitQ"), "IVF16,RaBitQ,RFlat"),
+        (lambda: EmbeddingIndex(dimension=32, factory="IVF16,PQ8x4fs"), "IVF16,PQ8x4fs,RFlat"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_without_faiss_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"slq-embed\[faiss\]"):
+        EmbeddingIndex(dimension=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SLQEncoder(pretrained("slq-tiny"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "inputs is a NoneType"),
+        ((None, ["a"]), "inputs is a NoneType"),
+        ((b"an image file",), "inputs is a bytes"),
+        ((["x", "y"], "ab"), "ids is the str 'ab', but the inputs are a list"),
+        ((["x"], ["a"], {"n": 1}), "metadata is one dict, but the inputs are a list"),
+        ((["x", "y"], ["a", "a"]), "The id 'a' was given twice"),
+        ((["x", "y"], ["a", "b"], [{}]), "one of them ends at index 1"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_before_anything_is_added(model, arguments, message):
+    index = EmbeddingIndex(model)
+    with pytest.raises(ValueError, match=message):
+        index.add(*arguments, batch_size=1)
+    assert index.ids() == []
+
+
+def test_an_id_that_is_there_is_refused_before_its_input_is_embedded(model, monkeypatch):
+    index = EmbeddingIndex(model)
+    index.add("a red circle", "x")
+    monkeypatch.setattr(type(model.transformer), "forward", lambda *_: pytest.fail("the input was embedded"))
+    with pytest.raises(ValueError, match=r"in the index already: \['x'\]"):
+        index.add("two blue stars", "x")
+
+
+def test_a_dimension_that_is_not_the_models_is_refused(model):
+    assert EmbeddingIndex(model, dimension=192).dimension == 192
+    with pytest.raises(ValueError, match="dimension 64, but this model's embeddings have 192 numbers"):
+        EmbeddingIndex(model, dimension=64)
+
+
+def test_the_row_that_is_not_finite_is_named():
+    rows = vectors(4)
+    rows[2, 3] = np.inf
+    with pytest.raises(ValueError, match=r"1 of 4 embeddings .* the first has index 2\."):
+        EmbeddingIndex(dimension=32).add_embeddings(rows, list("abcd"))
+
+
+def test_search_parameters_hold_from_then_on_and_are_checked(monkeypatch):
+    monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 500)
+    index = filled("IVF16,Flat", "nprobe=1")
+    few = index.search_embeddings(vectors(20, seed=1), 5)
+    index.search_parameters = "nprobe=16"
+    all_clusters = index.search_embeddings(vectors(20, seed=1), 5)
+    exact = filled().search_embeddings(vectors(20, seed=1), 5)
+    assert [[hit.id for hit in line] for line in all_clusters] == [[hit.id for hit in line] for line in exact]
+    assert few != all_clusters
+    for refusing in (index, EmbeddingIndex(dimension=32, factory="IVF16,Flat")):
+        with pytest.raises(ValueError, match="has no 'efSearch=4'"):
+            refusing.search_parameters = "efSearch=4"
+    assert index.search_parameters == "nprobe=16"
+    refusing.search_parameters = "nprobe=4"
+    assert (refusing.search_parameters, "exact for now" in repr(refusing)) == ("nprobe=4", True)
+
+
+def test_a_damaged_save_is_named(tmp_path):
+    filled(count=500).save(tmp_path)
+    (files,) = tmp_path.glob("v-*")
+    (files / "embeddings.faiss").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"is damaged .* Restore {files.name}"):
+        EmbeddingIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"format_version": "1", "version": "v"}'])
+def test_a_file_of_another_program_is_no_index(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match="is not of a search index"):
+        EmbeddingIndex.load(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    filled(count=500).save(tmp_path)
+    about = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(about | {"format_version": 2}))
+    with pytest.raises(ValueError, match=r"has format 2, but this slq-embed reads up to 1\. Upgrade"):
+        EmbeddingIndex.load(tmp_path)
