@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
-from slq_embed.backbone.query_tokens import QueryTokens
 from tests.checkpoints import build
 
 
@@ -165,7 +164,7 @@ def test_an_absent_backbone_is_named_and_a_moved_one_can_be_given(saved):
     moved = SLQEncoder(saved / "slq", backbone=saved / "elsewhere")
     assert np.array_equal(moved.encode("a"), expected)
     moved.save_pretrained(saved / "again")
-    assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new place"
+    assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new folder"
 
 
 @pytest.mark.parametrize("change", ["weights", "one row", "rows", "config"])
@@ -193,7 +192,7 @@ def test_the_same_backbone_in_another_dtype_is_accepted(saved, dtype):
 
 def test_a_float16_load_of_another_backbone_is_refused(saved):
     build(saved / "backbone", seed=1)
-    with pytest.raises(ValueError, match="embeddings are others"):
+    with pytest.raises(ValueError, match="embeddings differ"):
         SLQEncoder(saved / "slq", model_kwargs={"dtype": torch.float16})
 
 
@@ -280,4 +279,3 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
         warnings.simplefilter("ignore")
         exec(snippet, {})
     assert "tensor([[1.0" in capsys.readouterr().out
-    assert isinstance(encoder.slq_config.tokens, QueryTokens)

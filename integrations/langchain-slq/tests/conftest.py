@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from threads, and on a busy machine waiting threads cost them ten times their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
 os.environ["LANGSMITH_TRACING"] = "false"
 
