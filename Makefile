@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 MIN := .venv-min
 INTEGRATIONS := $(wildcard integrations/*)
+# Where other work runs, threads that spin while they wait for each other cost several times the work itself.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test test-min test-slow test-gpu check build clean
 

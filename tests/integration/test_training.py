@@ -62,8 +62,8 @@ def test_every_loss_learns_eight_pairs(encoder, name, tmp_path):
     trained = [parameter for group in groups for parameter in group["params"]]
     assert sorted(p.numel() for p in trained) == ([1] if name == "SymmetricInfoNCELoss" else []) + [4 * 32]
     assert all(group["weight_decay"] == 0 for group in groups if group["params"])
-    found = history(trainer)
-    assert found[-1] < 0.75 * found[0]
+    values = history(trainer)
+    assert values[-1] < 0.75 * values[0]
     assert measure(encoder)["text_to_image_recall@1"] >= 0.5
 
 
@@ -138,16 +138,16 @@ class Kill(TrainerCallback):
 
 @pytest.mark.parametrize("kill_at", [3, 5])
 def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, tmp_path, kill_at):
-    def fresh():
+    def untrained_model():
         torch.manual_seed(0)
         return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
 
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
-    whole = fresh()
+    whole = untrained_model()
     expected = history(toy_train(whole, toy_pairs(), tmp_path / "whole", **settings))
     with pytest.raises(KilledError):
-        toy_train(fresh(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
-    resumed = fresh()
+        toy_train(untrained_model(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
+    resumed = untrained_model()
     trainer = toy_train(resumed, toy_pairs(), tmp_path / "killed", resume=True, **settings)
     assert history(trainer) == expected
     assert torch.equal(resumed.queries, whole.queries)

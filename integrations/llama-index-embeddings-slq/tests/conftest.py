@@ -68,9 +68,9 @@ def embedding(encoder: SLQEncoder) -> SLQEmbedding:
 @pytest.fixture
 def nodes(scenes: list[Shown]) -> list[BaseNode]:
     """An image and a text for each scene, each with its number as metadata."""
-    made: list[BaseNode] = []
+    rows: list[BaseNode] = []
     for scene in scenes:
         number = {"scene": scene.number}
-        made.append(ImageNode(image_path=str(scene.picture), metadata=number))
-        made.append(TextNode(text=scene.implicit, metadata=number, excluded_embed_metadata_keys=["scene"]))
-    return made
+        rows.append(ImageNode(image_path=str(scene.picture), metadata=number))
+        rows.append(TextNode(text=scene.implicit, metadata=number, excluded_embed_metadata_keys=["scene"]))
+    return rows
