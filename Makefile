@@ -19,11 +19,10 @@ $(READY): pyproject.toml slq_embed/version.py $(INTEGRATIONS:%=%/pyproject.toml)
 	@touch $(READY)
 
 # The packages of .venv, behind the lowest versions of the hosts.
-$(MIN)/.ready: $(READY) .ci/lowest.py
+$(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 	rm -rf $(MIN)
 	$(BIN)/python -m venv --without-pip $(MIN)
-	$(BIN)/python -c 'import pathlib, site; [folder] = pathlib.Path("$(MIN)").glob("lib/python*/site-packages"); \
-		folder.joinpath("dependencies.pth").write_text("\n".join(site.getsitepackages()))'
+	$(BIN)/python .ci/lend_packages.py $(MIN)
 	$(BIN)/python .ci/lowest.py | xargs $(BIN)/python -m pip --python $(MIN)/bin/python install --quiet
 	@touch $@
 

@@ -56,7 +56,7 @@ class Untouched:
         yes, no = self.processor.tokenizer.convert_tokens_to_ids([YES, NO])
         return float(logits[yes] - logits[no])
 
-    def answer(self, content: list[Any]) -> str:
+    def said(self, content: list[Any]) -> str:
         inputs = self.read(content)
         ids = self.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -17,16 +17,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is n
 def test_a_gpu_finds_the_same(factory, parameters, tmp_path, monkeypatch):
     monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 500)
     both = [EmbeddingIndex(dimension=32, factory=factory, search_parameters=parameters, gpu=on) for on in (False, None)]
-    results = []
+    found = []
     for index in both:
         index.add_embeddings(vectors(2000), names(0, 2000))
         index.search_embeddings(vectors(5, seed=1), 5)
         index.delete(names(0, 300))
         index.add_embeddings(vectors(2000)[:10], names(0, 10))
         index.save(tmp_path / str(index.gpu))
-        results.append(index.search_embeddings(vectors(50, seed=1), 10))
+        found.append(index.search_embeddings(vectors(50, seed=1), 10))
         assert EmbeddingIndex.load(tmp_path / str(index.gpu)).search_embeddings(vectors(50, seed=1), 10)
     if not factory.startswith("HNSW"):
         assert both[1]._on_gpu is not None
-    same = [len({h.id for h in a} & {h.id for h in b}) / 10 for a, b in zip(*results, strict=True)]
+    same = [len({h.id for h in a} & {h.id for h in b}) / 10 for a, b in zip(*found, strict=True)]
     assert np.mean(same) > 0.99
