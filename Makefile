@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MIN := .venv-min
 INTEGRATIONS := $(wildcard integrations/*)
+# Where other work runs, threads that spin while they wait for each other cost several times the work itself.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow test-gpu check build clean
+.PHONY: help demo test test-min test-slow test-gpu check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -15,11 +18,22 @@ $(READY): pyproject.toml slq_embed/version.py $(INTEGRATIONS:%=%/pyproject.toml)
 	$(BIN)/python -m pip install --quiet --editable ".[train,faiss]" $(INTEGRATIONS:%=--editable ./%) --group dev
 	@touch $(READY)
 
+# The packages of .venv, behind the lowest versions of the hosts.
+$(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
+	rm -rf $(MIN)
+	$(BIN)/python -m venv --without-pip $(MIN)
+	$(BIN)/python .ci/lend_packages.py $(MIN)
+	$(BIN)/python .ci/lowest.py | xargs $(BIN)/python -m pip --python $(MIN)/bin/python install --quiet
+	@touch $@
+
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## The plain tests: offline, CPU, a few minutes
 	$(BIN)/python -m pytest --quiet --cov --cov-report=term:skip-covered
+
+test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformers and transformers
+	$(MIN)/bin/python -m pytest --quiet tests/contract
 
 test-slow: $(READY) ## The slow tests as well
 	$(BIN)/python -m pytest --quiet -m "not gpu and not network"
@@ -42,4 +56,4 @@ build: $(READY) ## The wheels and the source archives, of the integrations too
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
-	rm -rf .venv dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(MIN) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -73,19 +73,21 @@ def timed(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def rounds_of(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+def rounds_of(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: str, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of rounds in which every call takes its turn; a first round warms up and is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-int(warm_up), rounds):
         for name, call in calls.items():
             seconds = timed(call, device)
-            if turn:
-                taken[name].append(seconds)
-    return taken
+            if turn >= 0:
+                times[name].append(seconds)
+    return times
 
 
-def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def peak_above_weights(step: Callable[[], Any], device: str) -> int:
@@ -113,21 +115,21 @@ def peak_above_weights(step: Callable[[], Any], device: str) -> int:
 def in_own_process(script: str, *arguments: Any) -> str:
     """The last word that a script prints."""
     command = [sys.executable, "-W", "ignore", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout.split()[-1]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr)
+    return process.stdout.split()[-1]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--quick", action="store_true", help="small and short: a check that it runs, not a measurement")
-    made.add_argument("--json", type=Path, help="file to write the results to")
-    made.add_argument("--rounds", type=int, default=None)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--dtype", default="float32")
-    made.add_argument("--shape", default="design", choices=SHAPES)
-    return made
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="a short run, of about two minutes or less")
+    options.add_argument("--json", type=Path, help="file to write the results to")
+    options.add_argument("--rounds", type=int, default=None)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--shape", default="design", choices=SHAPES)
+    return options
 
 
 def quiet() -> None:
@@ -138,9 +140,9 @@ def quiet() -> None:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    where = cpu if args.device == "cpu" else torch.cuda.get_device_name()
+    processor = cpu if args.device == "cpu" else torch.cuda.get_device_name()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, sentence_transformers)}
-    return {"machine": where, "versions": versions, "dtype": args.dtype, "shape": args.shape, "rounds": args.rounds}
+    return {"machine": processor, "versions": versions, "dtype": args.dtype, "shape": args.shape, "rounds": args.rounds}
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

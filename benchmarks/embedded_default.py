@@ -35,7 +35,7 @@ COUNT, BATCH = 500, 50
 @torch.inference_mode()
 def answer(model: Any, processor: Any, scenes: list[Scene], asked: list[str]) -> list[str]:
     """What the model answers to a question on each scene, greedily."""
-    said: list[str] = []
+    texts: list[str] = []
     for start in range(0, len(scenes), BATCH):
         part = slice(start, start + BATCH)
         chats = [
@@ -51,8 +51,8 @@ def answer(model: Any, processor: Any, scenes: list[Scene], asked: list[str]) ->
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
         )
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        said += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    return said
+        texts += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    return texts
 
 
 @torch.inference_mode()
@@ -89,13 +89,13 @@ def main() -> None:
     texts = {"literal": [captions(scene)[0] for scene in scenes], "implicit": [implicit(scene) for scene in scenes]}
     backbone = AutoModelForImageTextToText.from_pretrained(pretrained("mllm-tiny"))
     processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
-    described = answer(backbone, processor, scenes, [DESCRIBE[0]] * COUNT)
-    right = [said == caption(scene) for said, scene in zip(described, scenes, strict=True)]
+    descriptions = answer(backbone, processor, scenes, [DESCRIBE[0]] * COUNT)
+    right = [text == caption(scene) for text, scene in zip(descriptions, scenes, strict=True)]
     unseen = [hit for hit, scene in zip(right, scenes, strict=True) if scene.has_unseen_thing]
     rng = Random(0)
     asked = [rng.choice(questions(scene, rng)) for scene in scenes]
-    answered = answer(backbone, processor, scenes, [question for question, _ in asked])
-    answers = [said == wanted for said, (_, wanted) in zip(answered, asked, strict=True)]
+    replies = answer(backbone, processor, scenes, [question for question, _ in asked])
+    answers = [reply == truth for reply, (_, truth) in zip(replies, asked, strict=True)]
     results: dict[str, Any] = {
         "split": args.split,
         "scenes_described_exactly": sum(right) / COUNT,
@@ -109,11 +109,11 @@ def main() -> None:
     print(f"; {sum(answers) / COUNT:.1%} of questions answered")
 
     model = SLQEncoder(pretrained("slq-tiny"))
-    found = model.encode(images, convert_to_tensor=True, batch_size=BATCH)
+    index = model.encode(images, convert_to_tensor=True, batch_size=BATCH)
     plain = mean_of_all_tokens(model, images)
-    for name, said in texts.items():
-        trained = recall_at_1(model.encode(said, convert_to_tensor=True, batch_size=BATCH), found)
-        untrained = recall_at_1(mean_of_all_tokens(model, said), plain)
+    for name, lines in texts.items():
+        trained = recall_at_1(model.encode(lines, convert_to_tensor=True, batch_size=BATCH), index)
+        untrained = recall_at_1(mean_of_all_tokens(model, lines), plain)
         results[name] = {"slq_tiny": trained, "mean_of_all_tokens": untrained}
         print(f"{name} text to image R@1: slq-tiny {trained:.1%}, mean of all tokens without training {untrained:.1%}")
     for precision in ("bfloat16", "int8"):
@@ -121,8 +121,8 @@ def main() -> None:
         model.encode([*images, *texts["implicit"]], batch_size=BATCH)
         read = model.encode(images, convert_to_tensor=True, batch_size=BATCH)
         recall = recall_at_1(model.encode(texts["implicit"], convert_to_tensor=True, batch_size=BATCH), read)
-        change = float((read - found).abs().max())
-        cosine = float((read * found).sum(dim=1).min())
+        change = float((read - index).abs().max())
+        cosine = float((read * index).sum(dim=1).min())
         results[f"stored in {precision}"] = {"implicit": recall, "change": change, "least_cosine": cosine}
         print(f"from prefixes stored in {precision}: implicit R@1 {recall:.1%}, ", end="")
         print(f"an embedding changes by up to {change:.1e} (cosine {cosine:.6f})")

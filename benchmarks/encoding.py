@@ -115,13 +115,13 @@ def busy_share(run: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--images", type=int, default=None)
-    made.add_argument("--texts", type=int, default=None)
-    made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--max-pixels", type=int, default=704 * 704)
-    made.add_argument("--workers", type=int, nargs="+", default=None, help="more worker counts to try")
-    args = made.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--images", type=int, default=None)
+    arguments.add_argument("--texts", type=int, default=None)
+    arguments.add_argument("--batch", type=int, default=32)
+    arguments.add_argument("--max-pixels", type=int, default=704 * 704)
+    arguments.add_argument("--workers", type=int, nargs="+", default=None, help="more worker counts to try")
+    args = arguments.parse_args()
     quiet()
     args.images = args.images or (12 if args.quick else 96)
     args.texts = args.texts or (48 if args.quick else 384)
@@ -132,9 +132,9 @@ def main() -> None:
         build_folder(folder / "backbone", args.shape, args.dtype, args.max_pixels)
         options: dict[str, Any] = {"device": args.device}
         kwargs = {"model_kwargs": {"dtype": dtype}}
-        fresh = SLQEncoder.from_backbone(folder / "backbone", num_queries=QUERIES, seed=0, dtype=dtype, **options)
-        fresh.save_pretrained(folder / "slq")
-        del fresh
+        encoder = SLQEncoder.from_backbone(folder / "backbone", num_queries=QUERIES, seed=0, dtype=dtype, **options)
+        encoder.save_pretrained(folder / "slq")
+        del encoder
         stock = SentenceTransformer(str(folder / "slq"), **options, **kwargs)
         ours = SLQEncoder(folder / "slq", **options, **kwargs)
         files = build_images(folder, args.images, args.max_pixels)

@@ -51,11 +51,13 @@ class Bench:
         def columns() -> list[dict[str, Any]]:
             return [to_device(model.preprocess(column), model.device) for column in inputs]
 
-        made = None if preprocess else columns()
+        features_of_columns = None if preprocess else columns()
 
         def run() -> None:
             model.train()
-            first, second = (model(dict(features))["sentence_embedding"] for features in made or columns())
+            first, second = (
+                model(dict(features))["sentence_embedding"] for features in features_of_columns or columns()
+            )
             symmetric_info_nce(first, second, temperature).backward()
             model.queries.grad = None
 
@@ -122,10 +124,10 @@ def passes(bench: Bench, batch: int) -> dict[str, float]:
 
         return call
 
-    found = bench.medians({str(count): at(count) for count in (512, 1024, 2048, 4096, 8192)})
+    results = bench.medians({str(count): at(count) for count in (512, 1024, 2048, 4096, 8192)})
     features.TOKENS_PER_PASS.clear()
     features.TOKENS_PER_PASS.update(before)
-    return {name: value / (2 * batch) for name, value in found.items()}
+    return {name: value / (2 * batch) for name, value in results.items()}
 
 
 def paths(bench: Bench, batch: int) -> dict[str, float]:
@@ -158,8 +160,7 @@ def stores(bench: Bench, batch: int) -> dict[str, dict[str, float]]:
     plain = bench.encoder()
     expected = plain.encode(inputs[0])
     calls = {"none": bench.step(plain, inputs, preprocess=True)}
-    found: dict[str, dict[str, float]] = {}
-    made: dict[str, PrefixStore] = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for level in ("keys_values", "vision"):
             for precision in ("exact", "bfloat16", "int8"):
@@ -168,7 +169,7 @@ def stores(bench: Bench, batch: int) -> dict[str, dict[str, float]]:
                         continue
                     name = f"{level} {precision} {where}"
                     folder = None if where == "memory" else Path(temporary) / name
-                    store = made[name] = PrefixStore(folder, level=level, precision=precision)
+                    store = PrefixStore(folder, level=level, precision=precision)
                     model = bench.encoder()
                     model.prefix_store = store
                     calls[name] = bench.step(model, inputs, preprocess=True)
@@ -176,13 +177,12 @@ def stores(bench: Bench, batch: int) -> dict[str, dict[str, float]]:
                     model.eval()
                     difference = float(abs(model.encode(inputs[0]) - expected).max())
                     cosine = float((model.encode(inputs[0]) * expected).sum(axis=1).min())
-                    found[name] = {"bytes": store.nbytes / batch, "change": difference, "least_cosine": cosine}
-        taken = bench.medians(calls)
-        for name, seconds in taken.items():
-            found.setdefault(name, {})["seconds"] = seconds / batch
+                    results[name] = {"bytes": store.nbytes / batch, "change": difference, "least_cosine": cosine}
+        for name, seconds in bench.medians(calls).items():
+            results.setdefault(name, {})["seconds"] = seconds / batch
         # What a miss costs above no store: pack and write.
-        fresh: dict[str, Callable[[], None]] = {}
-        for name in made:
+        misses: dict[str, Callable[[], None]] = {}
+        for name in [name for name in calls if name != "none"]:
             level, precision, where = name.split()
 
             def miss(level: Any = level, precision: Any = precision, where: str = where) -> None:
@@ -193,10 +193,10 @@ def stores(bench: Bench, batch: int) -> dict[str, dict[str, float]]:
                     calls["none"]()
                     plain.prefix_store = None
 
-            fresh[name] = miss
-        for name, seconds in medians(rounds_of(fresh, 1, bench.args.device)).items():
-            found[name]["seconds_miss"] = seconds / batch
-    return found
+            misses[name] = miss
+        for name, seconds in medians(rounds_of(misses, 1, bench.args.device)).items():
+            results[name]["seconds_miss"] = seconds / batch
+    return results
 
 
 def sets(bench: Bench, batch: int) -> dict[str, float]:
@@ -220,10 +220,10 @@ def sweeps(bench: Bench, batch: int) -> dict[str, float]:
             model.prefix_store = PrefixStore()
             model.encode([*inputs[0], *inputs[1]])
         for count in (1, 4):
-            made = [model.with_queries(seed=n) for n in range(count)]
-            for other in made:
+            encoders = [model.with_queries(seed=n) for n in range(count)]
+            for other in encoders:
                 other.transformer.source = model.transformer.source
-            steps = [bench.step(other, inputs) for other in made]
+            steps = [bench.step(other, inputs) for other in encoders]
 
             def step(model: SLQEncoder = model, steps: list[Callable[[], None]] = steps) -> None:
                 model.transformer.source.shared = True
@@ -239,10 +239,10 @@ PARTS = (images, tokens, queries, batches, passes, paths, stores, sets, sweeps)
 
 
 def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--batch", type=int, default=None)
-    made.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], default=None)
-    args = made.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch", type=int, default=None)
+    arguments.add_argument("--parts", nargs="+", choices=[part.__name__ for part in PARTS], default=None)
+    args = arguments.parse_args()
     quiet()
     args.batch = args.batch or (4 if args.quick else 16)
     args.rounds = args.rounds or (1 if args.quick else 3)
@@ -253,9 +253,9 @@ def main() -> None:
     for part in PARTS:
         if args.parts and part.__name__ not in args.parts:
             continue
-        found = result[part.__name__] = part(bench, args.batch)
+        results = result[part.__name__] = part(bench, args.batch)
         print(f"{part.__name__}: {part.__doc__}")
-        for name, value in found.items():
+        for name, value in results.items():
             shown = f"{value:.4f}" if isinstance(value, float) else ", ".join(f"{k} {v:.4g}" for k, v in value.items())
             print(f"{name:>28}  {shown}")
     write(args.json, result)

@@ -125,13 +125,13 @@ def build_config(shape: str, tokenizer: Any) -> PretrainedConfig:
 
 def build_processor(shape: str, min_pixels: int, max_pixels: int) -> ProcessorMixin:
     """A processor; InternVL makes one tile of every image."""
-    made = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
+    processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
     if not is_internvl(shape):
-        made.image_processor.patch_size = PATCH
-        made.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        return made
+        processor.image_processor.patch_size = PATCH
+        processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        return processor
     tokenizer = AutoTokenizer.from_pretrained(pretrained("mllm-tiny"), extra_special_tokens=_INTERN_TOKENS)
-    template = made.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>")
+    template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>")
     image, video = GotOcr2ImageProcessor(size=TILE), InternVLVideoProcessor(size=TILE)
     return InternVLProcessor(image, tokenizer, video, image_seq_length=256, chat_template=template)
 

@@ -8,12 +8,16 @@ takes its turn, so that a noisy machine slows all of them alike; preprocessing i
 the peak above the loaded weights, each method in a process of its own; the largest batch is a straight line through
 the peaks of two batches. Five epochs with five captions an image are timed as they are for our path; the other
 methods do the same work at every step, so theirs are 25 median steps.
+
+--quick, about two minutes on 2 CPU cores: 3 rounds of batch 8 for the first three methods, one step for each of the
+others, memory at batch 2. It shows what a step costs: at most 1.15 x encoding, and a sixth of that with stored prefixes.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -37,7 +41,8 @@ from torch import Tensor
 from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.training.losses import symmetric_info_nce
 
-METHODS = ("encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning")
+OURS = ("encode", "prefix", "prefix_stored")
+METHODS = (*OURS, "all_positions", "lora", "full_finetuning")
 EPOCHS, CAPTIONS = 5, 5
 
 
@@ -132,47 +137,64 @@ def five_epochs(args: argparse.Namespace) -> float:
     return seconds
 
 
+def measure_peaks(args: argparse.Namespace, batches: list[int]) -> dict[str, list[int]]:
+    """Peaks of every method at every batch, in bytes; in a short run two processes at once, since most of it is imports."""
+    shared = ["--device", args.device, "--dtype", args.dtype, "--shape", args.shape]
+    shared += ["--image-size", *args.image_size]
+    shared += ["--checkpointing"] if args.checkpointing else []
+
+    def peak(pair: tuple[str, int]) -> int:
+        method, batch = pair
+        return int(in_own_process(__file__, "--memory-of", method, "--batch", batch, *shared))
+
+    pairs = [(method, batch) for method in args.methods for batch in batches]
+    with ThreadPoolExecutor(2 if args.quick and args.device == "cpu" else 1) as pool:
+        peaks = dict(zip(pairs, pool.map(peak, pairs), strict=True))
+    return {method: [peaks[method, batch] for batch in batches] for method in args.methods}
+
+
 def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--batch", type=int, default=None)
-    made.add_argument("--image-size", type=int, nargs=2, default=(512, 416), help="width and height in pixels")
-    made.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    made.add_argument("--memory", type=float, default=4.0, help="GB above the weights, for the largest batch")
-    made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA")
-    made.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
-    args = made.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--batch", type=int, default=None)
+    options.add_argument("--image-size", type=int, nargs=2, default=(512, 416), help="width and height in pixels")
+    options.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    options.add_argument("--memory", type=float, default=4.0, help="GB above the weights, for the largest batch")
+    options.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for LoRA")
+    options.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    args = options.parse_args()
     quiet()
-    args.batch = args.batch or (2 if args.quick else 16)
-    args.rounds = args.rounds or (5 if args.quick else 9)
+    args.batch = args.batch or (8 if args.quick else 16)
+    args.rounds = args.rounds or (3 if args.quick else 9)
     if args.memory_of:
         print(peak_above_weights(build_step(args.memory_of, args), args.device))
         return
     steps = {method: build_step(method, args) for method in args.methods}
-    taken = rounds_of(steps, args.rounds, args.device)
+    if args.quick:
+        ours = {method: step for method, step in steps.items() if method in OURS}
+        others = {method: step for method, step in steps.items() if method not in OURS}
+        times = rounds_of(ours, args.rounds, args.device) | rounds_of(others, 1, args.device, warm_up=False)
+        del ours, others
+    else:
+        times = rounds_of(steps, args.rounds, args.device)
     del steps
-    seconds = medians(taken)
-    shared = ["--device", args.device, "--dtype", args.dtype, "--shape", args.shape]
-    shared += ["--image-size", *args.image_size]
-    shared += ["--checkpointing"] if args.checkpointing else []
-    batches = [args.batch] if args.quick else [args.batch, args.batch // 2]
-    peaks = {
-        method: [int(in_own_process(__file__, "--memory-of", method, "--batch", batch, *shared)) for batch in batches]
-        for method in args.methods
-    }
+    seconds = medians(times)
+    batches = [2] if args.quick else [args.batch, args.batch // 2]
+    peaks = measure_peaks(args, batches)
     result = machine(args) | {
         "batch": args.batch,
         "image_size": args.image_size,
         "seconds_per_step": seconds,
-        "all_seconds": taken,
+        "all_seconds": times,
+        "memory_batch": batches[0],
     }
     result["peak_bytes_above_weights"] = {method: peak[0] for method, peak in peaks.items()}
     print(f"{result['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds")
     print(result["versions"])
     print(
-        f"{'method':>16} {'s a step':>9} {'s a pair':>9} {'x encode':>9} {'min..max s':>14} {'peak above weights':>19}"
+        f"{'method':>16} {'s a step':>9} {'s a pair':>9} {'x encode':>9} {'min..max s':>14} {f'peak at batch {batches[0]}':>19}"
     )
     for method in args.methods:
-        spread = f"{min(taken[method]):.2f}..{max(taken[method]):.2f}"
+        spread = f"{min(times[method]):.2f}..{max(times[method]):.2f}"
         ratio = seconds[method] / seconds[args.methods[0]]
         pair = seconds[method] / args.batch
         print(

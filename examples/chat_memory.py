@@ -32,57 +32,59 @@ SESSIONS = [
 
 class Chat:
     def __init__(self, folder: Path, model: SLQEncoder) -> None:
-        self.pictures, self.kept, self.model = folder / "pictures", folder / "index", model
+        self.pictures, self.folder, self.model = folder / "pictures", folder / "index", model
         self.processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))  # with the template for answers
-        there = (self.kept / "index.json").exists()
-        self.index = EmbeddingIndex.load(self.kept, model) if there else EmbeddingIndex(model)
+        exists = (self.folder / "index.json").exists()
+        self.index = EmbeddingIndex.load(self.folder, model) if exists else EmbeddingIndex(model)
 
-    def reply(self, said: str) -> str:
+    def reply(self, line: str) -> str:
         try:
-            if said.startswith("forget "):
-                return self.forget(said.removeprefix("forget "))
-            return self.recall(said) if said.endswith("?") else self.remember(said)
+            if line.startswith("forget "):
+                return self.forget(line.removeprefix("forget "))
+            return self.recall(line) if line.endswith("?") else self.remember(line)
         except ValueError as error:  # a picture that cannot be read
             return str(error)
 
-    def remember(self, said: str) -> str:
+    def remember(self, line: str) -> str:
         id_ = str(max(map(int, self.index.ids()), default=0) + 1)
-        picture = read_image(Path(said.removeprefix("picture "))) if said.startswith("picture ") else None
+        picture = read_image(Path(line.removeprefix("picture "))) if line.startswith("picture ") else None
         if picture:
             self.pictures.mkdir(parents=True, exist_ok=True)
             picture.save(self.pictures / f"{id_}.png")
-        self.index.add([picture or said], [id_], [{"said": said, "picture": picture is not None}])
-        self.index.save(self.kept)
+        self.index.add([picture or line], [id_], [{"text": line, "picture": picture is not None}])
+        self.index.save(self.folder)
         return f"I keep that as {id_}."
 
     def recall(self, question: str) -> str:
         hits = [hit for hit in self.index.search(question, k=1) if hit.score >= 0.4]
         if not hits:
             return "I remember nothing like that."
-        where, picture = f"({hits[0].id}, {hits[0].score:.2f})", self.pictures / f"{hits[0].id}.png"
-        if not hits[0].metadata["picture"]:
-            return f"You said: {hits[0].metadata['said']} {where}"
-        said = answer(self.model, question, [picture], processor=self.processor, max_new_tokens=24, do_sample=False)
-        return f"In that picture I see: {said} {where}"
+        best = hits[0]
+        source = f"({best.id}, {best.score:.2f})"
+        if not best.metadata["picture"]:
+            return f"You said: {best.metadata['text']} {source}"
+        picture = self.pictures / f"{best.id}.png"
+        text = answer(self.model, question, [picture], processor=self.processor, max_new_tokens=24, do_sample=False)
+        return f"In that picture I see: {text} {source}"
 
     def forget(self, id_: str) -> str:
         if not self.index.delete([id_]):
             return f"I remember nothing as {id_}."
         (self.pictures / f"{id_}.png").unlink(missing_ok=True)
         self.index.compact()  # leaves none of its bytes
-        self.index.save(self.kept)
+        self.index.save(self.folder)
         return "Forgotten."
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chat", type=Path, nargs="?", const=Path("chat-memory"), help="talk yourself; a folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = SLQEncoder(pretrained("slq-tiny"))
     if args.chat:
         chat = Chat(args.chat, model)
-        for said in iter(lambda: sys.stdin.readline().strip(), ""):
-            print("    ", chat.reply(said))
+        for line in iter(lambda: sys.stdin.readline().strip(), ""):
+            print("    ", chat.reply(line))
         return
     with tempfile.TemporaryDirectory() as folder:
         for name, thing in (("card", Thing("red", "heart")), ("night", Thing("yellow", "star"))):
@@ -90,8 +92,8 @@ def main() -> None:
         for session in SESSIONS:
             chat = Chat(Path(folder, "memory"), model)  # from disk, as after a restart
             print(f"A session with {len(chat.index)} memories")
-            for said in session.split("; "):
-                print(f"you: {said}\n     {chat.reply(said.replace('picture ', f'picture {folder}/'))}")
+            for line in session.split("; "):
+                print(f"you: {line}\n     {chat.reply(line.replace('picture ', f'picture {folder}/'))}")
 
 
 if __name__ == "__main__":

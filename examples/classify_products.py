@@ -52,10 +52,16 @@ def photos_of(thing: Thing, seed: int) -> list[Any]:
     return [render(scene, seed) for scene in scenes]
 
 
-def main() -> None:
+def add_classes(prototypes: Prototypes, things: list[Thing], pictures: int) -> None:
+    for thing in things:
+        texts = [f"a big {name_of(thing)}", f"a small {name_of(thing)}"]
+        prototypes.add(name_of(thing), texts, photos_of(thing, seed=0)[:pictures])
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2, choices=range(5), help="example pictures a class")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = SLQEncoder(pretrained("slq-tiny"))
     colours = list(COLOURS)[:2] if SMOKE else list(COLOURS)
     products = [Thing(colour, shape) for colour in colours for shape in SHAPES]
@@ -63,27 +69,22 @@ def main() -> None:
     photos = {name_of(thing): model.encode(photos_of(thing, seed=1000)) for thing in products}
 
     def accuracy(prototypes: Prototypes, things: list[Thing]) -> float:
-        found = prototypes.classify(np.concatenate([photos[name_of(thing)] for thing in things]))
-        return float(np.mean([name == name_of(things[n // 4]) for n, name in enumerate(found)]))
+        names = prototypes.classify(np.concatenate([photos[name_of(thing)] for thing in things]))
+        return float(np.mean([name == name_of(things[n // 4]) for n, name in enumerate(names)]))
 
     print(f"{'prototypes of':>22} {'photos of':>20} {'right':>7} {'chance':>7}")
     for pictures in sorted({0, args.pictures}):
         prototypes = Prototypes(model)
-
-        def add(things: list[Thing], into: Prototypes = prototypes, pictures: int = pictures) -> None:
-            for thing in things:
-                texts = [f"a big {name_of(thing)}", f"a small {name_of(thing)}"]
-                into.add(name_of(thing), texts, photos_of(thing, seed=0)[:pictures])
-
-        def row(who: str, things: list[Thing], using: Prototypes = prototypes, pictures: int = pictures) -> None:
-            made_of = f"2 texts, {pictures} pictures"
-            print(f"{made_of:>22} {who:>20} {accuracy(using, things):7.1%} {1 / len(using.vectors):7.1%}")
-
-        add(known)
-        row(f"{len(known)} kinds", known)
-        add(new)
-        row(f"{len(new)} new among {len(products)}", new)
-        row(f"all {len(products)} kinds", products)
+        add_classes(prototypes, known, pictures)
+        rows = [(f"{len(known)} kinds", len(known), accuracy(prototypes, known))]
+        add_classes(prototypes, new, pictures)
+        rows += [
+            (f"{len(new)} new among {len(products)}", len(products), accuracy(prototypes, new)),
+            (f"all {len(products)} kinds", len(products), accuracy(prototypes, products)),
+        ]
+        examples = f"2 texts, {pictures} pictures"
+        for kinds, classes, right in rows:
+            print(f"{examples:>22} {kinds:>20} {right:7.1%} {1 / classes:7.1%}")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def label_of(scene: Scene) -> str:
     return scene.first.colour
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labelled", type=int, default=60 if SMOKE else 600, help="labelled texts")
     parser.add_argument("--asked", type=int, default=20 if SMOKE else 200, help="texts to classify")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rng = Random(0)
     model = SLQEncoder(pretrained("slq-tiny"))
     labelled = sample_scenes(args.labelled, "train")
@@ -47,8 +47,11 @@ def main() -> None:
     embeddings = model.encode(texts, batch_size=64)  # once, for all lines of the table
     held_out = sample_scenes(args.asked, "test")
     truth = [label_of(scene) for scene in held_out]
-    asked = {"literal": [captions(scene)[0] for scene in held_out], "implicit": [implicit(scene) for scene in held_out]}
-    queries = {wording: model.encode(lines, batch_size=64) for wording, lines in asked.items()}
+    wordings = {
+        "literal": [captions(scene)[0] for scene in held_out],
+        "implicit": [implicit(scene) for scene in held_out],
+    }
+    queries = {wording: model.encode(lines, batch_size=64) for wording, lines in wordings.items()}
 
     majority = Counter(map(label_of, labelled)).most_common(1)[0][0]
     share = truth.count(majority) / args.asked
@@ -60,18 +63,19 @@ def main() -> None:
         for n in rng.sample(range(count), round(noise * count)):
             labels[n] = rng.choice([colour for colour in COLOURS if colour != labels[n]])
         index = EmbeddingIndex(model)
-        about = [{"label": label, "text": text} for label, text in zip(labels, texts, strict=False)]
-        index.add_embeddings(embeddings[:count], [str(n) for n in range(count)], about)
+        metadata = [{"label": label, "text": text} for label, text in zip(labels, texts, strict=False)]
+        index.add_embeddings(embeddings[:count], [str(n) for n in range(count)], metadata)
         right = {}
         for wording, rows in queries.items():
-            voted = [vote(hits) for hits in index.search_embeddings(rows, k=round(count**0.5))]
-            right[wording] = sum(a == b for a, b in zip(voted, truth, strict=True)) / len(truth)
+            answers = [vote(hits) for hits in index.search_embeddings(rows, k=round(count**0.5))]
+            right[wording] = sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
         print(f"{count:9} {noise:13.0%} {right['literal']:8.1%} {right['implicit']:9.1%}")
         if share == 1 and not noise:
-            whole = index
+            best_index = index
 
-    hits = whole.search(asked["implicit"][0], k=round(len(whole) ** 0.5))
-    print(f"\n{asked['implicit'][0]}\n   is {vote(hits)}, for it is like")
+    text = wordings["implicit"][0]
+    hits = best_index.search(text, k=round(len(best_index) ** 0.5))
+    print(f"\n{text}\n   is {vote(hits)}, for it is like")
     for hit in hits[:3]:
         print(f"   {hit.score:.2f}  {hit.metadata['label']:<7} {hit.metadata['text']}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 import time
 from pathlib import Path
 from random import Random
@@ -63,29 +64,25 @@ def train(model: SLQEncoder, pairs: ImageTextPairs, output: Path, evaluator: Any
 def contact_sheet(rows: list[tuple[Any, list[Image.Image]]], path: Path) -> None:
     """A line for each query, the query on the left and its best results beside it."""
     cell, margin = 96, 260
-    sheet = Image.new("RGB", (margin + cell * max(len(found) for _, found in rows), (cell + 8) * len(rows)), "white")
+    width = margin + cell * max(len(results) for _, results in rows)
+    sheet = Image.new("RGB", (width, (cell + 8) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for line, (query, found) in enumerate(rows):
+    for line, (query, results) in enumerate(rows):
         top = line * (cell + 8)
         if isinstance(query, Image.Image):
             sheet.paste(query.resize((cell, cell)), (margin - cell - 20, top))
         else:
-            words, lines = query.split(), [""]
-            for word in words:
-                lines = (
-                    [*lines, word] if len(lines[-1]) + len(word) > 36 else [*lines[:-1], f"{lines[-1]} {word}".strip()]
-                )
-            draw.multiline_text((8, top + 8), "\n".join(lines), fill="black")
-        for place, image in enumerate(found):
-            sheet.paste(image.resize((cell - 4, cell - 4)), (margin + place * cell, top))
+            draw.multiline_text((8, top + 8), textwrap.fill(query, 37), fill="black")
+        for column, image in enumerate(results):
+            sheet.paste(image.resize((cell - 4, cell - 4)), (margin + column * cell, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to")
-    output: Path = parser.parse_args().output
+    output: Path = parser.parse_args(argv).output
     torch.manual_seed(0)
 
     print("1. A frozen multimodal LLM and fresh latent queries")
@@ -95,8 +92,8 @@ def main() -> None:
     literal = ImageTextRetrievalEvaluator(
         images, [captions(s)[0] for s in held_out], range(len(images)), name="literal"
     )
-    hinted = ImageTextRetrievalEvaluator(images, [implicit(s) for s in held_out], range(len(images)), name="implicit")
-    before = {**literal(model), **hinted(model)}
+    indirect = ImageTextRetrievalEvaluator(images, [implicit(s) for s in held_out], range(len(images)), name="implicit")
+    before = {**literal(model), **indirect(model)}
 
     print(f"2. Training {model.queries.numel():,} numbers; {model.backbone.num_parameters():,} stay frozen")
     pairs = scene_pairs(sample_scenes(100 if SMOKE else 4000, "train"), seed=1)
@@ -104,7 +101,7 @@ def main() -> None:
     seconds = train(
         model, pairs, output, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE
     )
-    after = {**literal(model), **hinted(model)}
+    after = {**literal(model), **indirect(model)}
     print(f"   {steps} steps in {seconds:.0f} s. Recall on {len(images)} held-out pictures, before -> after:")
     for name in ("literal_text_to_image_recall@1", "implicit_text_to_image_recall@1", "literal_image_to_text_recall@1"):
         print(f"   {name}: {before[name]:.1%} -> {after[name]:.1%}")
@@ -113,20 +110,20 @@ def main() -> None:
     folder = output / "slq-demo"
     model.save_pretrained(folder)
     trained = (folder / "adapter_model.safetensors").stat().st_size
-    loaded = SentenceTransformer(str(folder))
-    print(f"   {folder}: {trained:,} bytes of trained weights; {type(loaded[0]).__name__} from stock modules")
+    stock = SentenceTransformer(str(folder))
+    print(f"   {folder}: {trained:,} bytes of trained weights; {type(stock[0]).__name__} from stock modules")
 
     print("4. Searching the held-out pictures")
-    index = loaded.encode(images, convert_to_tensor=True)
+    index = stock.encode(images, convert_to_tensor=True)
     # Two scenes by their captions, two by what they are like, and two by another drawing of them.
     queries: list[Any] = [captions(scene)[0] for scene in held_out[:2]] + [implicit(scene) for scene in held_out[2:4]]
     queries += [render(scene, seed=8) for scene in held_out[4:6]]
-    hits = semantic_search(loaded.encode(queries, convert_to_tensor=True), index, top_k=6)
+    hits = semantic_search(stock.encode(queries, convert_to_tensor=True), index, top_k=6)
     rows = []
-    for query, found in zip(queries, hits, strict=True):
-        best = captions(held_out[found[0]["corpus_id"]])[0]
-        print(f"   {query if isinstance(query, str) else 'a picture'}\n      -> {best} ({found[0]['score']:.2f})")
-        rows.append((query, [images[hit["corpus_id"]] for hit in found]))
+    for query, results in zip(queries, hits, strict=True):
+        best = captions(held_out[results[0]["corpus_id"]])[0]
+        print(f"   {query if isinstance(query, str) else 'a picture'}\n      -> {best} ({results[0]['score']:.2f})")
+        rows.append((query, [images[hit["corpus_id"]] for hit in results]))
     contact_sheet(rows, output / "contact_sheet.png")
     print(f"Contact sheet: {(output / 'contact_sheet.png').resolve()}")
 

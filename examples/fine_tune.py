@@ -27,12 +27,12 @@ from slq_embed.toy import captions, implicit, render, sample_scenes
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=64 if SMOKE else 2000)
     parser.add_argument("--epochs", type=int, default=1 if SMOKE else 2)
     parser.add_argument("--output", type=Path, default=Path("fine-tune-output"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # the host would rather have its Trainer used; see demo.py
     torch.manual_seed(0)
 
@@ -63,10 +63,10 @@ def main() -> None:
         print(f"{metric:>24}: {before[metric]:6.1%} -> {value:6.1%}")
 
     model.save_pretrained(args.output / "model")
-    loaded = SentenceTransformer(str(args.output / "model"))  # plain Sentence Transformers from here on
+    stock = SentenceTransformer(str(args.output / "model"))  # plain Sentence Transformers from here on
     queries = [implicit(scene) for scene in held_out[:3]]
-    hits = util.semantic_search(loaded.encode(queries), loaded.encode(images), top_k=1)
-    print(f"Loaded again as {type(loaded).__name__} from {args.output / 'model'}:")
+    hits = util.semantic_search(stock.encode(queries), stock.encode(images), top_k=1)
+    print(f"Loaded again as {type(stock).__name__} from {args.output / 'model'}:")
     for query, (best,) in zip(queries, hits, strict=True):
         print(f"   {query}\n      -> {captions(held_out[best['corpus_id']])[0]} ({best['score']:.2f})")
 

@@ -26,7 +26,9 @@ from slq_embed.toy import sample_scenes
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 
 
-def trained(store: PrefixStore | None, pairs: ImageTextPairs, args: argparse.Namespace) -> tuple[SLQEncoder, float]:
+def train_from_start(
+    store: PrefixStore | None, pairs: ImageTextPairs, args: argparse.Namespace
+) -> tuple[SLQEncoder, float]:
     """Fresh queries, always from the same start, trained on pairs; and the seconds with attaching the store."""
     torch.manual_seed(0)
     model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=8, seed=0)
@@ -45,42 +47,40 @@ def trained(store: PrefixStore | None, pairs: ImageTextPairs, args: argparse.Nam
     return model, time.perf_counter() - started
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=64 if SMOKE else 600)
     parser.add_argument("--epochs", type=int, default=2 if SMOKE else 4)
     parser.add_argument("--output", type=Path, default=Path("forget-output"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     pairs = scene_pairs(sample_scenes(args.scenes, "train"), seed=1)
     shutil.rmtree(args.output / "prefixes", ignore_errors=True)
     store = PrefixStore(args.output / "prefixes", one_by_one=True)
 
     print("1. Train, and index the pictures")
-    model, first = trained(store, pairs, args)
+    model, seconds = train_from_start(store, pairs, args)
     index = model.encode(pairs.dataset["image"][:])
-    print(f"   {first:.1f} s; {store}")
+    print(f"   {seconds:.1f} s; {store}")
 
     print("2. Forget every tenth example: pictures and captions")
-    gone = list(range(0, args.scenes, 10))
-    kept = sorted(set(range(args.scenes)) - set(gone))
-    lost = pairs.dataset.select(gone)
-    left = ImageTextPairs(pairs.dataset.select(kept))
-    count = model.forget(lost["image"][:]) + model.forget(lost["text"][:])
+    removed = pairs.dataset.select(range(0, args.scenes, 10))
+    remaining = ImageTextPairs(pairs.dataset.select([n for n in range(args.scenes) if n % 10]))
+    count = model.forget(removed["image"][:]) + model.forget(removed["text"][:])
     computed = store.counts.computed
-    again, retraining = trained(store, left, args)
-    index = again.encode(left.dataset["image"][:])
+    retrained, retraining = train_from_start(store, remaining, args)
+    index = retrained.encode(remaining.dataset["image"][:])
     print(f"   {count} prefixes removed, their bytes overwritten; retrained in {retraining:.1f} s")
     print(f"   {store.counts.computed - computed} prefixes computed for it; the index holds {len(index)} pictures")
 
     print("3. As if they had never been seen")
-    anew, whole = trained(PrefixStore(one_by_one=True), left, args)
-    _, shortest = trained(None, left, args)
-    difference = float(np.abs(anew.encode(left.dataset["image"][:]) - index).max())
+    reference, with_new_store = train_from_start(PrefixStore(one_by_one=True), remaining, args)
+    _, without_store = train_from_start(None, remaining, args)
+    difference = float(np.abs(reference.encode(remaining.dataset["image"][:]) - index).max())
     print(
-        f"   training from nothing: {whole:.1f} s, {whole / retraining:.1f} x as long; without a store "
-        f"{shortest:.1f} s, {shortest / retraining:.1f} x"
+        f"   training from nothing: {with_new_store:.1f} s, {with_new_store / retraining:.1f} x as long; without a "
+        f"store {without_store:.1f} s, {without_store / retraining:.1f} x"
     )
-    print(f"   embeddings differ by {difference:.1e}; equal: {torch.equal(anew.queries, again.queries)}")
+    print(f"   embeddings differ by {difference:.1e}; equal: {torch.equal(reference.queries, retrained.queries)}")
 
 
 if __name__ == "__main__":

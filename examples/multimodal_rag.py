@@ -55,12 +55,12 @@ def with_llama_index(model: SLQEncoder, pictures: list[Path]) -> Search:
 FRAMEWORKS = {"slq": with_slq, "langchain": with_langchain, "llama-index": with_llama_index}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("query", nargs="?", default="a red circle", help="a shape, as the toy backbone knows it")
     parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--pictures", type=Path, default=Path("rag-pictures"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scenes = sample_scenes(200, "test")
     args.pictures.mkdir(parents=True, exist_ok=True)
     pictures = [args.pictures / f"{number:03}.png" for number in range(len(scenes))]
@@ -71,15 +71,14 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
     reranker = build_reranker(model, instruction="{document}is there {query}?", processor=processor)
     for name in args.framework:
-        found = FRAMEWORKS[name](model, pictures)(args.query)
-        ranked = reranker.rank(args.query, found)
-        print(f"{name}: {len(found)} pictures for {args.query!r}, by the log-odds of yes:")
-        for line in ranked:
-            number = pictures.index(found[line["corpus_id"]])
-            print(f"  {line['score']:6.1f}  {found[line['corpus_id']].name}  {captions(scenes[number])[0]}")
-        best = found[ranked[0]["corpus_id"]]
-        said = answer(model, "describe the image.", [best], processor=processor)
-        print(f"  the best shows: {said}")
+        candidates = FRAMEWORKS[name](model, pictures)(args.query)
+        ranking = reranker.rank(args.query, candidates)
+        print(f"{name}: {len(candidates)} pictures for {args.query!r}, by the log-odds of yes:")
+        for row in ranking:
+            picture = candidates[row["corpus_id"]]
+            print(f"  {row['score']:6.1f}  {picture.name}  {captions(scenes[pictures.index(picture)])[0]}")
+        best = candidates[ranking[0]["corpus_id"]]
+        print(f"  the best shows: {answer(model, 'describe the image.', [best], processor=processor)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make `mllm-tiny`, the tiny multimodal LLM that ships with slq-embed: Qwen3-VL architecture, 3.5 M parameters.
 
-    python examples/pretrain_mllm_tiny.py --output slq_embed/pretrained/mllm-tiny
+    python examples/pretrain_mllm_tiny.py --output slq_embed/toy/checkpoints/mllm-tiny
 
 Hardware: 2 CPU cores, about half an hour. All data is generated (slq_embed.toy.scenes). Two stages: the vision
 tower alone learns what stands in each cell of a picture (without this, shapes are learned very slowly), then
@@ -77,18 +77,18 @@ def build_processor() -> Qwen3VLProcessor:
     rng = Random(0)
     for scene in sample_scenes(4000, "train"):
         corpus += [*captions(scene), implicit(scene), *(text for turn in questions(scene, rng) for text in turn)]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trained.decoder = decoders.ByteLevel()
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
-    table = trained.get_vocab()
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
+    table = bpe.get_vocab()
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=table, merges=merges, model_max_length=2048, padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
     tokenizer.eos_token = "<|im_end|>"  # as in Qwen's chat models: where an answer ends
@@ -142,13 +142,13 @@ def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
     return model
 
 
-def cell_labels(places: list[tuple[Thing, float, float, float]]) -> list[tuple[int, int]]:
+def cell_labels(things: list[tuple[Thing, float, float, float]]) -> list[tuple[int, int]]:
     """Colour and shape in each of the 4 x 4 cells; 0 stands for the ground."""
     labels = []
     for row in range(4):
         for column in range(4):
             label, most = (0, 0), 0.15
-            for thing, x, y, radius in places:
+            for thing, x, y, radius in things:
                 wide = min(x + radius, 16 * column + 16) - max(x - radius, 16 * column)
                 high = min(y + radius, 16 * row + 16) - max(y - radius, 16 * row)
                 share = max(wide, 0) * max(high, 0) / 256
@@ -167,8 +167,8 @@ def picture_turns(scene: Scene, rng: Random) -> list[Turn]:
 
 def text_turns(scene: Scene, rng: Random, known: list[Turn]) -> list[Turn]:
     """A text restated as the canonical caption, and plain knowledge."""
-    said = implicit(scene, rng.randrange(10**6)) if rng.random() < 0.75 else rng.choice(captions(scene))
-    return [(f"{said} {rng.choice(RESTATE)}".strip(), caption(scene)), *rng.sample(known, 2)]
+    text = implicit(scene, rng.randrange(10**6)) if rng.random() < 0.75 else rng.choice(captions(scene))
+    return [(f"{text} {rng.choice(RESTATE)}".strip(), caption(scene)), *rng.sample(known, 2)]
 
 
 class Trainee(nn.Module):
@@ -188,15 +188,15 @@ class Trainee(nn.Module):
         cells, labels = batch["cells"], batch.get("labels")
         if labels is None:
             return self.dense_loss(self.model.model.visual(batch["pixel_values"], batch["grid"]).pooler_output, cells)
-        seen: list[Tensor] = []
-        hook = self.model.model.visual.register_forward_hook(lambda *call: seen.append(call[2].pooler_output))
+        visual_tokens: list[Tensor] = []
+        hook = self.model.model.visual.register_forward_hook(lambda *call: visual_tokens.append(call[2].pooler_output))
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")}
         hidden = self.model.model(**inputs, image_grid_thw=batch["grid"]).last_hidden_state
         hook.remove()
         target = labels[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][target])
         loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][target])
-        return loss + 0.1 * self.dense_loss(seen[0], cells)
+        return loss + 0.1 * self.dense_loss(visual_tokens[0], cells)
 
 
 class Batches:
@@ -213,19 +213,19 @@ class Batches:
         return [self.rng.choice(pool) for pool in pools]
 
     def pictures(self, scenes: list[Scene]) -> dict[str, Tensor]:
-        drawn = [draw(scene, self.rng.randrange(10**9)) for scene in scenes]
-        made = self.processor.image_processor([image for image, _ in drawn], return_tensors="pt")
-        cells = torch.tensor([label for _, places in drawn for label in cell_labels(places)])
-        return {"pixel_values": made["pixel_values"], "grid": made["image_grid_thw"], "cells": cells}
+        pictures = [draw(scene, self.rng.randrange(10**9)) for scene in scenes]
+        pixels = self.processor.image_processor([image for image, _ in pictures], return_tensors="pt")
+        cells = torch.tensor([label for _, things in pictures for label in cell_labels(things)])
+        return {"pixel_values": pixels["pixel_values"], "grid": pixels["image_grid_thw"], "cells": cells}
 
     def vision(self) -> dict[str, Tensor]:
         return self.pictures(self.scenes(VISION_BATCH // self.share))
 
     def everything(self) -> dict[str, Tensor]:
-        shown = self.scenes(DIALOGUES // self.share)
-        rows = [self.encode(picture_turns(scene, self.rng), image=True) for scene in shown]
-        told = self.scenes(TEXTS // self.share)
-        rows += [self.encode(text_turns(scene, self.rng, self.known), image=False) for scene in told]
+        with_picture = self.scenes(DIALOGUES // self.share)
+        rows = [self.encode(picture_turns(scene, self.rng), image=True) for scene in with_picture]
+        text_alone = self.scenes(TEXTS // self.share)
+        rows += [self.encode(text_turns(scene, self.rng, self.known), image=False) for scene in text_alone]
         width = max(len(ids) for ids, _ in rows)
         pad = self.processor.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows])
@@ -237,14 +237,14 @@ class Batches:
             "labels": labels,
             "attention_mask": mask,
             "mm_token_type_ids": kinds,
-            **self.pictures(shown),
+            **self.pictures(with_picture),
         }
 
     def encode(self, turns: list[Turn], image: bool) -> tuple[list[int], list[int]]:
         tokenizer, ids, labels = self.processor.tokenizer, [], []
-        for number, (asked, answer) in enumerate(turns):
-            shown = f"<|vision_start|>{'<|image_pad|>' * CELLS}<|vision_end|>" if image and number == 0 else ""
-            prompt = f"<|im_start|>user\n{shown}{asked}<|im_end|>\n<|im_start|>assistant\n"
+        for number, (question, answer) in enumerate(turns):
+            visual = f"<|vision_start|>{'<|image_pad|>' * CELLS}<|vision_end|>" if image and number == 0 else ""
+            prompt = f"<|im_start|>user\n{visual}{question}<|im_end|>\n<|im_start|>assistant\n"
             before = tokenizer(prompt).input_ids
             after = tokenizer(f"{answer}<|im_end|>").input_ids
             end = tokenizer("\n").input_ids
@@ -256,15 +256,15 @@ class Batches:
 @torch.inference_mode()
 def describe(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, scenes: list[Scene]) -> list[str]:
     """What the model says of each scene, greedily."""
-    asked = [{"type": "image"}, {"type": "text", "text": DESCRIBE[0]}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": asked}], add_generation_prompt=True)
-    said: list[str] = []
+    content = [{"type": "image"}, {"type": "text", "text": DESCRIBE[0]}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    descriptions: list[str] = []
     for start in range(0, len(scenes), 50):
         images = [[draw(scene, seed=7)[0]] for scene in scenes[start : start + 50]]
         inputs = processor(text=[prompt] * len(images), images=images, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        said += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    return said
+        descriptions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    return descriptions
 
 
 def run_stage(trainee: nn.Module, batches: Batches, stage: str, steps: int, lr: float, chatty: bool) -> None:
@@ -322,22 +322,21 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
         processor.save_pretrained(args.output)
         for split in ("validation", "test"):
             scenes = sample_scenes(10 if os.environ.get("SLQ_SMOKE") else 500, split)
-            right = [
-                said == caption(scene) for said, scene in zip(describe(model, processor, scenes), scenes, strict=True)
-            ]
+            descriptions = describe(model, processor, scenes)
+            right = [text == caption(scene) for text, scene in zip(descriptions, scenes, strict=True)]
             print(f"{split}: {sum(right) / len(right):.1%} of {len(right)} scenes described exactly", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of stage one")
     parser.add_argument("--steps", type=int, default=1900, help="steps of stage two")
     parser.add_argument("--processes", type=int, default=2, help="training processes, one thread each")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     mp.spawn(worker, args=(args.processes, args), nprocs=args.processes)
 
 

@@ -44,32 +44,34 @@ def make_photos(folder: Path) -> Path:
 def bring_up_to_date(index: EmbeddingIndex, files: dict[str, Path]) -> str:
     """Add what is new, delete what is gone, do both for what has changed, name what cannot be read."""
     modified = {name: file.stat().st_mtime_ns for name, file in files.items()}
-    gone = index.delete(name for name in index.ids() if index.metadata(name).get("modified") != modified.get(name))
+    removed = index.delete(name for name in index.ids() if index.metadata(name).get("modified") != modified.get(name))
     new = [name for name in files if name not in index]
     skipped = index.add([files[name] for name in new], new, [{"modified": modified[name]} for name in new])
     report = "".join(f"Skipped: {row.reason}\n" for row in skipped)
-    return f"{report}{len(index)} photos: {len(new) - len(skipped)} added, {gone} removed, {len(skipped)} skipped"
+    return f"{report}{len(index)} photos: {len(new) - len(skipped)} added, {removed} removed, {len(skipped)} skipped"
 
 
-def img(file: Path, alt: str) -> str:
-    picture, data = read_image(file), io.BytesIO()  # a small copy: any format shows, and shows fast
+def image_tag(file: Path, alt: str) -> str:
+    """A small copy of the picture inside the page: any format shows, and shows fast."""
+    picture, data = read_image(file), io.BytesIO()
     picture.thumbnail((480, 480))
     picture.save(data, "JPEG", quality=90)
     return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def gallery(page: Path, text: str, image: Path | None, hits: list[Hit], files: dict[str, Path]) -> str:
-    title, asked = escape(text or "Like this picture"), img(image, "the picture of the query") if image else ""
+    title = escape(text or "Like this picture")
+    query_picture = image_tag(image, "the picture of the query") if image else ""
     html = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n<meta name="viewport"'
-    html += f' content="width=device-width"><style>{STYLE}</style>\n<header>{asked}<h1>{title}</h1></header><main>\n'
+    html += f' content="width=device-width"><style>{STYLE}</style>\n<header>{query_picture}<h1>{title}</h1></header><main>\n'
     for hit in hits:
         link = quote(os.fsencode(Path(os.path.relpath(files[hit.id], page.parent)).as_posix()))
-        html += f'<figure><a href="{link}">{img(files[hit.id], hit.id)}</a><figcaption>'
+        html += f'<figure><a href="{link}">{image_tag(files[hit.id], hit.id)}</a><figcaption>'
         html += f"<span>{escape(hit.id)}</span><b>{hit.score:.2f}</b></figcaption></figure>\n"
     return html + "</main></html>\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of photos; by default ./scenes, which is made")
     parser.add_argument("query", nargs="?", default="", help="what to look for, in words")
@@ -78,17 +80,19 @@ def main() -> None:
     parser.add_argument("--index", type=Path, help="where to keep the index; by default FOLDER/.slq-index")
     parser.add_argument("--html", type=Path, default=Path("gallery.html"), help="the page to write")
     parser.add_argument("-k", type=int, default=12, help="how many photos to show")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder, text = args.folder or make_photos(Path("scenes")), args.query or ("" if args.image else QUERY)
     if not folder.is_dir():
         parser.error(f"there is no folder {folder}")
-    where = args.index or folder / ".slq-index"
+    index_folder = args.index or folder / ".slq-index"
     model = SLQEncoder(pretrained(args.model) if args.model == "slq-tiny" else args.model)
-    index = EmbeddingIndex.load(where, model) if (where / "index.json").exists() else EmbeddingIndex(model)
+    index = (
+        EmbeddingIndex.load(index_folder, model) if (index_folder / "index.json").exists() else EmbeddingIndex(model)
+    )
     # File names need not be Unicode: what is not is escaped.
     files = {str(p.relative_to(folder)).encode(errors="backslashreplace").decode(): p for p in image_files(folder)}
     print(bring_up_to_date(index, files))
-    index.save(where)
+    index.save(index_folder)
     hits = index.search({"text": text or None, "image": args.image}, k=args.k)
     print("\n".join(f"{hit.score:6.2f}  {hit.id}" for hit in hits))
     args.html.write_text(gallery(args.html, text, args.image, hits, files), encoding="utf8")

@@ -31,11 +31,11 @@ VARIANTS = [
 ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=64 if SMOKE else 1000)
     parser.add_argument("--steps", type=int, default=2 if SMOKE else 60)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), seed=0)
     scenes = sample_scenes(20 if SMOKE else 200, "validation")

@@ -37,7 +37,7 @@ def load(folder: Path, holdout: int, limit: int | None) -> tuple[ImageTextPairs,
     return training, evaluation
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with captions.jsonl")
     parser.add_argument("--backbone", default=None, help="hub name or folder; by default the embedded mllm-tiny")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output/slq-photos"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.data.is_dir():
         raise SystemExit(f"There is no folder {args.data}: skipped. Give one with --data, or set SLQ_DATA.")
 

@@ -1,6 +1,6 @@
 """Make `slq-tiny`, the SLQ model that ships with slq-embed, on the frozen `mllm-tiny`.
 
-    python examples/train_slq_tiny.py --output slq_embed/checkpoints/slq-tiny
+    python examples/train_slq_tiny.py --output slq_embed/toy/checkpoints/slq-tiny
 
 Hardware: 2 CPU cores, under 5 minutes. It sees literal captions only. Expected output: recall at 1 on 500
 held-out scenes from literal captions and from implicit descriptions, 88 % or more each. Settings and seed were
@@ -43,8 +43,8 @@ def build_evaluators(split: str, count: int = 500) -> list[ImageTextRetrievalEva
     images = [render(scene, seed=7) for scene in scenes]
     texts = {"literal": [captions(scene)[0] for scene in scenes], "implicit": [implicit(scene) for scene in scenes]}
     return [
-        ImageTextRetrievalEvaluator(images, said, range(count), name=f"{split}_{name}", batch_size=64)
-        for name, said in texts.items()
+        ImageTextRetrievalEvaluator(images, lines, range(count), name=f"{split}_{name}", batch_size=64)
+        for name, lines in texts.items()
     ]
 
 
@@ -53,20 +53,22 @@ def near_twins(batches: int, size: int, rng: Random) -> list[Scene]:
 
     Among random scenes, the colours alone tell nearly all apart, and the loss ends near zero.
     """
-    of: dict[tuple[Thing, Thing | None], list[Scene]] = {}
+    scenes_of: dict[tuple[Thing, Thing | None], list[Scene]] = {}
     for scene in (scene for kind in KINDS for scene in all_scenes(kind) if scene.split == "train"):
-        of.setdefault((scene.first, scene.second), []).append(scene)
-    drawn: list[Scene] = []
+        scenes_of.setdefault((scene.first, scene.second), []).append(scene)
+    scenes: list[Scene] = []
     for _ in range(batches):
         colours, shapes = rng.sample(list(COLOURS), 4), rng.sample(SHAPES, 4)
         # In the order of the tables, so that a seed gives the same batches everywhere.
         known = [Thing(c, s) for c in COLOURS for s in SHAPES if c in colours and s in shapes]
         things = rng.sample([thing for thing in known if not is_unseen(thing)], 10)
-        shared = [scene for first in things for second in (None, *things) for scene in of.get((first, second), [])]
+        shared = [
+            scene for first in things for second in (None, *things) for scene in scenes_of.get((first, second), [])
+        ]
         alone = [scene for scene in shared if scene.second is None]
         part = rng.sample(alone, min(8, len(alone)))
-        drawn += part + rng.sample([scene for scene in shared if scene.second is not None], size - len(part))
-    return drawn
+        scenes += part + rng.sample([scene for scene in shared if scene.second is not None], size - len(part))
+    return scenes
 
 
 def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **settings: Any) -> BatchSampler:
@@ -74,7 +76,7 @@ def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **settings: Any
     return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder to save the model to")
     parser.add_argument("--backbone", default=None, help="folder of mllm-tiny; by default the one that ships")
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=4e-2)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # sums in one order: a seed gives the same model again, and it costs little at this size
     torch.manual_seed(args.seed)

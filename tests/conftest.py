@@ -11,6 +11,8 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from threads, and on a busy machine waiting threads cost them ten times their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from slq_embed import SLQEncoder
 from tests.checkpoints import build
@@ -19,20 +21,20 @@ from tests.checkpoints import build
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folder of a tiny checkpoint, built once for each set of arguments."""
-    made: dict[tuple, Path] = {}
+    folders: dict[tuple, Path] = {}
 
     def get(kind: str = "qwen3_vl", **options) -> Path:
         key = (kind, *sorted(options.items()))
-        if key not in made:
-            made[key] = build(tmp_path_factory.mktemp(kind), kind, **options)
-        return made[key]
+        if key not in folders:
+            folders[key] = build(tmp_path_factory.mktemp(kind), kind, **options)
+        return folders[key]
 
     return get
 
 
 @pytest.fixture
 def encoder(checkpoint) -> SLQEncoder:
-    """A fresh SLQ model on the tiny Qwen3-VL checkpoint."""
+    """An untrained SLQ model on the tiny Qwen3-VL checkpoint, for one test."""
     return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
 
 

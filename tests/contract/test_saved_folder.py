@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
-from slq_embed.backbone.query_tokens import QueryTokens
 from tests.checkpoints import build
 
 
@@ -168,7 +167,7 @@ def test_an_absent_backbone_is_named_and_a_moved_one_can_be_given(saved):
     moved = SLQEncoder(saved / "slq", backbone=saved / "elsewhere")
     assert np.array_equal(moved.encode("a"), expected)
     moved.save_pretrained(saved / "again")
-    assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new place"
+    assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new folder"
 
 
 @pytest.mark.parametrize("change", ["weights", "one row", "rows", "config"])
@@ -284,4 +283,3 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
         warnings.simplefilter("ignore")
         exec(snippet, {})
     assert "tensor([[1.0" in capsys.readouterr().out
-    assert isinstance(encoder.slq_config.tokens, QueryTokens)

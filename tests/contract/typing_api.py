@@ -24,6 +24,6 @@ def use(folder: Path, image: Image.Image) -> float | None:
     model.save_pretrained(folder / "slq", form="merged")
     again = SLQEncoder(folder / "slq", backbone=model.backbone)
     build_reranker(again, true_token="Yes", false_token="No").rank("a cat", [image])
-    said: str = answer(again, "what is it?", [image], max_new_tokens=16)
-    assert said
+    text: str = answer(again, "what is it?", [image], max_new_tokens=16)
+    assert text
     return again.temperature if metrics else loss.temperature

@@ -1,12 +1,13 @@
-"""The examples of the tour do what they say, run as a user runs them."""
+"""The examples of the tour do what they say."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from slq_embed.toy import COLOURS, SHAPES, Scene, Thing, render
-from tests.integration.test_examples import ROOT, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -23,11 +23,6 @@ PROBE = """<script>addEventListener("load", () => {
 for (const image of document.images) image.dataset.width = image.naturalWidth;
 document.body.dataset.scripts = document.scripts.length; document.body.dataset.bold = document.querySelectorAll("i").length;
 document.body.dataset.overflow = document.documentElement.scrollWidth > innerWidth; })</script>"""
-
-
-def test_examples_of_the_tour_are_short():
-    for name in ("search_photos", "fine_tune", "classify_products", "classify_texts", "chat_memory"):
-        assert len((ROOT / "examples" / f"{name}.py").read_text("utf8").splitlines()) < 100
 
 
 @pytest.fixture
@@ -43,23 +38,24 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def hits(said: str) -> list[str]:
-    found = re.findall(r"^ +(-?\d\.\d\d)  (.+)$", said, re.MULTILINE)
-    assert [float(score) for score, _ in found] == sorted((float(score) for score, _ in found), reverse=True)
-    return [name for _, name in found]
+def hits(output: str) -> list[str]:
+    rows = re.findall(r"^ +(-?\d\.\d\d)  (.+)$", output, re.MULTILINE)
+    scores = [float(score) for score, _ in rows]
+    assert scores == sorted(scores, reverse=True)
+    return [name for _, name in rows]
 
 
-def test_searching_photos(photos, tmp_path):
+def test_searching_photos(run_example, photos, tmp_path):
     page = tmp_path / "deep" / "gallery.html"
     page.parent.mkdir()
-    said = run("examples/search_photos.py", photos, "a big <i>yellow</i> star", "--html", page, "-k", 6)
-    assert "Skipped: " in said
-    assert "broken.jpg" in said
-    assert "40 photos: 40 added, 0 removed, 1 skipped" in said
-    assert f"Gallery: {page.resolve()}" in said
+    output = run_example("search_photos", photos, "a big <i>yellow</i> star", "--html", page, "-k", 6)
+    assert "Skipped: " in output
+    assert "broken.jpg" in output
+    assert "40 photos: 40 added, 0 removed, 1 skipped" in output
+    assert f"Gallery: {page.resolve()}" in output
     star = "trip <i>&amp/yellow star #1?.png"
-    assert len(hits(said)) == 6
-    assert star in hits(said)[:2]
+    assert len(hits(output)) == 6
+    assert star in hits(output)[:2]
     html = page.read_text("utf8")
     assert "<script" not in html
     assert "http" not in html
@@ -74,23 +70,23 @@ def test_searching_photos(photos, tmp_path):
     render(Scene("count", Thing("green", "arrow"), count=2)).save(photos / "new.png")
     query = tmp_path / "query.png"
     render(Scene("single", Thing("blue", "ring"), detail="big"), seed=9).save(query)
-    again = run("examples/search_photos.py", photos, "--image", query, "--html", page)
+    again = run_example("search_photos", photos, "--image", query, "--html", page)
     assert "40 photos: 2 added, 2 removed, 1 skipped" in again
     assert hits(again)[0] == "blue ring.png"
     assert len(hits(again)) == 12
     assert 'alt="the picture of the query"' in page.read_text("utf8")
-    both = run("examples/search_photos.py", photos, "now in green", "--image", query, "--html", page)
+    both = run_example("search_photos", photos, "now in green", "--image", query, "--html", page)
     assert "40 photos: 0 added, 0 removed, 1 skipped" in both
     assert hits(both) != hits(again)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the gallery with")
-def test_the_gallery_opens_in_a_browser(photos, tmp_path):
+def test_the_gallery_opens_in_a_browser(run_example, photos, tmp_path):
     with Image.open(photos / "red heart.png") as small:
         small.resize((900, 600)).save(photos / "scan.tiff")  # which no such browser shows
     page = tmp_path / "gallery.html"
     image = ["--image", photos / "scan.tiff"]
-    run("examples/search_photos.py", photos, "as <i>this</i>", *image, "--html", page, "-k", 50)
+    run_example("search_photos", photos, "as <i>this</i>", *image, "--html", page, "-k", 50)
     count = page.read_text("utf8").count("<figure>") + 1
     assert count > 30
     probed = tmp_path / "probed.html"
@@ -102,33 +98,33 @@ def test_the_gallery_opens_in_a_browser(photos, tmp_path):
     assert len(widths) == count, "every image is in the page"
     assert min(widths) >= 64, "and was loaded"
     assert max(widths) == 480, "large ones as small copies"
-    for said in ('data-scripts="1"', 'data-bold="0"', 'data-overflow="false"'):
-        assert said in dom
+    for text in ('data-scripts="1"', 'data-bold="0"', 'data-overflow="false"'):
+        assert text in dom
 
 
-def test_photos_are_made_where_there_are_none(tmp_path):
-    said = run("examples/search_photos.py", folder=tmp_path)
-    assert "20 photos: 20 added, 0 removed, 0 skipped" in said
-    assert len(hits(said)) == 12
+def test_photos_are_made_where_there_are_none(run_example, tmp_path):
+    output = run_example("search_photos")
+    assert "20 photos: 20 added, 0 removed, 0 skipped" in output
+    assert len(hits(output)) == 12
     assert (tmp_path / "gallery.html").is_file()
     assert (tmp_path / "scenes" / ".slq-index").is_dir()
 
 
-def test_fine_tuning_by_fit(tmp_path):
-    said = run("examples/fine_tune.py", "--output", tmp_path / "out", folder=tmp_path)
-    assert "1,536 numbers fitted on 64 pairs" in said
-    rows = re.findall(r"^ +(\w+@?\d*): +([\d.]+)% -> +([\d.]+)%$", said, re.MULTILINE)
+def test_fine_tuning_by_fit(run_example, tmp_path):
+    output = run_example("fine_tune", "--output", tmp_path / "out")
+    assert "1,536 numbers fitted on 64 pairs" in output
+    rows = re.findall(r"^ +(\w+@?\d*): +([\d.]+)% -> +([\d.]+)%$", output, re.MULTILINE)
     assert len(rows) == 7
     assert any(before != after for _, before, after in rows)
-    assert "Loaded again as SentenceTransformer" in said
-    assert len(re.findall(r"      -> an?|      -> \w+ .* \(-?\d\.\d\d\)", said)) == 3
+    assert "Loaded again as SentenceTransformer" in output
+    assert len(re.findall(r"      -> an?|      -> \w+ .* \(-?\d\.\d\d\)", output)) == 3
     loaded = SentenceTransformer(str(tmp_path / "out" / "model"), device="cpu")
     assert loaded.encode("a").shape == (192,)
 
 
-def test_classifying_products():
-    said = run("examples/classify_products.py")
-    rows = re.findall(r"2 texts, (\d) pictures +(.+?) +([\d.]+)% +([\d.]+)%$", said, re.MULTILINE)
+def test_classifying_products(run_example):
+    output = run_example("classify_products")
+    rows = re.findall(r"2 texts, (\d) pictures +(.+?) +([\d.]+)% +([\d.]+)%$", output, re.MULTILINE)
     assert [(pictures, who) for pictures, who, _, _ in rows] == [
         (pictures, who) for pictures in "02" for who in ("18 kinds", "2 new among 20", "all 20 kinds")
     ]
@@ -137,22 +133,22 @@ def test_classifying_products():
         assert float(chance) == pytest.approx(100 / (18 if who == "18 kinds" else 20), abs=0.06)
 
 
-def test_classifying_texts():
-    said = run("examples/classify_texts.py", "--labelled", 200, "--asked", 60)
-    (majority,) = re.findall(rf"Always (?:{'|'.join(COLOURS)}), the commonest: ([\d.]+)%", said)
-    rows = re.findall(r"^ +(\d+) +(\d+)% +([\d.]+)% +([\d.]+)%$", said, re.MULTILINE)
+def test_classifying_texts(run_example):
+    output = run_example("classify_texts", "--labelled", 200, "--asked", 60)
+    (majority,) = re.findall(rf"Always (?:{'|'.join(COLOURS)}), the commonest: ([\d.]+)%", output)
+    rows = re.findall(r"^ +(\d+) +(\d+)% +([\d.]+)% +([\d.]+)%$", output, re.MULTILINE)
     assert [row[:2] for row in rows] == [("10", "0"), ("50", "0"), ("200", "0"), ("200", "20"), ("200", "40")]
     literal, implicit = ([float(row[n]) for row in rows] for n in (2, 3))
     assert min(literal[2:] + implicit[2:]) > 2 * float(majority)
     assert literal[2] > 70
     assert implicit[2] > 50
     assert literal[0] < literal[2], "few labels tell less"
-    assert re.search(r"^   is \w+, for it is like\n   \d\.\d\d  \w+ +\w+", said, re.MULTILINE)
+    assert re.search(r"^   is \w+, for it is like\n   \d\.\d\d  \w+ +\w+", output, re.MULTILINE)
 
 
-def test_a_chat_remembers_over_sessions():
-    said = run("examples/chat_memory.py")
-    first, second = said.split("A session with 4 memories\n")
+def test_a_chat_remembers_over_sessions(run_example):
+    output = run_example("chat_memory")
+    first, second = output.split("A session with 4 memories\n")
     assert first.count("I keep that as") == 4
     lines = second.splitlines()
     answers = dict(zip(lines[:8:2], lines[1:8:2], strict=True))
@@ -164,20 +160,23 @@ def test_a_chat_remembers_over_sessions():
     assert "diamonds" not in lines[11]
 
 
-def talk(folder: Path, *said: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "chat_memory.py"), "--chat", "memory"]
-    done = subprocess.run(command, input="\n".join(said), capture_output=True, text=True, check=True, cwd=folder)
-    return [line.strip() for line in done.stdout.splitlines()]
+@pytest.fixture
+def talk(run_example, monkeypatch) -> Callable[..., list[str]]:
+    """A session: the example starts anew, reads lines and answers each."""
+
+    def session(*lines: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        return [line.strip() for line in run_example("chat_memory", "--chat", "memory").splitlines()]
+
+    return session
 
 
-def test_a_chat_of_ones_own_survives_a_restart(tmp_path):
+def test_a_chat_of_ones_own_survives_a_restart(talk, tmp_path):
     render(Scene("count", Thing("blue", "arrow"), count=2)).save(tmp_path / "sign.png")
-    kept = talk(tmp_path, "three red hearts were on the door", "picture sign.png", "picture gone.png")
-    assert kept[:2] == ["I keep that as 1.", "I keep that as 2."]
-    assert "no image file" in kept[2]
-    later = talk(
-        tmp_path, "which shape is blue?", "how many red hearts?", "forget 2", "forget 2", "which shape is blue?"
-    )
+    first = talk("three red hearts were on the door", "picture sign.png", "picture gone.png")
+    assert first[:2] == ["I keep that as 1.", "I keep that as 2."]
+    assert "no image file" in first[2]
+    later = talk("which shape is blue?", "how many red hearts?", "forget 2", "forget 2", "which shape is blue?")
     assert later[0].startswith("In that picture I see: arrow (2,")
     assert later[1].startswith("You said: three red hearts were on the door (1,")
     assert later[2:4] == ["Forgotten.", "I remember nothing as 2."]

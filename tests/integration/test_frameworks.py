@@ -28,18 +28,18 @@ def test_both_share_one_model(tmp_path):
     assert langchain_slq.SLQEmbeddings(model=mine).encoder is llama_index_slq.SLQEmbedding(model=mine).encoder is mine
     path = tmp_path / "picture.png"
     render(sample_scenes(1, "test")[0]).save(path)
-    found: dict[str, list[float]] = {}
+    embeddings: dict[str, list[float]] = {}
     calls = {
         "langchain query": lambda: one.embed_query("a red circle"),
         "llama query": lambda: other.get_query_embedding("a red circle"),
         "langchain image": lambda: one.embed_image([str(path)])[0],
         "llama image": lambda: other.get_image_embedding(str(path)),
     }
-    threads = [threading.Thread(target=lambda n=n, c=c: found.update({n: c()})) for n, c in calls.items()]
+    threads = [threading.Thread(target=lambda n=n, c=c: embeddings.update({n: c()})) for n, c in calls.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for kind in ("query", "image"):
-        assert found[f"langchain {kind}"] == pytest.approx(found[f"llama {kind}"], abs=1e-6)
-    assert np.abs(np.array(found["langchain query"]) - mine.encode("a red circle")).max() < 1e-6
+        assert embeddings[f"langchain {kind}"] == pytest.approx(embeddings[f"llama {kind}"], abs=1e-6)
+    assert np.abs(np.array(embeddings["langchain query"]) - mine.encode("a red circle")).max() < 1e-6

@@ -35,8 +35,8 @@ def test_chroma(pictures, tmp_path):
     function = SentenceTransformerEmbeddingFunction(model_name=MODEL)
     collection = client.create_collection("scenes", embedding_function=function)
     collection.add(ids=[str(n) for n in range(12)], documents=pictures)  # stock models open paths of pictures
-    found = collection.query(query_texts=TEXTS, n_results=1)["ids"]
-    assert sum(line == [str(n)] for n, line in enumerate(found)) >= 11
+    results = collection.query(query_texts=TEXTS, n_results=1)["ids"]
+    assert sum(line == [str(n)] for n, line in enumerate(results)) >= 11
     assert collection.query(query_texts=pictures[3:4], n_results=1)["ids"] == [["3"]]
 
 
@@ -53,8 +53,8 @@ def test_lancedb(pictures, tmp_path):
 
     table = lancedb.connect(str(tmp_path / "lance")).create_table("scenes", schema=Picture)
     table.add([{"path": path} for path in pictures])
-    found = [table.search(text).limit(1).to_pydantic(Picture)[0].path for text in TEXTS]
-    assert sum(path == wanted for path, wanted in zip(found, pictures, strict=True)) >= 11
+    results = [table.search(text).limit(1).to_pydantic(Picture)[0].path for text in TEXTS]
+    assert sum(path == picture for path, picture in zip(results, pictures, strict=True)) >= 11
 
 
 def test_haystack(pictures):
@@ -67,20 +67,20 @@ def test_haystack(pictures):
     from haystack_integrations.components.embedders import sentence_transformers as embedders
 
     cpu = ComponentDevice.from_str("cpu")
-    made = {
+    components = {
         name: getattr(embedders, f"SentenceTransformers{name}Embedder")(model=MODEL, device=cpu, progress_bar=False)
         for name in ("Text", "Document", "DocumentImage")
     }
-    for embedder in made.values():
+    for embedder in components.values():
         embedder.warm_up()
 
     def first(store: InMemoryDocumentStore, query: str) -> str | None:
-        embedding = made["Text"].run(text=query)["embedding"]
+        embedding = components["Text"].run(text=query)["embedding"]
         return InMemoryEmbeddingRetriever(store, top_k=1).run(query_embedding=embedding)["documents"][0].content
 
     documents = [Document(content=text, meta={"file_path": path}) for text, path in zip(TEXTS, pictures, strict=True)]
     for name in ("Document", "DocumentImage"):
         store = InMemoryDocumentStore(embedding_similarity_function="cosine")
-        store.write_documents(made[name].run(documents=documents)["documents"])
+        store.write_documents(components[name].run(documents=documents)["documents"])
         assert sum(first(store, text) == text for text in TEXTS) >= 11, name
     assert Path(documents[0].meta["file_path"]).is_file()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,8 +62,8 @@ def test_every_loss_learns_eight_pairs(encoder, name, tmp_path):
     trained = [parameter for group in groups for parameter in group["params"]]
     assert sorted(p.numel() for p in trained) == ([1] if name == "SymmetricInfoNCELoss" else []) + [4 * 32]
     assert all(group["weight_decay"] == 0 for group in groups if group["params"])
-    found = history(trainer)
-    assert found[-1] < 0.75 * found[0]
+    values = history(trainer)
+    assert values[-1] < 0.75 * values[0]
     assert measure(encoder)["text_to_image_recall@1"] >= 0.5
 
 
@@ -139,16 +138,16 @@ class Kill(TrainerCallback):
 
 @pytest.mark.parametrize("kill_at", [3, 5])
 def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, tmp_path, kill_at):
-    def fresh():
+    def untrained_model():
         torch.manual_seed(0)
         return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
 
     settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
-    whole = fresh()
+    whole = untrained_model()
     expected = history(toy_train(whole, toy_pairs(), tmp_path / "whole", **settings))
     with pytest.raises(KilledError):
-        toy_train(fresh(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
-    resumed = fresh()
+        toy_train(untrained_model(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
+    resumed = untrained_model()
     trainer = toy_train(resumed, toy_pairs(), tmp_path / "killed", resume=True, **settings)
     assert history(trainer) == expected
     assert torch.equal(resumed.queries, whole.queries)
@@ -241,43 +240,42 @@ def test_a_stock_loaded_adapter_is_frozen(encoder, tmp_path):
 
 
 SCRIPT = """
-import sys, json, torch
-torch.set_num_threads(1)
+import sys
+import torch
+from accelerate import debug_launcher
 from slq_embed import SLQEncoder, SymmetricInfoNCELoss
 from tests.training import toy_pairs, toy_train
-checkpoint, output, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-model = SLQEncoder.from_backbone(checkpoint, num_queries=4, seed=0, device="cpu")
-loss = SymmetricInfoNCELoss(model, gather_across_devices=True)
-trainer = toy_train(model, toy_pairs(), output, loss=loss, per_device_train_batch_size=size, max_steps=3,
-                    dataloader_drop_last=True, max_grad_norm=0.0)
-if trainer.is_world_process_zero():
-    model.save_pretrained(output + "/final")
+
+def train(checkpoint, output, size):
+    model = SLQEncoder.from_backbone(checkpoint, num_queries=4, seed=0, device="cpu")
+    loss = SymmetricInfoNCELoss(model, gather_across_devices=True)
+    trainer = toy_train(model, toy_pairs(), output, loss=loss, per_device_train_batch_size=size, max_steps=3,
+                        dataloader_drop_last=True, max_grad_norm=0.0)
+    assert trainer.args.world_size == 8 // size
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output + "/final")
+
+if __name__ == "__main__":
+    checkpoint, folder = sys.argv[1:]
+    debug_launcher(train, (checkpoint, folder + "/two", 4), num_processes=2)  # copies of this process: one import
+    train(checkpoint, folder + "/one", 8)
 """
 
 
 def test_two_processes_share_negatives(checkpoint, tmp_path):
-    """Two gloo processes with batch 4 train as one process with batch 8 does.
-
-    Gloo sometimes ends a process with a nonzero code after training has finished, also in plain torch: what was
-    written is what counts.
-    """
+    """Two gloo processes with batch 4 train as one process with batch 8 does."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    root = str(Path(__file__).parents[2])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
-    outputs = {}
-    for name, command, size in (("one", [sys.executable], 8), ("two", launch, 4)):
-        shutil.rmtree(tmp_path / name, ignore_errors=True)
-        done = subprocess.run(
-            [*command, str(tmp_path / "script.py"), str(checkpoint()), str(tmp_path / name), str(size)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        )
-        assert (tmp_path / name / "final" / "slq_config.json").is_file(), done.stderr[-3000:]
-        outputs[name] = SLQEncoder(tmp_path / name / "final")
+    process = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(checkpoint()), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    one, two = (SLQEncoder(tmp_path / name / "final") for name in ("one", "two"))
     start = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu").queries
-    moved = (outputs["one"].queries - start).norm()
-    assert moved > 0.1
-    assert (outputs["one"].queries - outputs["two"].queries).norm() < 0.02 * moved
-    assert outputs["one"].temperature == pytest.approx(outputs["two"].temperature, abs=1e-4)
+    distance = (one.queries - start).norm()
+    assert distance > 0.1
+    assert (one.queries - two.queries).norm() < 0.02 * distance
+    assert one.temperature == pytest.approx(two.temperature, abs=1e-4)

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from threads, and on a busy machine waiting threads cost them ten times their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ANONYMIZED_TELEMETRY"] = "False"  # Chroma's
 os.environ["LANGSMITH_TRACING"] = "false"
 
@@ -35,10 +37,10 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("gallery")
     paths, others = [], []
     for n, scene in enumerate(SCENES):
-        for seed, found in ((0, paths), (7, others)):
+        for seed, files in ((0, paths), (7, others)):
             path: Path = folder / f"{n}-{seed}.png"
             render(scene, seed).save(path)
-            found.append(str(path))
+            files.append(str(path))
     texts = [caption(scene) for scene in SCENES]
     composed = [{"image": path, "text": text} for path, text in zip(others, texts, strict=True)]
     return SimpleNamespace(
@@ -54,8 +56,8 @@ def check_retrieval(embeddings, gallery):
         def first(vector):
             return name_of(store.similarity_search_by_vector(vector, k=3)[0])
 
-        found = [name_of(store.similarity_search(text, k=3)[0]) for text in gallery.texts]
-        assert found == gallery.names
+        names = [name_of(store.similarity_search(text, k=3)[0]) for text in gallery.texts]
+        assert names == gallery.names
         assert [first(vector) for vector in embeddings.embed_image(gallery.others)] == gallery.names
         assert [first(vector) for vector in embeddings.embed_inputs(gallery.composed)] == gallery.names
 

@@ -23,8 +23,8 @@ def test_many_calls_at_once_give_the_right_vectors(embeddings, gallery):
             *(embeddings.aembed_inputs([both]) for both in gallery.composed),
         )
 
-    found = asyncio.run(all_at_once())
-    rows = np.array(found[:12] + [row for (row,) in found[12:]])
+    results = asyncio.run(all_at_once())
+    rows = np.array(results[:12] + [row for (row,) in results[12:]])
     expected = [embeddings.embed_query(text) for text in gallery.texts]
     expected += embeddings.embed_image(gallery.paths) + embeddings.embed_image(gallery.others)
     expected += embeddings.embed_documents(gallery.texts) + embeddings.embed_inputs(gallery.composed)

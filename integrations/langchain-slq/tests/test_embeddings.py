@@ -20,8 +20,8 @@ from langchain_slq import SLQEmbeddings
 FOLDER = pretrained("slq-tiny")
 
 
-def close(found, expected) -> bool:
-    return bool(np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-5)
+def close(rows, expected) -> bool:
+    return bool(np.abs(np.asarray(rows) - np.asarray(expected)).max() < 1e-5)
 
 
 def test_the_vectors_are_the_models_own(embeddings, gallery):
@@ -133,7 +133,7 @@ def test_what_decides_loading_is_not_changed_afterwards(embeddings):
     with pytest.raises(ValueError, match="frozen"):
         embeddings.truncate_dim = 64
     shorter = embeddings.model_copy(update={"truncate_dim": 64})
-    assert [len(found.embed_query("a")) for found in (shorter, embeddings)] == [64, 192]
+    assert [len(model.embed_query("a")) for model in (shorter, embeddings)] == [64, 192]
     assert embeddings.model_copy(update={"batch_size": 3}).encoder is embeddings.encoder
 
 
@@ -146,20 +146,22 @@ def prompted(tmp_path) -> str:
 
 def test_prompts_are_the_saved_ones_unless_given(prompted, gallery):
     text, image = gallery.texts[0], Path(gallery.paths[0])
-    found = SLQEmbeddings(model=prompted, device="cpu")
-    model = found.encoder
-    assert close(found.embed_query(text), model.encode(text, prompt="Search."))
-    assert close(found.embed_documents([text])[0], model.encode(text, prompt="Keep."))
-    assert close(found.embed_image([image])[0], model.encode(image, prompt="Keep."))
+    plain = SLQEmbeddings(model=prompted, device="cpu")
+    model = plain.encoder
+    assert close(plain.embed_query(text), model.encode(text, prompt="Search."))
+    assert close(plain.embed_documents([text])[0], model.encode(text, prompt="Keep."))
+    assert close(plain.embed_image([image])[0], model.encode(image, prompt="Keep."))
     both = {"image": image, "text": text}
-    assert close(found.embed_inputs([both])[0], model.encode(both, prompt="Search."))
-    assert not close(found.embed_query(text), found.embed_documents([text])[0])
+    assert close(plain.embed_inputs([both])[0], model.encode(both, prompt="Search."))
+    assert not close(plain.embed_query(text), plain.embed_documents([text])[0])
 
-    given = SLQEmbeddings(model=prompted, device="cpu", query_prompt="", document_prompt="Doc.", image_prompt="Pic.")
-    assert given.encoder is model
-    assert close(given.embed_query(text), model.encode(text, prompt=""))
-    assert close(given.embed_documents([text])[0], model.encode(text, prompt="Doc."))
-    assert close(given.embed_image([image])[0], model.encode(image, prompt="Pic."))
+    with_prompts = SLQEmbeddings(
+        model=prompted, device="cpu", query_prompt="", document_prompt="Doc.", image_prompt="Pic."
+    )
+    assert with_prompts.encoder is model
+    assert close(with_prompts.embed_query(text), model.encode(text, prompt=""))
+    assert close(with_prompts.embed_documents([text])[0], model.encode(text, prompt="Doc."))
+    assert close(with_prompts.embed_image([image])[0], model.encode(image, prompt="Pic."))
 
 
 def test_settings_reach_the_model(embeddings, gallery, monkeypatch, capfd):
@@ -175,9 +177,9 @@ def test_settings_reach_the_model(embeddings, gallery, monkeypatch, capfd):
     small.embed_documents(gallery.texts)
     assert max(sizes) <= 3
     assert sum(sizes) == 12
-    assert "12/12" in capfd.readouterr().err
+    assert "Batches: 100%" in capfd.readouterr().err
     embeddings.embed_documents(gallery.texts)
-    assert "12/12" not in capfd.readouterr().err
+    assert "Batches" not in capfd.readouterr().err
 
 
 def test_shorter_embeddings_have_norm_one():

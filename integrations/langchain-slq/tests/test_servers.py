@@ -65,8 +65,8 @@ def postgres_programs() -> Path | None:
         extension = Path("/usr/share/postgresql") / programs.parent.name / "extension"
         if (programs / "initdb").exists() and (extension / "vector.control").exists():
             return programs
-    if (found := importlib.util.find_spec("pgserver")) is not None and found.origin is not None:
-        installed = Path(found.origin).parent / "pginstall"
+    if (spec := importlib.util.find_spec("pgserver")) is not None and spec.origin is not None:
+        installed = Path(spec.origin).parent / "pginstall"
         if next(installed.rglob("vector.control"), None) is not None:
             return installed / "bin"
     return None
@@ -77,9 +77,12 @@ def postgres_url() -> Iterator[str]:
     programs = postgres_programs()
     if programs is None:
         pytest.skip("no PostgreSQL with pgvector here: install postgresql-NN-pgvector, or pgserver")
-    # Short, because a socket's path is; open to the other user, because PostgreSQL refuses to run as root.
-    folder = Path(tempfile.mkdtemp(prefix="slq-pg-", dir="/tmp"))
-    user = {"user": "nobody"} if os.getuid() == 0 else {}
+    user = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
+    try:
+        subprocess.run([str(programs / "initdb"), "--version"], check=True, capture_output=True, cwd="/", **user)
+    except (OSError, LookupError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"PostgreSQL cannot be started as {user.get('user', 'this user')} from {programs}: {error}")
+    folder = Path(tempfile.mkdtemp(prefix="slq-pg-", dir="/tmp"))  # short, because the path of a socket is
     if user:
         shutil.chown(folder, "nobody")
     started = False
@@ -88,8 +91,8 @@ def postgres_url() -> Iterator[str]:
         command = [str(programs / program), "-D", str(folder / "data"), *args]
         # No pipe: the server would hold it open.
         with (folder.with_suffix(".log")).open("a") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, cwd="/", timeout=60, check=False, **user)
-        assert done.returncode == 0, folder.with_suffix(".log").read_text()
+            process = subprocess.run(command, stdout=log, stderr=log, cwd="/", timeout=60, check=False, **user)
+        assert process.returncode == 0, folder.with_suffix(".log").read_text()
 
     try:
         run("initdb", "--username=slq", "--auth=trust", "--encoding=UTF8", "--no-sync", "--locale=C")

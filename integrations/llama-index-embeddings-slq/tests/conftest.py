@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models this small gain nothing from threads, and on a busy machine waiting threads cost them ten times their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
 
 import torch
@@ -66,9 +68,9 @@ def embedding(encoder: SLQEncoder) -> SLQEmbedding:
 @pytest.fixture
 def nodes(scenes: list[Shown]) -> list[BaseNode]:
     """An image and a text for each scene, each with its number as metadata."""
-    made: list[BaseNode] = []
+    rows: list[BaseNode] = []
     for scene in scenes:
         number = {"scene": scene.number}
-        made.append(ImageNode(image_path=str(scene.picture), metadata=number))
-        made.append(TextNode(text=scene.implicit, metadata=number, excluded_embed_metadata_keys=["scene"]))
-    return made
+        rows.append(ImageNode(image_path=str(scene.picture), metadata=number))
+        rows.append(TextNode(text=scene.implicit, metadata=number, excluded_embed_metadata_keys=["scene"]))
+    return rows

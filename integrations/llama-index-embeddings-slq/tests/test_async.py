@@ -31,8 +31,8 @@ def test_async_methods_agree_with_the_others(embedding, scenes):
         embedding.get_image_embedding_batch(pictures),
         [embedding.get_agg_embedding_from_queries(captions[:2])],
     ]
-    for found, wanted in zip(asyncio.run(all_of_them()), expected, strict=True):
-        assert np.abs(np.array(found) - wanted).max() < 1e-6
+    for rows, reference in zip(asyncio.run(all_of_them()), expected, strict=True):
+        assert np.abs(np.array(rows) - reference).max() < 1e-6
 
 
 @pytest.mark.parametrize("show_progress", [False, True])
@@ -41,10 +41,10 @@ def test_async_batches_keep_their_order(embedding, scenes, show_progress, num_wo
     embedding.num_workers = num_workers
     pictures = [str(s.picture) for s in scenes]
     captions = [s.caption for s in scenes]
-    found = asyncio.run(embedding.aget_image_embedding_batch(pictures, show_progress=show_progress))
-    assert np.abs(np.array(found) - embedding.get_image_embedding_batch(pictures)).max() < 1e-6
-    found = asyncio.run(embedding.aget_text_embedding_batch(captions, show_progress=show_progress))
-    assert np.abs(np.array(found) - embedding.get_text_embedding_batch(captions)).max() < 1e-6
+    rows = asyncio.run(embedding.aget_image_embedding_batch(pictures, show_progress=show_progress))
+    assert np.abs(np.array(rows) - embedding.get_image_embedding_batch(pictures)).max() < 1e-6
+    rows = asyncio.run(embedding.aget_text_embedding_batch(captions, show_progress=show_progress))
+    assert np.abs(np.array(rows) - embedding.get_text_embedding_batch(captions)).max() < 1e-6
 
 
 def test_async_batches_are_batched(embedding, scenes, monkeypatch):

@@ -20,8 +20,8 @@ from slq_embed import SLQEncoder, pretrained
 from slq_embed.serving import UnreadableInputsError, shared_encoder
 
 
-def same(found, expected) -> bool:
-    return np.abs(np.asarray(found) - np.asarray(expected)).max() < 1e-6
+def same(rows, expected) -> bool:
+    return np.abs(np.asarray(rows) - np.asarray(expected)).max() < 1e-6
 
 
 @pytest.fixture
@@ -125,20 +125,22 @@ def test_prompts_are_the_saved_ones_unless_others_are_given(encoder, scenes, mon
     assert same(saved.get_query_embedding(text), encoder.encode_query(text))
     assert same(saved.get_text_embedding_batch([text]), encoder.encode_document([text]))
     assert same(saved.get_image_embedding(picture), encoder.encode_document(picture))
-    given = SLQEmbedding(model=encoder, query_instruction="ask.", text_instruction="", image_instruction="look.")
-    assert same(given.get_query_embedding(text), encoder.encode(text, prompt="ask."))
-    assert same(given.get_text_embedding(text), encoder.encode(text))
-    assert same(given.get_image_embedding(picture), encoder.encode(picture, prompt="look."))
+    with_instructions = SLQEmbedding(
+        model=encoder, query_instruction="ask.", text_instruction="", image_instruction="look."
+    )
+    assert same(with_instructions.get_query_embedding(text), encoder.encode(text, prompt="ask."))
+    assert same(with_instructions.get_text_embedding(text), encoder.encode(text))
+    assert same(with_instructions.get_image_embedding(picture), encoder.encode(picture, prompt="look."))
     assert not same(saved.get_query_embedding(text), saved.get_text_embedding(text))
-    assert not same(given.get_image_embedding(picture), saved.get_image_embedding(picture))
+    assert not same(with_instructions.get_image_embedding(picture), saved.get_image_embedding(picture))
 
 
 def test_shorter_embeddings_are_normalised_unless_that_is_off(scenes):
     for normalize in (True, False):
         short = SLQEmbedding(pretrained("slq-tiny"), device="cpu", truncate_dim=16, normalize=normalize)
-        found = short.get_text_embedding(scenes[0].caption), short.get_image_embedding(scenes[0].picture)
-        assert [len(row) for row in found] == [16, 16]
-        assert np.isclose(np.linalg.norm(found, axis=1), 1).tolist() == [normalize, normalize]
+        rows = short.get_text_embedding(scenes[0].caption), short.get_image_embedding(scenes[0].picture)
+        assert [len(row) for row in rows] == [16, 16]
+        assert np.isclose(np.linalg.norm(rows, axis=1), 1).tolist() == [normalize, normalize]
 
 
 def test_progress_is_shown_when_asked(embedding, encoder, scenes, capsys):

@@ -30,8 +30,8 @@ def test_an_image_without_text_and_metadata_is_dropped(embedding, scenes):
     bare = ImageNode(image_path=str(scenes[0].picture))
     described = ImageNode(image_path=str(scenes[1].picture), metadata={"scene": 1})
     index = index_of([bare, described], embedding)
-    found = index.as_retriever(image_similarity_top_k=2).text_to_image_retrieve(scenes[0].caption)
-    assert [row.node.node_id for row in found] == [described.node_id]
+    results = index.as_retriever(image_similarity_top_k=2).text_to_image_retrieve(scenes[0].caption)
+    assert [row.node.node_id for row in results] == [described.node_id]
 
 
 def test_two_plain_faiss_stores_mix_up_their_nodes(embedding, nodes, scenes):

@@ -13,8 +13,8 @@ from llama_index.embeddings.slq import SLQEmbedding
 from slq_embed import pretrained
 
 
-def same(found, expected) -> bool:
-    return np.abs(np.array(found) - np.array(expected)).max() < 1e-5
+def same(rows, expected) -> bool:
+    return np.abs(np.array(rows) - np.array(expected)).max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")

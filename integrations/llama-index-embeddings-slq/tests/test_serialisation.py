@@ -46,11 +46,11 @@ def special() -> SLQEmbedding:
     ids=["dict", "json", "dump", "pickle", "copy", "deepcopy", "model_copy"],
 )
 def test_it_comes_back_the_same(special, again):
-    found = again(special)
-    assert found.to_dict() == special.to_dict()
-    assert found.get_query_embedding("a") == special.get_query_embedding("a")
-    assert found.get_text_embedding("a") == special.get_text_embedding("a")
-    assert np.linalg.norm(found.get_text_embedding("a")) < 0.99
+    restored = again(special)
+    assert restored.to_dict() == special.to_dict()
+    assert restored.get_query_embedding("a") == special.get_query_embedding("a")
+    assert restored.get_text_embedding("a") == special.get_text_embedding("a")
+    assert np.linalg.norm(restored.get_text_embedding("a")) < 0.99
 
 
 def test_neither_weights_nor_secrets_are_written(special):
@@ -88,8 +88,8 @@ def test_a_model_in_memory_needs_a_name_to_come_back(encoder):
 def test_a_folder_may_have_any_name(encoder, tmp_path, monkeypatch):
     encoder.save_pretrained(tmp_path / "unknown-animals")
     monkeypatch.chdir(tmp_path)
-    found = pickle.loads(pickle.dumps(SLQEmbedding("unknown-animals")))
-    assert found.model_name == SLQEmbedding("unknown-animals", model=encoder).model_name == "unknown-animals"
+    restored = pickle.loads(pickle.dumps(SLQEmbedding("unknown-animals")))
+    assert restored.model_name == SLQEmbedding("unknown-animals", model=encoder).model_name == "unknown-animals"
 
 
 def test_what_decides_loading_is_not_changed_afterwards(special):

@@ -99,14 +99,14 @@ def test_the_right_picture_comes_first(store, embedding, nodes, scenes, tmp_path
 def check(index: Index, scenes: list) -> None:
     retriever = index.as_retriever(similarity_top_k=2, image_similarity_top_k=3)
 
-    def numbers(found: list) -> list[int]:
-        return [row.node.metadata["scene"] for row in found]
+    def numbers(results: list) -> list[int]:
+        return [row.node.metadata["scene"] for row in results]
 
-    wanted = [s.number for s in scenes]
-    assert [numbers(retriever.text_to_image_retrieve(s.caption))[0] for s in scenes] == wanted
-    assert [numbers(retriever.image_to_image_retrieve(str(s.other)))[0] for s in scenes] == wanted
+    expected = [s.number for s in scenes]
+    assert [numbers(retriever.text_to_image_retrieve(s.caption))[0] for s in scenes] == expected
+    assert [numbers(retriever.image_to_image_retrieve(str(s.other)))[0] for s in scenes] == expected
     texts = [numbers(retriever.text_retrieve(s.caption))[0] for s in scenes]
-    assert sum(found == number for found, number in zip(texts, wanted, strict=True)) >= 11
+    assert sum(first == number for first, number in zip(texts, expected, strict=True)) >= 11
     first = retriever.text_to_image_retrieve(scenes[0].caption)
     assert len(set(numbers(first))) == 3
     assert first[0].node.image_path == str(scenes[0].picture)
@@ -122,7 +122,7 @@ def test_the_async_ways_lead_there_too(embedding, nodes, scenes):
         retriever = index.as_retriever(image_similarity_top_k=1)
         words = [await retriever.atext_to_image_retrieve(s.caption) for s in scenes]
         pictures = [await retriever.aimage_to_image_retrieve(str(s.other)) for s in scenes]
-        return [[found[0].node.metadata["scene"] for found in rows] for rows in (words, pictures)]
+        return [[results[0].node.metadata["scene"] for results in searches] for searches in (words, pictures)]
 
     words, pictures = asyncio.run(search())
     assert words == pictures == [s.number for s in scenes]
@@ -133,5 +133,5 @@ def test_images_alone_and_as_base64(embedding, scenes, tmp_path):
         ImageNode(image=base64.b64encode(s.picture.read_bytes()).decode(), metadata={"scene": s.number}) for s in scenes
     ]
     index = Index(images, **both(embedding))
-    found = index.as_retriever(image_similarity_top_k=1).retrieve(scenes[7].caption)
-    assert [row.node.metadata["scene"] for row in found] == [7]
+    results = index.as_retriever(image_similarity_top_k=1).retrieve(scenes[7].caption)
+    assert [row.node.metadata["scene"] for row in results] == [7]

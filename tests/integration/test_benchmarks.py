@@ -1,0 +1,44 @@
+"""The benchmarks run, and their claims hold at the size of `--quick`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.scripts import run_script
+
+
+@pytest.mark.slow
+def test_training_costs_little_more_than_encoding(tmp_path):
+    """A step costs at most 1.15 x encoding its pairs, and a sixth of that with stored prefixes."""
+    run_script("benchmarks/training.py", "--quick", "--json", tmp_path / "result.json", folder=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    methods = {"encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning"}
+    assert set(result["seconds_per_step"]) == set(result["peak_bytes_above_weights"]) == methods
+    seconds = result["seconds_per_step"]
+    assert seconds["prefix"] <= 1.15 * seconds["encode"]
+    assert seconds["prefix_stored"] <= seconds["prefix"] / 6
+
+
+@pytest.mark.slow
+def test_the_other_benchmarks_write_their_json(tmp_path):
+    run_script("benchmarks/encoding.py", "--quick", "--json", tmp_path / "encoding.json", folder=tmp_path)
+    encoding = json.loads((tmp_path / "encoding.json").read_text())
+    assert {"stock_paths", "stock_pil", "slq_images", "bare_images"} <= set(encoding["seconds"])
+    assert encoding["largest_difference"] < 1e-5
+    options = ["--quick", "--json", tmp_path / "scaling.json", "--parts", "batches", "stores", "sets"]
+    run_script("benchmarks/scaling.py", *options, folder=tmp_path)
+    scaling = json.loads((tmp_path / "scaling.json").read_text())
+    assert scaling["stores"]["keys_values exact disk"]["change"] < 1e-5
+    assert scaling["sets"]["4 at once"] < scaling["sets"]["4 in turn"]
+
+
+@pytest.mark.slow
+def test_the_embedded_models_keep_their_promises(tmp_path):
+    run_script("benchmarks/embedded_default.py", "--json", tmp_path / "result.json", folder=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["scenes_described_exactly"] >= 0.75
+    for wording in ("literal", "implicit"):
+        assert result[wording]["slq_tiny"] >= 0.88
+        assert result[wording]["mean_of_all_tokens"] < 0.15
