@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class PrefixSource:
-    """Gives the prefix of a batch, computing each distinct input at most once.
+    """Gives the prefix of a batch. Each distinct input is computed at most once.
 
     Args:
         backbone: The frozen multimodal LLM.
@@ -44,17 +44,20 @@ class PrefixSource:
         """Whether several query sets take the same step. Its prefixes then stay until :meth:`StepMemory.clear`."""
 
     def attach(self, store: PrefixStore | None) -> None:
-        """Look prefixes up in a store from now on, or in none.
+        """Use a store from now on, or none.
+
+        Args:
+            store: Where to look prefixes up and to keep them.
 
         Raises:
-            ValueError: If a store of keys and values comes to a backbone that lies on several devices.
+            ValueError: If the store keeps keys and values and the backbone's weights are on several devices.
         """
         backbone = self._backbone[0]
         devices = {str(weight.device) for weight in backbone.parameters()}
         if store is not None and store.level == "keys_values" and len(devices) > 1:
             raise ValueError(
-                f"The backbone lies on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
-                'brings them back to one. Use PrefixStore(level="vision"), or load the backbone on one device.'
+                f"The backbone is on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
+                'gives them back on one device. Use PrefixStore(level="vision"), or load the backbone on one device.'
             )
         self.namespace = b"" if store is None else store._tag + self._weights_digest + self._tokenizer_digest
         self.store = store
