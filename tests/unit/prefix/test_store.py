@@ -60,6 +60,15 @@ def test_the_budget_counts_what_another_store_has_written(tmp_path):
     assert len(one) == 5
 
 
+def test_the_budget_counts_what_this_store_has_written_since_its_scan(tmp_path):
+    store = PrefixStore(tmp_path)
+    fill(store, [3])
+    store._entries._next_scan = float("inf")
+    store.budget = store._entries._bytes + 100
+    assert fill(store, [0]) == 1
+    assert kept(store, [0, 3]) == {3}
+
+
 def test_by_default_a_folder_may_grow_by_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr("slq_embed.prefix.store.free_bytes", lambda folder: 1000)
     first = PrefixStore(tmp_path, budget="1GB")
