@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slq_embed import PrefixStore
-from tests.unit.prefix.rows import fill, kept, key, row
+from tests.unit.prefix.rows import file_of, fill, kept, key, row
 
 
 @pytest.fixture(params=["memory", "folder"])
@@ -64,7 +64,7 @@ def test_the_budget_counts_what_this_store_has_written_since_its_scan(tmp_path):
     store = PrefixStore(tmp_path)
     fill(store, [3])
     store._entries._next_scan = float("inf")
-    store.budget = store._entries._bytes + 100
+    store.budget = file_of(tmp_path, 3).stat().st_size + 100
     assert fill(store, [0]) == 1
     assert kept(store, [0, 3]) == {3}
 
