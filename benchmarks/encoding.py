@@ -60,7 +60,7 @@ def build_texts(count: int) -> list[str]:
 
 def bare(model: SLQEncoder, inputs: list[Any], batch: int) -> Callable[[], None]:
     """The forward pass over features made before."""
-    from slq_embed.encoding.stream import sorted_batches
+    from slq_embed.encoding.batches import sorted_windows
 
     batches = [
         to_device(model.transformer.preprocess([value for _, value in part], keyed=False), model.device)

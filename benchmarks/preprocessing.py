@@ -90,7 +90,9 @@ def main() -> None:
     print(f"{'':28}{'CPU ms an input':>16}{'ratio':>8}")
     for name, value in seconds.items():
         kind = name.split(",")[0]
-        print(f"{name:28}{1000 * value / result['inputs'][kind]:16.3f}{value / seconds[f'{kind}, processor alone']:8.2f}")
+        print(
+            f"{name:28}{1000 * value / result['inputs'][kind]:16.3f}{value / seconds[f'{kind}, processor alone']:8.2f}"
+        )
     write(args.json, result)
 
 

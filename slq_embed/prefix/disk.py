@@ -1,309 +1,258 @@
-"""Prefixes on disk: append-only shards, one writer each, and an index that processes share."""
+"""Prefixes in a folder that processes share: a safetensors file for each."""
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
-import sqlite3
 import threading
 import time
-import uuid
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from filelock import FileLock, Timeout
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from slq_embed.prefix.claims import Claims
+from slq_embed.prefix.memory import StoreCounts
+from slq_embed.prefix.packing import Entry, entry_length
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 1 << 30
-"""A writer starts a new file when its last one is larger."""
-_INHERITED: list[Any] = []  # what a forked process got from its parent: closing it would take the parent's locks
-_SCHEMA = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
-CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB UNIQUE NOT NULL, shard TEXT NOT NULL,
-    start INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, length INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS claims (key BLOB PRIMARY KEY, owner TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS removals (id INTEGER PRIMARY KEY AUTOINCREMENT);
-"""
+ENTRY, UNFINISHED = ".safetensors", ".part"
+CHECKED_LIMIT = 4096
+"""Most entries that wait, open and checked, for their :meth:`FolderEntries.read`."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    shard: str
-    start: int
-    size: int
-    crc: int
-    length: int
+class FolderEntries:
+    """Entries by key in a folder that several processes may use at once.
 
+    An entry is written under another name and renamed once it is whole, so a killed writer leaves no half entry. Each
+    file carries a CRC-32 of its tensors; an entry that does not match it is removed. The folder holds
 
-class DiskEntries:
-    """Payloads by key in a folder that several processes may use at once.
-
-    A payload is appended to a shard first and indexed after, in a transaction, so a killed writer leaves nothing that
-    is half there. Whatever is read is checked against its CRC-32; what does not match counts as absent.
+    | file | content |
+    | --- | --- |
+    | ``3f/3f0a...safetensors`` | an entry; the first byte of the key names the subfolder |
+    | ``3f/3f0a...-<owner>-....part`` | an entry that an owner, one store in one process, is writing or erasing |
+    | ``claims/`` | which process computes which entry: :class:`slq_embed.prefix.claims.Claims` |
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if it does not exist.
+        counts: Where to count what is read and what is damaged.
+
+    Raises:
+        ValueError: If an earlier version of slq-embed wrote the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, counts: StoreCounts) -> None:
+        if (folder / "index.sqlite").exists():
+            raise ValueError(
+                f"The folder {folder} holds prefixes of an earlier version of slq-embed (index.sqlite), but this version "
+                "keeps a file for each prefix. Delete the folder or name another: the prefixes will be computed again."
+            )
+        self.folder, self.counts = folder, counts
+        self.full = False
+        """Whether the last entries did not all fit. No prefix is packed while this is true."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.RLock()
-        self.damaged = 0
-        self._reset()
-        self._open()
-
-    def _reset(self) -> None:
-        if self.__dict__.get("_pid", os.getpid()) != os.getpid():
-            _INHERITED.append((self._database, self._alive))
-        self._pid = os.getpid()
-        self._database: sqlite3.Connection | None = None
-        self._places: dict[bytes, _Place] = {}
-        self._last_id, self._version, self._removed, self._bytes = 0, -1, 0, 0
-        self._maps: dict[str, mmap.mmap] = {}
-        self._verified: set[bytes] = set()
-        self._owner, self._shard = uuid.uuid4().hex, ""
-        self._alive: Any = None  # a file lock
+        self._claims = Claims(folder / "claims")
+        self._checked: OrderedDict[bytes, tuple[int, Entry]] = OrderedDict()
+        self._bytes, self._next_scan = 0, float("-inf")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "counts": self.counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _open(self) -> sqlite3.Connection:
-        if self._database is None or self._pid != os.getpid():  # a connection must not cross a fork
-            self._reset()
-            # One at a time: SQLite does not wait for a lock while it changes the journal mode.
-            with FileLock(self.folder / "opening.lock"):
-                self._database = self._connect_or_start_anew()
-        return self._database
-
-    def _connect_or_start_anew(self) -> sqlite3.Connection:
-        try:
-            return self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # no damage: locked, no permission, no space
-                raise
-            logger.warning("The index of the prefix store %s is damaged (%s): starting anew.", self.folder, error)
-            for file in [*self.folder.glob("index.sqlite*"), *self.folder.glob("*.bin")]:
-                file.unlink(missing_ok=True)
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(
-            self.folder / "index.sqlite", timeout=60, isolation_level=None, check_same_thread=False
-        )
-        try:
-            database.executescript(_SCHEMA)
-            if (found := database.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-        except sqlite3.DatabaseError:
-            database.close()
-            raise
-        return database
-
-    def _refresh(self) -> sqlite3.Connection:
-        """Learn what other processes have added or removed."""
-        database = self._open()
-        version = database.execute("PRAGMA data_version").fetchone()[0]
-        if version != self._version:
-            self._version = version
-            removed = database.execute("SELECT COALESCE(MAX(id), 0) FROM removals").fetchone()[0]
-            if removed != self._removed:
-                self._removed, self._last_id, self._bytes = removed, 0, 0
-                self._places.clear()
-                self._verified.clear()
-            columns = "SELECT id, key, shard, start, size, crc, length FROM entries WHERE id > ?"
-            for number, key, *place in database.execute(columns, (self._last_id,)):
-                self._places[key] = _Place(*place)
-                self._bytes += self._places[key].size
-                self._last_id = max(self._last_id, number)
-        return database
-
     def __len__(self) -> int:
-        with self._lock:
-            self._refresh()
-            return len(self._places)
+        return sum(1 for _ in self._files(ENTRY))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all payloads."""
-        with self._lock:
-            self._refresh()
-            return self._bytes
+        """Bytes of all entries."""
+        started = time.monotonic()
+        self._bytes = sum(map(_size, self._files(ENTRY)))
+        seconds = time.monotonic() - started
+        self._next_scan = started + 20 * seconds
+        return self._bytes
+
+    def _recent_nbytes(self) -> int:
+        """Bytes by a recent scan and what this store has written since; scans take a twentieth of the time at most."""
+        return self.nbytes if time.monotonic() >= self._next_scan else self._bytes
+
+    def _path(self, key: bytes) -> Path:
+        return self.folder / key[:1].hex() / f"{key.hex()}{ENTRY}"
+
+    def _files(self, suffix: str) -> Iterator[os.DirEntry[str]]:
+        for number in range(256):
+            with suppress(FileNotFoundError), os.scandir(self.folder / f"{number:02x}") as files:
+                yield from (file for file in files if file.name.endswith(suffix))
 
     def lengths(self, keys: Iterable[bytes]) -> dict[bytes, int]:
-        """Lengths of those that are there and, on this process's first touch, read back right."""
-        with self._lock:
-            self._refresh()
-            found = {}
-            for key in set(keys):
-                if key in self._places and (key in self._verified or self._payload(key) is not None):
-                    found[key] = self._places[key].length
-            return found
+        """Lengths in tokens of the prefixes that are kept and undamaged.
 
-    def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Payloads of those that are there and read back right."""
-        with self._lock:
-            self._refresh()
-            found = ((key, self._payload(key)) for key in set(keys) if key in self._places)
-            return {key: payload for key, payload in found if payload is not None}
+        The entries stay open for the next :meth:`read`, so that each is opened and checked once.
+        """
+        lengths = {}
+        for key in dict.fromkeys(keys):
+            if (checked := self._open(key)) is not None:
+                self._checked[key] = checked
+                lengths[key] = entry_length(checked[1])
+        while len(self._checked) > CHECKED_LIMIT:
+            self._checked.popitem(last=False)
+        return lengths
 
-    def _payload(self, key: bytes) -> bytes | None:
-        place = self._places[key]
-        end = place.start + place.size
-        mapped = self._maps.get(place.shard)
+    def read(self, keys: Iterable[bytes]) -> dict[bytes, Entry]:
+        """The entries that are kept and undamaged. Their tensors are mapped from the files."""
+        entries = {}
+        for key in dict.fromkeys(keys):
+            checked = self._checked.pop(key, None)
+            if checked is None or checked[0] != _inode(self._path(key)):  # forgotten since, and maybe written again
+                checked = self._open(key)
+            if checked is not None:
+                entries[key] = checked[1]
+        self.counts.reused += len(entries)
+        return entries
+
+    def _open(self, key: bytes) -> tuple[int, Entry] | None:
+        """The inode and the tensors of an entry, if it is there and undamaged."""
+        path = self._path(key)
+        if (inode := _inode(path)) is None:
+            return None
+        entry: Entry = {}
+        checksum = None
         try:
-            if mapped is None or len(mapped) < end:
-                with (self.folder / place.shard).open("rb") as file:
-                    self._maps[place.shard] = mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            payload = mapped[place.start : end]
-        except (OSError, ValueError):  # gone, or empty
-            payload = b""
-        if len(payload) == place.size and _checksum(key, place.length, payload) == place.crc:
-            self._verified.add(key)
-            return payload
-        logger.warning("A prefix in %s/%s is damaged and will be computed again.", self.folder, place.shard)
-        self.damaged += 1
-        self._delete([key])
+            with safe_open(path, "pt") as file:
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no dict
+                checksum = (file.metadata() or {}).get("crc32")
+        except FileNotFoundError:
+            return None
+        except SafetensorError:
+            pass
+        if checksum == _checksum(key, entry):
+            return inode, entry
+        logger.warning("The prefix in %s is damaged. It will be computed again.", path)
+        self.counts.damaged += 1
+        entry.clear()
+        self._erase([path])
         return None
 
-    def _delete(self, keys: Iterable[bytes]) -> None:
-        # These very payloads: another process may have replaced one already.
-        gone = [(key, self._places[key].shard, self._places[key].start) for key in keys]
-        with self._transaction() as database:
-            database.executemany("DELETE FROM entries WHERE key = ? AND shard = ? AND start = ?", gone)
-            database.execute("INSERT INTO removals DEFAULT VALUES")
-        self._version = -1
-        self._refresh()
+    def write(self, entries: Mapping[bytes, Entry], budget: int) -> int:
+        """Keep entries as long as all bytes stay within ``budget``; returns how many did not fit."""
+        over = 0
+        left = budget - self._recent_nbytes()
+        for key, entry in entries.items():
+            path = self._path(key)
+            if path.exists():
+                continue
+            payload = safetensors.torch.save(entry, {"crc32": _checksum(key, entry)})
+            if len(payload) > left:
+                over += 1
+                continue
+            self._write_file(path, payload)
+            left -= len(payload)
+            self._bytes += len(payload)
+        self.full = over > 0
+        return over
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing; its own commits leave data_version as it is, so the next refresh is told to look."""
-        database = self._open()
-        database.execute("BEGIN IMMEDIATE")
+    def _write_file(self, path: Path, payload: bytes) -> None:
+        path.parent.mkdir(exist_ok=True)
+        unfinished = self._unfinished(path)
         try:
-            yield database
-            database.execute("COMMIT")
+            unfinished.write_bytes(payload)
+            unfinished.replace(path)
         except BaseException:
-            database.execute("ROLLBACK")
+            _overwrite_and_remove([unfinished])
             raise
-        self._version = -1
 
-    def write(self, payloads: Mapping[bytes, tuple[bytes, int]]) -> None:
-        """Add payloads with their lengths; what is there already stays."""
-        with self._lock:
-            self._refresh()
-            rows: list[tuple[Any, ...]] = []
-            new = {key: value for key, value in payloads.items() if key not in self._places}
-            path = self._writable_shard()
-            with path.open("ab") as file:
-                for key, (payload, length) in new.items():
-                    start = file.tell()
-                    file.write(payload)
-                    rows.append((key, path.name, start, len(payload), _checksum(key, length, payload), length))
-            with self._transaction() as database:
-                database.executemany(
-                    "INSERT OR IGNORE INTO entries (key, shard, start, size, crc, length) VALUES (?, ?, ?, ?, ?, ?)",
-                    rows,
-                )
-
-    def _writable_shard(self) -> Path:
-        path = self.folder / self._shard
-        if not self._shard or path.stat().st_size > SHARD_BYTES:
-            self._shard = f"{uuid.uuid4().hex}.bin"
-            path = self.folder / self._shard
-            path.touch()
-        return path
+    def _unfinished(self, path: Path) -> Path:
+        return path.with_name(f"{path.stem}-{self._claims.owner()}-{threading.get_ident()}{UNFINISHED}")
 
     def remove(self, keys: Iterable[bytes]) -> int:
-        """Remove payloads: first from the index, then every byte that no entry names is overwritten with zeros.
+        """Overwrite entries with zeros and remove them; returns how many were there.
 
-        That takes in what an earlier removal that was killed, or a killed writer, has left.
+        What killed processes have left unfinished is overwritten and removed too.
         """
-        with self._lock:
-            self._refresh()
-            gone = [key for key in set(keys) if key in self._places]
-            self._delete(gone)
-            for path in self.folder.glob("*.bin"):
-                named = sorted((p.start, p.start + p.size) for p in self._places.values() if p.shard == path.name)
-                with path.open("r+b") as file:
-                    end = 0
-                    for start, stop in [*named, (path.stat().st_size, 0)]:
-                        _overwrite(file, end, start)
-                        end = stop
-                    file.flush()
-                    os.fsync(file.fileno())
-            return len(gone)
+        for key in (keys := set(keys)):
+            self._checked.pop(key, None)
+        removed = self._erase([self._path(key) for key in keys])
+        _overwrite_and_remove(
+            Path(file.path)
+            for file in self._files(UNFINISHED)
+            if not self._claims.lives(_owner_of_unfinished(file.name))
+        )
+        self.full, self._next_scan = False, float("-inf")
+        return removed
+
+    def _erase(self, paths: Iterable[Path]) -> int:
+        renamed = []
+        for path in paths:
+            # No reader takes the zeros for an entry, and what a killed process has begun, the next one finishes.
+            with suppress(FileNotFoundError):
+                renamed.append(path.replace(self._unfinished(path)))
+        _overwrite_and_remove(renamed)
+        return len(renamed)
 
     def claim(self, keys: Iterable[bytes]) -> set[bytes]:
         """Say that this process computes these; returns those that no other living process has claimed."""
-        with self._lock:
-            self._open()
-            if self._alive is None:
-                self._alive = FileLock(self.folder / f"{self._owner}.lock")  # held while this process lives
-                self._alive.acquire()
-            mine = set()
-            with self._transaction() as database:
-                for key in set(keys):
-                    row = database.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
-                    if row is None or row[0] == self._owner or not self._lives(row[0]):
-                        database.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self._owner))
-                        mine.add(key)
-            return mine
+        return self._claims.add(keys)
 
     def release(self, keys: Iterable[bytes]) -> None:
-        """Take claims back."""
-        with self._lock:
-            rows = [(key, self._owner) for key in keys]
-            self._open().executemany("DELETE FROM claims WHERE key = ? AND owner = ?", rows)
+        """End what :meth:`claim` began, whether or not the prefixes were kept."""
+        self._claims.release(keys)
 
-    def wait(self, keys: Iterable[bytes], poll: float = 0.01) -> None:
-        """Wait until each is there, or claimed by no other living process."""
-        waiting = set(keys)
-        while waiting := waiting - set(self.lengths(waiting)):
-            free = self.claim(waiting)
-            self.release(free)
-            waiting -= free
-            if waiting:
-                time.sleep(poll)
-
-    def _lives(self, owner: str) -> bool:
-        path = self.folder / f"{owner}.lock"
-        try:
-            with FileLock(path, timeout=0):
-                pass
-        except Timeout:
-            return True
-        path.unlink(missing_ok=True)
-        return False
+    def wait(self, keys: Iterable[bytes], poll_s: float = 0.01) -> None:
+        """Wait until each prefix is kept, or claimed by no other living process."""
+        missing = set(keys)
+        while missing := {key for key in missing & self._claims.elsewhere() if not self._path(key).exists()}:
+            time.sleep(poll_s)
 
     def close(self) -> None:
         """Close files; the entries stay."""
-        with self._lock:
-            if self._database is not None and self._pid == os.getpid():
-                self._database.close()
-            if self._alive is not None and self._pid == os.getpid():
-                self._alive.release()
-                (self.folder / f"{self._owner}.lock").unlink(missing_ok=True)
-            for mapped in self._maps.values():
-                mapped.close()
-            self._reset()
+        self._checked.clear()
+        self._claims.close()
 
 
-def _overwrite(file: BinaryIO, start: int, stop: int) -> None:
-    file.seek(start)
-    while (left := stop - file.tell()) > 0:
-        file.write(bytes(min(left, 1 << 20)))
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
-def _checksum(key: bytes, length: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(key + length.to_bytes(8, "little")))
+def _size(file: os.DirEntry[str]) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # another process has just removed it
+        return 0
+
+
+def _overwrite_and_remove(paths: Iterable[Path]) -> None:
+    paths = list(paths)
+    for path in paths:
+        with suppress(FileNotFoundError), path.open("r+b") as file:
+            left = path.stat().st_size
+            while left > 0:
+                left -= file.write(bytes(min(left, 1 << 20)))
+    for path in paths:  # in a second round: the first fsync brings most of the others to the disk as well
+        with suppress(FileNotFoundError):
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+            path.unlink()
+
+
+def _owner_of_unfinished(name: str) -> str:
+    return name.split("-")[1]
+
+
+def _checksum(key: bytes, entry: Entry) -> str:
+    """CRC-32 of a key and of names, dtypes, shapes and bytes of the tensors, in hexadecimal."""
+    value = zlib.crc32(key)
+    for name, part in sorted(entry.items()):
+        value = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), value)
+        value = zlib.crc32(part.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"

@@ -1,4 +1,4 @@
-"""A prefix: what the frozen backbone makes of an input before any query, and how queries continue it."""
+"""A prefix: keys and values that the frozen backbone computes for an input before any query, and how queries continue."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class PrefixRow:
 
     @property
     def length(self) -> int:
-        """How many tokens it has."""
+        """How many tokens the input has."""
         return int(self.layers[0][0].shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
+        """Bytes of the keys and values."""
         return sum(part.numel() * part.element_size() for layer in self.layers for part in layer)
 
 
@@ -78,9 +78,12 @@ def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype)
     """Join inputs to a left-padded batch.
 
     Args:
-        rows: At least one.
-        device: Where to bring what lies in main memory; a layer on an accelerator stays on its own.
-        dtype: Of the result's keys and values.
+        rows: The inputs, at least one.
+        device: Where to bring layers that are in main memory. A layer on an accelerator stays on its device.
+        dtype: dtype of keys and values in the batch.
+
+    Returns:
+        The batch; its keys and values are copies.
     """
     longest = max(row.length for row in rows)
 
@@ -103,11 +106,11 @@ def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype)
 
 
 class _PrefixReadyError(Exception):
-    """The last layer's keys and values are there: nothing that follows reaches the queries."""
+    """The last layer has its keys and values. Nothing that the backbone computes after them reaches the queries."""
 
 
 class _PrefixCache(DynamicCache):
-    """Stops the forward pass once the last layer has its keys and values: its attention and MLP, the final norm."""
+    """Stops the forward pass once the last layer has its keys and values: before its attention, its MLP and the norm."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -123,14 +126,14 @@ class _PrefixCache(DynamicCache):
 
 
 def backbone_inputs(features: Features) -> Features:
-    """The features that a backbone reads beside tokens and mask: pixels, grids, token types."""
+    """The features that a backbone reads in addition to tokens and mask: pixels, grids, token types."""
     return {key: value for key, value in features.items() if key not in _BOOKKEEPING}
 
 
 def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
-    """Explicit positions, which make an embedding the same alone and in any batch.
+    """The positions of a batch's tokens. With them, an embedding is the same alone and in any batch.
 
-    Implicit ones count the padding, or reuse what an earlier batch left behind (``rope_deltas``).
+    Without them, the backbone counts the padding, or reuses ``rope_deltas`` of an earlier batch.
 
     Args:
         decoder: The backbone without its head.
@@ -150,7 +153,16 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
 
 
 def continue_positions(last_position: Tensor, count: int, axes: int) -> Tensor:
-    """Positions of ``count`` tokens after each row's last: ``(batch, count)``, or ``(axes, batch, count)``."""
+    """Positions of the queries, which continue each row.
+
+    Args:
+        last_position: ``(batch,)``, the largest position of each row.
+        count: How many positions follow.
+        axes: As in :class:`PrefixRow`.
+
+    Returns:
+        ``(batch, count)``, or ``(axes, batch, count)`` for more than one axis.
+    """
     positions = last_position[:, None] + torch.arange(1, count + 1, device=last_position.device)
     return positions if axes == 1 else positions.expand(axes, -1, -1)
 
@@ -170,24 +182,24 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
         features: See :mod:`slq_embed.prefix.features`.
 
     Returns:
-        A prefix for each row; its keys and values are views of the batch's.
+        A prefix for each row; keys and values are views of those of the batch.
     """
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
-    whole = _PrefixCache(text_config(decoder).num_hidden_layers)
+    cache = _PrefixCache(text_config(decoder).num_hidden_layers)
     with suppress(_PrefixReadyError):
         decoder(
             input_ids=features["input_ids"],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=whole,
+            past_key_values=cache,
             use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
             **backbone_inputs(features),
         )
     axes = 3 if positions.ndim == 3 else 1
     last = last_positions(positions, mask).tolist()
     starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
-    layers = [(layer.keys, layer.values) for layer in whole.layers]
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
     return [
         PrefixRow(tuple((keys[row, :, start:], values[row, :, start:]) for keys, values in layers), last[row], axes)
         for row, start in enumerate(starts)
@@ -195,7 +207,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
 
 
 def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Tensor:
-    """Run the queries, and nothing else, against a prefix; autograd sees only them.
+    """Run the queries, and nothing else, after a prefix. Autograd sees only the queries.
 
     Args:
         decoder: The backbone without its head.
@@ -219,9 +231,9 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Te
 
 
 def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Tensor) -> Tensor:
-    """Run prefix and queries as one sequence: the reference for the prefix path, and the faster way for short texts.
+    """Run prefix and queries as one sequence: the reference for the prefix path, and faster for short texts.
 
-    The queries enter as embeddings, so no table and no hook of the shared backbone is touched.
+    The queries enter as embeddings. So the shared backbone needs no new row in its table and no hook.
 
     Args:
         decoder: The backbone without its head.

@@ -1,4 +1,4 @@
-"""Where prefixes come from: what the current step or a store has kept, else the frozen backbone."""
+"""Where prefixes come from: the memory of the current step, a store, or else the frozen backbone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from slq_embed.backbone.families import decoder_of, embedding_table
 from slq_embed.backbone.fingerprint import weights_digest
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor, tokenizer_digest
+from slq_embed.prefix.memory import StepMemory
+from slq_embed.prefix.packing import Entry, pack_row, pack_vision_row, unpack_row, unpack_vision_row
 from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_all_positions, run_prefix
-from slq_embed.prefix.store import Entry, PrefixStore, StepMemory
+from slq_embed.prefix.store import PrefixStore
 from slq_embed.prefix.vision import join_rows, run_vision
 
 T = TypeVar("T")
 
 
 class PrefixSource:
-    """Gives the prefix of a batch, computing each distinct input at most once.
+    """Gives the prefix of a batch. Each distinct input is computed at most once.
 
     Args:
         backbone: The frozen multimodal LLM.
@@ -39,22 +41,25 @@ class PrefixSource:
         self.namespace = b""
         self.memory = StepMemory()
         self.shared = False
-        """Whether several query sets take the same step, so that it is kept until :meth:`StepMemory.clear`."""
+        """Whether several query sets take the same step. Its prefixes then stay until :meth:`StepMemory.clear`."""
 
     def attach(self, store: PrefixStore | None) -> None:
-        """Look prefixes up in a store from now on, or in none.
+        """Use a store from now on, or none.
+
+        Args:
+            store: Where to look prefixes up and to keep them.
 
         Raises:
-            ValueError: If a store of keys and values comes to a backbone that lies on several devices.
+            ValueError: If the store keeps keys and values and the backbone's weights are on several devices.
         """
         backbone = self._backbone[0]
         devices = {str(weight.device) for weight in backbone.parameters()}
         if store is not None and store.level == "keys_values" and len(devices) > 1:
             raise ValueError(
-                f"The backbone lies on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
-                'brings them back to one. Use PrefixStore(level="vision"), or load the backbone on one device.'
+                f"The backbone is on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
+                'gives them back on one device. Use PrefixStore(level="vision"), or load the backbone on one device.'
             )
-        self.namespace = b"" if store is None else store.tag + self._weights_digest + self._tokenizer_digest
+        self.namespace = b"" if store is None else store._tag + self._weights_digest + self._tokenizer_digest
         self.store = store
 
     @cached_property
@@ -66,15 +71,18 @@ class PrefixSource:
         return tokenizer_digest(self._tokenizer)
 
     def stored(self, keys: Iterable[bytes]) -> dict[bytes, int]:
-        """Lengths of the prefixes that the store has."""
-        return {} if self.store is None else self.store.lengths(keys)
+        """Lengths in tokens of the prefixes that the store has."""
+        return {} if self.store is None else self.store._entries.lengths(keys)
 
     def prefix(self, features: Features, training: bool = False) -> Prefix:
         """The prefix of a batch.
 
         Args:
             features: See :mod:`slq_embed.prefix.features`.
-            training: Whether a training step asks: what it computes without autograd is kept for the second pass.
+            training: Whether a training step asks. Then what is computed without autograd is kept for the second pass.
+
+        Raises:
+            RuntimeError: If a prefix was in the store when the batch was built and is not there any more.
         """
         table = embedding_table(self._backbone[0])
         # What is kept must be what the backbone itself computes, not what a trainer's autocast makes of it.
@@ -84,27 +92,27 @@ class PrefixSource:
     def _prefix(self, features: Features, training: bool, table: Tensor) -> Prefix:
         if "prefix_key" not in features:
             indices = range(len(features["input_ids"]))
-            computed = self._compute(features, indices)
-            return collate([computed[index] for index in indices], table.device, table.dtype)
+            by_index = self._compute(features, indices)
+            return collate([by_index[index] for index in indices], table.device, table.dtype)
         keys = keys_from_tensor(features["prefix_key"])
-        index_of = {key: index for index, key in reversed(list(enumerate(keys)))}
+        first_index = {key: index for index, key in reversed(list(enumerate(keys)))}
         memory, differentiated = self.memory, torch.is_grad_enabled()
         if not self.shared and memory.used and not differentiated:
             memory.clear()
         memory.used |= differentiated
-        found = {key: memory.rows[key] for key in index_of if key in memory.rows}
-        wanted = {key: index for key, index in index_of.items() if key not in found}
+        rows = {key: memory.rows[key] for key in first_index if key in memory.rows}
+        missing = {key: index for key, index in first_index.items() if key not in rows}
         if self.store is None:
-            _require_inputs(features, wanted.values())
-            computed = self._compute(features, list(wanted.values()))
-            found |= {key: computed[index] for key, index in wanted.items()}
+            _require_inputs(features, missing.values())
+            by_index = self._compute(features, list(missing.values()))
+            rows |= {key: by_index[index] for key, index in missing.items()}
         elif self.store.level == "keys_values":
-            found |= self._keys_and_values(self.store, features, wanted)
+            rows |= self._keys_and_values(self.store, features, missing)
         else:
-            found |= self._from_vision(self.store, features, wanted)
+            rows |= self._from_vision(self.store, features, missing)
         if self.shared or (training and not differentiated):
-            memory.keep({key: found[key] for key in wanted})
-        return collate([found[key] for key in keys], table.device, table.dtype)
+            memory.keep({key: rows[key] for key in missing})
+        return collate([rows[key] for key in keys], table.device, table.dtype)
 
     def all_positions(self, features: Features, queries: Tensor) -> Tensor:
         """States of the queries from passes over whole sequences, ``(batch, Q, H)``."""
@@ -126,110 +134,106 @@ class PrefixSource:
         return [[members[index] for index in group] for group in split_into_passes(lengths, device)]
 
     def _compute(self, features: Features, indices: Sequence[int]) -> dict[int, PrefixRow]:
-        found: dict[int, PrefixRow] = {}
+        by_index: dict[int, PrefixRow] = {}
         for group in self._passes(features, indices):
             rows = run_prefix(decoder_of(self._backbone[0]), select_rows(features, group, self.image_token))
-            found |= dict(zip(group, rows, strict=True))
-        return found
+            by_index |= dict(zip(group, rows, strict=True))
+        return by_index
 
-    def _through(
+    def _read_or_compute(
         self,
         store: PrefixStore,
-        wanted: Mapping[bytes, int],
+        indices: Mapping[bytes, int],
         take: Callable[[dict[bytes, Entry]], None],
         compute: Callable[[dict[bytes, int]], dict[bytes, Callable[[], Entry]]],
     ) -> None:
-        """Hand over what the store has; compute and keep the rest, unless another process is at it."""
-        entries = store.read(wanted)
+        """Read what the store has. Compute and keep the rest, unless another process is computing it.
+
+        Args:
+            store: Where to look and to keep.
+            indices: For each key, an index in the batch.
+            take: Is called with the entries that were read.
+            compute: Computes the prefixes of some keys, and returns for each key a function that packs its prefix.
+        """
+        kept = store._entries
+        entries = kept.read(indices)
         take(entries)
-        missing = {key: index for key, index in wanted.items() if key not in entries}
+        missing = {key: index for key, index in indices.items() if key not in entries}
         while missing:
-            mine = store.claim(missing)
+            claimed = kept.claim(missing)
             try:
-                entries = store.read(missing)  # again: it may have come before the claim
+                entries = kept.read(missing)  # again: another process may have written it before the claim
                 take(entries)
-                made = compute({key: index for key, index in missing.items() if key in mine - set(entries)})
-                store.counts.computed += len(made)
-                over = len(made) if store.full else store.write({key: pack() for key, pack in made.items()})
-                store.counts.over_budget += over
+                packers = compute({key: missing[key] for key in missing if key in claimed and key not in entries})
+                store.counts.computed += len(packers)
+                if kept.full:  # then do not pack in vain
+                    store.counts.over_budget += len(packers)
+                else:
+                    packed = {key: pack() for key, pack in packers.items()}
+                    store.counts.over_budget += kept.write(packed, store.budget)
             finally:
-                store.release(mine)
-            missing = {key: index for key, index in missing.items() if key not in entries and key not in made}
+                kept.release(claimed)
+            missing = {key: index for key, index in missing.items() if key not in entries and key not in packers}
             if missing:
-                store.wait(missing)
+                kept.wait(missing)
 
     def _keys_and_values(
-        self, store: PrefixStore, features: Features, wanted: Mapping[bytes, int]
+        self, store: PrefixStore, features: Features, indices: Mapping[bytes, int]
     ) -> dict[bytes, PrefixRow]:
-        found: dict[bytes, PrefixRow] = {}
+        rows: dict[bytes, PrefixRow] = {}
         table = embedding_table(self._backbone[0])
 
         def take(entries: dict[bytes, Entry]) -> None:
-            found.update({key: store.unpack(entry, table.dtype, table.device) for key, entry in entries.items()})
+            rows.update({key: unpack_row(entry, table.dtype, table.device) for key, entry in entries.items()})
 
-        def compute(indices: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
-            _require_inputs(features, indices.values())
-            rows = self._compute(features, list(indices.values()))
-            new = {key: rows[index] for key, index in indices.items()}
-            found.update(new)
-            return {key: partial(store.pack, row) for key, row in new.items()}
+        def compute(missing: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
+            _require_inputs(features, missing.values())
+            by_index = self._compute(features, list(missing.values()))
+            rows.update({key: by_index[index] for key, index in missing.items()})
+            return {key: partial(pack_row, rows[key], store.precision) for key in missing}
 
-        self._through(store, wanted, take, compute)
-        return found
+        self._read_or_compute(store, indices, take, compute)
+        return rows
 
     def _from_vision(
-        self, store: PrefixStore, features: Features, wanted: Mapping[bytes, int]
+        self, store: PrefixStore, features: Features, indices: Mapping[bytes, int]
     ) -> dict[bytes, PrefixRow]:
         decoder, table = decoder_of(self._backbone[0]), embedding_table(self._backbone[0])
-        seen = features["input_ids"] == self.image_token
+        is_image = features["input_ids"] == self.image_token
         if (stored := features.get("prefix_stored")) is not None:
-            seen = seen | stored[:, None]
-        with_image = seen.any(dim=1).tolist()
-        images = {key: index for key, index in wanted.items() if with_image[index]}
-        texts = {key: index for key, index in wanted.items() if not with_image[index]}
-        rows: dict[bytes, dict[str, Tensor]] = {}
-
-        def states(name: str) -> bool:
-            return name == "features" or name.startswith("deepstack.")
+            is_image = is_image | stored[:, None]
+        with_image = is_image.any(dim=1).tolist()
+        images = {key: index for key, index in indices.items() if with_image[index]}
+        texts = {key: index for key, index in indices.items() if not with_image[index]}
+        vision: dict[bytes, dict[str, Tensor]] = {}
 
         def take(entries: dict[bytes, Entry]) -> None:
-            for key, entry in entries.items():
-                rows[key] = {
-                    name: store.unpack_states(name, entry, table.dtype, table.device).to(table.dtype)
-                    if states(name)
-                    else value.to(table.device)
-                    for name, value in entry.items()
-                    if not name.endswith(".scale")
-                }
+            unpacked = {key: unpack_vision_row(entry, table.dtype, table.device) for key, entry in entries.items()}
+            vision.update(unpacked)
 
-        def pack(row: dict[str, Tensor]) -> Entry:
-            entry: Entry = {}
-            for name, value in row.items():
-                entry |= store.pack_states(name, value) if states(name) else {name: value.cpu().clone()}
-            return entry
+        def compute(missing: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
+            _require_inputs(features, missing.values())
+            key_of = {index: key for key, index in missing.items()}
+            for group in self._passes(features, list(key_of)):
+                outputs = run_vision(decoder, select_rows(features, group, self.image_token), self.image_token)
+                vision.update({key_of[index]: row for index, row in zip(group, outputs, strict=True)})
+            return {key: partial(pack_vision_row, vision[key], store.precision) for key in missing}
 
-        def compute(indices: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
-            _require_inputs(features, indices.values())
-            keys = {index: key for key, index in indices.items()}
-            for group in self._passes(features, list(keys)):
-                made = run_vision(decoder, select_rows(features, group, self.image_token), self.image_token)
-                rows.update({keys[index]: row for index, row in zip(group, made, strict=True)})
-            return {key: partial(pack, rows[key]) for key in indices}
-
-        self._through(store, images, take, compute)
-        computed = self._compute(features, list(texts.values()))
-        found = {key: computed[index] for key, index in texts.items()}
-        keys = list(images)
-        for chosen in self._group(keys, [len(rows[key]["input_ids"]) for key in keys], table.device):
-            joined = join_rows([rows[key] for key in chosen], self.pad_token)
-            found |= dict(zip(chosen, run_prefix(decoder, joined), strict=True))
-        return found
+        self._read_or_compute(store, images, take, compute)
+        by_index = self._compute(features, list(texts.values()))
+        rows = {key: by_index[index] for key, index in texts.items()}
+        lengths = [len(vision[key]["input_ids"]) for key in images]
+        for group in self._group(list(images), lengths, table.device):
+            joined = join_rows([vision[key] for key in group], self.pad_token)
+            rows |= dict(zip(group, run_prefix(decoder, joined), strict=True))
+        return rows
 
 
 def _require_inputs(features: Features, indices: Iterable[int]) -> None:
     stored = features.get("prefix_stored")
     if stored is not None and stored[list(indices)].any():
         raise RuntimeError(
-            "A prefix was in the store when its batch was made, and is gone or damaged now. Do not detach or forget "
-            "prefixes while a model trains from them; start again from the last checkpoint, it will be computed anew."
+            "A prefix was in the store when its batch was built, and is gone or damaged now. Do not detach the store or "
+            "forget prefixes while a model trains from them. Start again from the last checkpoint: the prefix will be "
+            "computed again."
         )

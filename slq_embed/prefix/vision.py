@@ -1,4 +1,4 @@
-"""The vision tower's features: computed apart, kept by row, and handed to the backbone in place of pixels."""
+"""The vision tower's features: computed alone, kept for each row, and given to the backbone in place of pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from slq_embed.prefix.passes import backbone_inputs
 
 
 def takes_vision_features(decoder: PreTrainedModel) -> bool:
-    """Whether this version of transformers can run a backbone on what its vision tower made earlier."""
+    """Whether this version of transformers can run a backbone on vision features that were computed earlier.
+
+    Args:
+        decoder: The backbone without its head.
+    """
     return "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
 
 
@@ -26,12 +30,13 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
 
     Args:
         decoder: The backbone without its head.
-        features: Left-padded features with pixels.
+        features: Features with ``pixel_values``; see :mod:`slq_embed.prefix.features`.
         image_token: Id of the token that stands for a piece of an image.
 
     Returns:
-        For each row: ``input_ids`` and the other features of its tokens, ``image_*`` features, and what the tower
-        made of it: ``features``, ``(tokens, H)`` or ``(tiles, tokens, H)``, and ``deepstack.0`` and so on.
+        A dict for each row, without padding: ``input_ids`` ``(seq,)`` and the other features with a number for each
+        token; ``image_*`` features; and the outputs of the tower: ``features``, ``(tokens, H)`` or
+        ``(tiles, tokens, H)``, and for some families ``deepstack.0``, ``deepstack.1``, ..., ``(tokens, H)`` each.
 
     Raises:
         ValueError: If this version of transformers cannot take vision features.
@@ -45,14 +50,14 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
     output = decoder.get_image_features(**{k: v for k, v in backbone_inputs(features).items() if k in known})
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     pieces = (ids == image_token).sum(dim=1)
-    made = {"features": output.pooler_output}
-    made |= {f"deepstack.{n}": part for n, part in enumerate(getattr(output, "deepstack_features", None) or [])}
+    outputs = {"features": output.pooler_output}
+    outputs |= {f"deepstack.{n}": part for n, part in enumerate(getattr(output, "deepstack_features", None) or [])}
     rows: list[dict[str, Tensor]] = [
         {key: value[row][mask[row]] for key, value in features.items() if _per_token(value, ids)}
         for row in range(len(ids))
     ]
-    for name, whole in made.items():
-        joined = whole if isinstance(whole, Tensor) else torch.cat(list(whole))
+    for name, parts in outputs.items():
+        joined = parts if isinstance(parts, Tensor) else torch.cat(list(parts))
         shares = pieces if joined.ndim == 2 else pieces // joined.shape[1]
         for row, part in zip(rows, joined.split(shares.tolist()), strict=True):
             row[name] = part
@@ -69,29 +74,32 @@ def _per_token(value: Any, ids: Tensor) -> bool:
 
 
 def join_rows(rows: Sequence[Mapping[str, Tensor]], pad_token: int) -> dict[str, Any]:
-    """Features of a batch, with ``mm_encoder_outputs`` in place of pixels.
+    """Join rows to the features of a left-padded batch, with ``mm_encoder_outputs`` in place of pixels.
 
     Args:
         rows: From :func:`run_vision`, on one device.
-        pad_token: Id that padding has.
+        pad_token: Token id of padding.
+
+    Returns:
+        Features; see :mod:`slq_embed.prefix.features`.
     """
     mask = pad_left([torch.ones_like(row["input_ids"]) for row in rows])
     joined: dict[str, Any] = {}
-    made: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     for key, value in rows[0].items():
         parts = [row[key] for row in rows]
         if key == "features" or key.startswith("deepstack."):
-            made[key] = torch.cat(parts)
+            outputs[key] = torch.cat(parts)
         elif key.startswith("image_"):
             joined[key] = torch.cat(parts)
         elif value.ndim == 1:
             joined[key] = pad_left(parts, pad_token if key == "input_ids" else 0)
     joined["attention_mask"] = mask
-    pooled = made.pop("features")
+    pooled = outputs.pop("features")
     joined["mm_encoder_outputs"] = {
         "image": SimpleNamespace(
             pooler_output=pooled if pooled.ndim == 3 else (pooled,),
-            deepstack_features=[(made[key],) for key in sorted(made, key=lambda name: int(name.split(".")[1]))],
+            deepstack_features=[(outputs[key],) for key in sorted(outputs, key=lambda name: int(name.split(".")[1]))],
         )
     }
     return joined

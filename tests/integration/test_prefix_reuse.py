@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+import os
 from collections import Counter
 from contextlib import contextmanager
 
@@ -13,10 +13,12 @@ import torch
 from datasets import Image
 from sentence_transformers.sentence_transformer import losses
 
+import slq_embed.prefix.disk as prefix_disk
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
 from tests.training import toy_pairs, toy_train
+from tests.unit.prefix.rows import flip, forked
 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
@@ -112,6 +114,44 @@ def test_workers_see_what_a_folder_holds(checkpoint, tmp_path, monkeypatch):
     with counting(monkeypatch) as rows:
         toy_train(encoder, toy_pairs(), tmp_path, num_train_epochs=3, max_steps=-1, dataloader_num_workers=2)
     assert rows == {"run_prefix": 16}
+
+
+@pytest.mark.parametrize("level", ["keys_values", "vision"])
+def test_a_damaged_prefix_is_computed_again_in_training(checkpoint, level, tmp_path, monkeypatch):
+    encoder = build(checkpoint)
+    encoder.prefix_store = PrefixStore(tmp_path / "prefixes", level=level)
+    toy_train(encoder, toy_pairs(), tmp_path, num_train_epochs=1, max_steps=-1)
+    files = sorted((tmp_path / "prefixes").glob("??/*.safetensors"))
+    assert len(files) == (16 if level == "keys_values" else 8)
+    for file in files[:3]:
+        flip(file, file.stat().st_size // 2)
+    with counting(monkeypatch) as rows:
+        toy_train(encoder, toy_pairs(), tmp_path, num_train_epochs=2, max_steps=-1)
+    assert rows["run_prefix" if level == "keys_values" else "run_vision"] == 3
+    assert encoder.prefix_store.counts.damaged == 3
+
+
+def test_damage_that_is_found_after_preprocessing_is_an_error(encoder, images, tmp_path):
+    """As when a worker has preprocessed: the inputs are gone, so nothing can be computed again."""
+    encoder.prefix_store = PrefixStore(tmp_path)
+    encoder.encode(images)
+    features = encoder.preprocess(images)
+    encoder.prefix_store = PrefixStore(tmp_path)
+    file = next(tmp_path.glob("??/*.safetensors"))
+    flip(file, file.stat().st_size // 2)
+    with pytest.raises(RuntimeError, match="gone or damaged"):
+        encoder(features)
+
+
+def test_a_stored_prefix_is_opened_once_a_step(encoder, mixed, tmp_path, monkeypatch):
+    encoder.prefix_store = PrefixStore(tmp_path)
+    encoder.encode(mixed)
+    opened = []
+    open_entry = prefix_disk.safe_open
+    monkeypatch.setattr(prefix_disk, "safe_open", lambda path, *rest: opened.append(path) or open_entry(path, *rest))
+    encoder.train()
+    encoder(encoder.preprocess(mixed))
+    assert len(opened) == len(set(opened)) == len(mixed)
 
 
 def test_undecoded_images_are_decoded_only_to_be_computed(checkpoint, tmp_path, monkeypatch):
@@ -248,12 +288,12 @@ def test_what_is_over_the_budget_is_computed_again(encoder, mixed, tmp_path):
 
 def test_what_cannot_be_kept_is_not_prepared(encoder, mixed, tmp_path, monkeypatch):
     packed = []
-    pack = PrefixStore.pack
-    monkeypatch.setattr(PrefixStore, "pack", lambda self, row: packed.append(row) or pack(self, row))
+    pack = prefix_source.pack_row
+    monkeypatch.setattr(prefix_source, "pack_row", lambda row, *rest: packed.append(row) or pack(row, *rest))
     for store in (PrefixStore(budget=30_000), PrefixStore(tmp_path, budget="30KB")):
         encoder.prefix_store = store
         encoder.encode(mixed)
-        assert store.full
+        assert store._entries.full
         packed.clear()
         encoder.encode(mixed)
         assert not packed
@@ -269,7 +309,7 @@ def test_a_trainers_autocast_does_not_reach_what_is_kept(checkpoint, mixed, leve
         encoder.train()
         encoder(encoder.preprocess(mixed))
     keys = encoder.transformer.prefix_keys(mixed)
-    found, expected = encoder.prefix_store.read(keys), other.prefix_store.read(keys)
+    found, expected = encoder.prefix_store._entries.read(keys), other.prefix_store._entries.read(keys)
     assert len(found) == len(expected) > 0
     name = "states" if level == "keys_values" else "features"
     for key in found:
@@ -301,91 +341,24 @@ def test_pixels_that_are_not_those_of_the_rows_are_refused(encoder, images):
         encoder.train()(features)
 
 
-TRAIN = """
-import sys
-sys.path.insert(0, {root!r})
-from slq_embed import PrefixStore, SLQEncoder
-from tests.training import toy_pairs, toy_train
-if __name__ == "__main__":
-    encoder = SLQEncoder.from_backbone({checkpoint!r}, num_queries=4, seed=0, device="cpu")
-    encoder.prefix_store = PrefixStore({store!r})
-    toy_train(encoder, toy_pairs(), sys.argv[1], num_train_epochs=2, max_steps=-1, seed=int(sys.argv[2]))
-    print(encoder.prefix_store.counts.computed)
-"""
+def _encode(encoder, folder, inputs, start, results):
+    encoder.prefix_store = PrefixStore(folder)
+    start.wait()
+    embeddings = encoder.encode(inputs, batch_size=4)
+    results.put((embeddings.tolist(), encoder.prefix_store.counts.computed))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_processes_that_share_a_folder_compute_each_prefix_once_in_all(checkpoint, tmp_path):
-    from pathlib import Path
-
-    root = str(Path(__file__).parents[2])
-    script = TRAIN.format(root=root, checkpoint=str(checkpoint()), store=str(tmp_path / "prefixes"))
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / str(seed)), str(seed)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for seed in range(2)
-    ]
-    done = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], done
-    assert sum(int(out.split()[-1]) for out, _ in done) == 16
-
-
-@pytest.mark.parametrize("level", ["keys_values", "vision"])
-def test_forgetting_from_prefixes_computed_one_by_one_is_exact(checkpoint, tmp_path, level):
-    """Bit for bit as if what was forgotten had never been there, after as many steps as one likes."""
-    from slq_embed.data import ImageTextPairs
-
-    pairs = toy_pairs(12)
-    kept = ImageTextPairs(pairs.dataset.select(range(5, 12)))
-
-    def train(store, data):
-        encoder = build(checkpoint)
-        encoder.prefix_store = store
-        toy_train(encoder, data, tmp_path / "out", num_train_epochs=12, max_steps=-1, per_device_train_batch_size=3)
-        return encoder
-
-    first = train(PrefixStore(tmp_path / "all", level=level, one_by_one=True), pairs)
-    forgotten = pairs.dataset.select(range(5))
-    first.forget(forgotten["image"])
-    first.forget(forgotten["text"])
-    after = train(first.prefix_store, kept)
-    never = train(PrefixStore(level=level, one_by_one=True), kept)
-    assert torch.equal(after.queries, never.queries)
-
-
-@pytest.mark.parametrize("where", ["memory", "folder"])
-def test_forgotten_examples_leave_no_trace(checkpoint, tmp_path, where):
-    """Training from what is left is bit-identical to that store without them, and near to never having seen them."""
-    pairs = toy_pairs()
-    forgotten, kept = pairs.dataset.select(range(3)), pairs.dataset.select(range(3, 8))
-
-    def retrain(store, data):
-        encoder = build(checkpoint)
-        encoder.prefix_store = store
-        from slq_embed.data import ImageTextPairs
-
-        toy_train(encoder, ImageTextPairs(data), tmp_path / "out", num_train_epochs=3, max_steps=-1)
-        return encoder
-
-    def store_of(name):
-        return PrefixStore(tmp_path / name if where == "folder" else None)
-
-    first = retrain(store_of("all"), pairs.dataset)
-    store = first.prefix_store
-    without = PrefixStore()
-    without.write(store.read(first[0].prefix_keys([*kept["image"], *kept["text"]])))
-    assert first.forget(forgotten["image"]) == 3
-    assert first.forget(forgotten["text"]) == 3
-    assert first.forget(forgotten["text"]) == 0
-    assert len(store) == 10
-    computed = store.counts.computed
-    after = retrain(store, kept).queries.detach()
-    assert store.counts.computed == computed, "each epoch costs what a later epoch costs"
-    assert torch.equal(after, retrain(without, kept).queries.detach())
-    assert (after - retrain(None, kept).queries.detach()).abs().max() < 1e-5
-    assert (after - first.queries.detach()).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="no prefix store"):
-        build(checkpoint).forget(["x"])
+    encoder, pairs = build(checkpoint), toy_pairs()
+    inputs = [*pairs.dataset["image"], *pairs.dataset["text"]]
+    expected = encoder.encode(inputs)
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(2), context.SimpleQueue()
+    job = (_encode, encoder, tmp_path, inputs, start, results)
+    with forked(*job), forked(*job):
+        outputs = [results.get() for _ in range(2)]
+    for embeddings, _ in outputs:
+        assert np.abs(np.array(embeddings) - expected).max() < 1e-6
+    assert sum(computed for _, computed in outputs) == len(inputs) == 16

@@ -1,0 +1,107 @@
+"""Packing: a prefix as a dict of tensors in main memory, in the precision of a store, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slq_embed.prefix.passes import PrefixRow
+
+Precision = Literal["exact", "bfloat16", "int8"]
+Entry = dict[str, Tensor]
+"""A packed prefix. Keys and values: ``states`` ``(layers, 2, heads, seq, head_dim)`` and ``position`` ``(2,)`` int64, the
+last position and the number of axes. Vision features: what :func:`slq_embed.prefix.vision.run_vision` gives for a row.
+With int8, each tensor of states has its scales beside it, under its name and ``.scale``."""
+
+
+def entry_length(entry: Entry) -> int:
+    """How many tokens a packed prefix has."""
+    return int(entry["states"].shape[-2]) if "states" in entry else len(entry["input_ids"])
+
+
+def entry_nbytes(entry: Entry) -> int:
+    """Bytes of a packed prefix's tensors."""
+    return sum(part.numel() * part.element_size() for part in entry.values())
+
+
+def pack_row(row: PrefixRow, precision: Precision) -> Entry:
+    """Pack the keys and values of an input.
+
+    Args:
+        row: The prefix, on any device.
+        precision: How to keep its keys and values.
+
+    Returns:
+        An entry that shares no memory with ``row``.
+
+    Raises:
+        ValueError: If the layers' keys and values differ in shape.
+    """
+    shapes = {part.shape for layer in row.layers for part in layer}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
+            'level="keys_values" cannot store. Use PrefixStore(level="vision").'
+        )
+    device = row.layers[0][0].device  # one copy to main memory, not two for each layer
+    whole = torch.stack([torch.stack([keys.to(device), values.to(device)]) for keys, values in row.layers])
+    return {"position": torch.tensor([row.last_position, row.axes]), **_pack_states("states", whole, precision)}
+
+
+def unpack_row(entry: Entry, dtype: torch.dtype, device: torch.device) -> PrefixRow:
+    """The inverse of :func:`pack_row`.
+
+    Args:
+        entry: The packed prefix.
+        dtype: dtype for states kept as int8; others stay in the dtype that they are kept in.
+        device: Where to bring keys and values.
+    """
+    whole = _unpack_states("states", entry, dtype, device)
+    last_position, axes = entry["position"].tolist()
+    return PrefixRow(tuple((layer[0], layer[1]) for layer in whole), last_position, axes)
+
+
+def pack_vision_row(row: Mapping[str, Tensor], precision: Precision) -> Entry:
+    """Pack a row of :func:`slq_embed.prefix.vision.run_vision`; the entry shares no memory with it."""
+    entry: Entry = {}
+    for name, value in row.items():
+        entry |= _pack_states(name, value, precision) if _is_states(name) else {name: value.to("cpu", copy=True)}
+    return entry
+
+
+def unpack_vision_row(entry: Entry, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The inverse of :func:`pack_vision_row`.
+
+    Args:
+        entry: The packed row.
+        dtype: dtype of the tower's features in the result.
+        device: Where to bring all tensors.
+    """
+    return {
+        name: _unpack_states(name, entry, dtype, device).to(dtype) if _is_states(name) else value.to(device)
+        for name, value in entry.items()
+        if not name.endswith(".scale")
+    }
+
+
+def _is_states(name: str) -> bool:
+    return name == "features" or name.startswith("deepstack.")
+
+
+def _pack_states(name: str, states: Tensor, precision: Precision) -> Entry:
+    """States ``(..., width)``; int8 has a scale ``(..., 1)`` for each row of ``width`` numbers."""
+    if precision == "int8":
+        scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+        return {name: (states / scale).round().to("cpu", torch.int8), f"{name}.scale": scale.cpu()}
+    dtype = torch.bfloat16 if precision == "bfloat16" else states.dtype
+    return {name: states.to("cpu", dtype, copy=True)}  # a copy, because rows are views of their batch
+
+
+def _unpack_states(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    states = entry[name].to(device, non_blocking=True)
+    if f"{name}.scale" in entry:
+        states = states.to(dtype) * entry[f"{name}.scale"].to(device, dtype, non_blocking=True)
+    return states
