@@ -64,7 +64,8 @@ def bare(model: SLQEncoder, inputs: list[Any], batch: int) -> Callable[[], None]
 
     batches = [
         to_device(model.transformer.preprocess([value for _, value in part], keyed=False), model.device)
-        for part in sorted_batches(enumerate(inputs), batch)
+        for window in sorted_windows(enumerate(inputs), batch)
+        for part in window
     ]
 
     def run() -> None:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from slq_embed.backbone.fingerprint import settings_digest
 from slq_embed.encoding.protocol import Encoder, encoder_digest, resolve_prompt
 from slq_embed.encoding.stream import stream
 from slq_embed.inputs.rows import Skipped, read_row, report
-from slq_embed.prefix.keys import settings_digest
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
 _BATCHES_A_FLUSH = 16

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
+from slq_embed.backbone.fingerprint import settings_digest
 from slq_embed.inputs.rows import Row, read_row
 from slq_embed.prefix.features import Features, make_room, select_rows, strip_queries
-from slq_embed.prefix.keys import keys_to_tensor, prefix_key, settings_digest
+from slq_embed.prefix.keys import keys_to_tensor, prefix_key
 from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
 

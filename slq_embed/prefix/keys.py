@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import embedding_table
-from slq_embed.backbone.query_tokens import OWN_TOKEN
 from slq_embed.inputs.rows import Row
 
 KEY_BYTES = 16
-
-
-def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_kwargs: Mapping[str, Any]) -> bytes:
-    """A digest of what decides a prefix beside its input, the weights and the tokenizer.
-
-    That is: precision, attention kernels and image processing. The chat template is part of each input's own key,
-    because the template also holds the query tokens, which no prefix sees.
-    """
-    settings = [
-        str(embedding_table(backbone).dtype),
-        str(backbone.config._attn_implementation),
-        processor.image_processor.to_dict(),
-        dict(image_kwargs),
-    ]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
-
-
-def tokenizer_digest(tokenizer: Any) -> bytes:
-    """A digest of how a tokenizer turns text into ids, without the query tokens; about a second for 150,000 tokens."""
-    vocabulary = sorted(item for item in tokenizer.get_vocab().items() if not OWN_TOKEN.fullmatch(item[0]))
-    digest = hashlib.sha256(json.dumps(vocabulary).encode())
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        state = json.loads(backend.to_str())
-        for volatile in ("added_tokens", "padding", "truncation"):  # of the query tokens, and of the last call
-            state.pop(volatile, None)
-        digest.update(json.dumps(state, sort_keys=True).encode())
-    return digest.digest()
 
 
 def prefix_key(row: Row, text: str, namespace: bytes) -> bytes:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import decoder_of, embedding_table
-from slq_embed.backbone.fingerprint import weights_digest
+from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
-from slq_embed.prefix.keys import keys_from_tensor, tokenizer_digest
+from slq_embed.prefix.keys import keys_from_tensor
 from slq_embed.prefix.memory import StepMemory
 from slq_embed.prefix.packing import Entry, pack_row, pack_vision_row, unpack_row, unpack_vision_row
 from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_all_positions, run_prefix

@@ -76,6 +76,10 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __bool__(self) -> bool:
+        """True: an empty store is a store, and ``store or other`` keeps it."""
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""

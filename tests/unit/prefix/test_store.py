@@ -107,3 +107,8 @@ def test_a_store_has_few_public_names():
         *("folder", "budget", "level", "precision", "one_by_one"),
         *("nbytes", "counts", "forget", "close"),
     }
+
+
+def test_an_empty_store_is_a_store(store):
+    assert len(store) == 0
+    assert store
