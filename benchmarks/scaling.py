@@ -28,6 +28,7 @@ from common import (
 from shapes import build_backbone, build_processor
 
 from slq_embed import PrefixStore, SLQEncoder
+from slq_embed.prefix import features
 from slq_embed.training.losses import symmetric_info_nce
 
 SIZE = (512, 416)  # 208 tokens
