@@ -34,7 +34,7 @@ def with_langchain(model: SLQEncoder, pictures: list[Path]) -> Search:
     from langchain_chroma import Chroma
     from langchain_slq import SLQEmbeddings
 
-    store = Chroma("pictures", SLQEmbeddings(model=model), collection_metadata={"hnsw:space": "cosine"})
+    store = Chroma("multimodal-rag", SLQEmbeddings(model=model), collection_metadata={"hnsw:space": "cosine"})
     store.add_images([str(path) for path in pictures], metadatas=[{"path": str(path)} for path in pictures])
     retriever = store.as_retriever(search_kwargs={"k": CANDIDATES})
     return lambda query: [Path(document.metadata["path"]) for document in retriever.invoke(query)]
