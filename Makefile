@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 MIN := .venv-min
@@ -29,8 +30,8 @@ $(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## The plain tests: offline, CPU, a few minutes
-	$(BIN)/python -m pytest --quiet --cov --cov-report=term:skip-covered
+test: $(READY) ## The plain tests: offline, CPU, a few minutes; PROCESSES=4 on more cores
+	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile --cov --cov-report=term:skip-covered
 
 test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformers and transformers
 	$(MIN)/bin/python -m pytest --quiet tests/contract
