@@ -28,10 +28,8 @@ def test_bytes_are_those_of_the_run(encoder, tmp_path, where):
     assert len(store) == 0, "the sample leaves nothing behind"
     encoder.prefix_store = store
     toy_train(encoder, pairs, tmp_path, num_train_epochs=1, max_steps=-1)
-    (nothing, keys_values) = plan.options
+    (_, keys_values) = plan.options
     assert keys_values.nbytes == pytest.approx(store.nbytes, rel=0.1)
-    assert keys_values.kept == 1
-    assert nothing.first == nothing.later > 0
 
 
 def test_the_choice_follows_the_measurement_and_can_be_read(tmp_path):
