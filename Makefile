@@ -30,7 +30,7 @@ $(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## The plain tests: offline, CPU, a few minutes; PROCESSES=4 on more cores
+test: $(READY) ## The plain tests: offline, on a CPU, in two processes (PROCESSES=4 on more cores)
 	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile --cov --cov-report=term:skip-covered
 
 test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformers and transformers
