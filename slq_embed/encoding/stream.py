@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
-from sentence_transformers.util import batch_to_device, truncate_embeddings
+from sentence_transformers.util import truncate_embeddings
 from torch import Tensor
 from tqdm.autonotebook import tqdm
 
@@ -133,7 +134,7 @@ class _Halving:
         if self._limit is None or rows <= self._limit:
             try:
                 with self._lock, torch.inference_mode():
-                    return self._run(batch_to_device(dict(features), self._device))
+                    return self._run(send_to_device(features, self._device, non_blocking=True))
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
