@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -112,10 +113,11 @@ def peak_above_weights(step: Callable[[], Any], device: str) -> int:
     return 1024 * (kilobytes("VmHWM") - before)
 
 
-def in_own_process(script: str, *arguments: Any) -> str:
-    """The last word that a script prints."""
+def in_own_process(script: str, *arguments: Any, threads: int | None = None) -> str:
+    """The last word that a script prints; with so many threads, by default as many as there are cores."""
     command = [sys.executable, "-W", "ignore", script, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if process.returncode:
         raise RuntimeError(process.stderr)
     return process.stdout.split()[-1]

@@ -138,17 +138,26 @@ def five_epochs(args: argparse.Namespace) -> float:
 
 
 def measure_peaks(args: argparse.Namespace, batches: list[int]) -> dict[str, list[int]]:
-    """Peaks of every method at every batch, in bytes; in a short run two processes at once, since most of it is imports."""
+    """Peaks of every method at every batch, in bytes.
+
+    In a short run two processes work at once, since most of it is imports, with one thread each: two of them would wait for
+    each other.
+    """
+    at_once = 2 if args.quick and args.device == "cpu" else 1
     shared = ["--device", args.device, "--dtype", args.dtype, "--shape", args.shape]
     shared += ["--image-size", *args.image_size]
     shared += ["--checkpointing"] if args.checkpointing else []
 
     def peak(pair: tuple[str, int]) -> int:
         method, batch = pair
-        return int(in_own_process(__file__, "--memory-of", method, "--batch", batch, *shared))
+        return int(
+            in_own_process(
+                __file__, "--memory-of", method, "--batch", batch, *shared, threads=1 if at_once > 1 else None
+            )
+        )
 
     pairs = [(method, batch) for method in args.methods for batch in batches]
-    with ThreadPoolExecutor(2 if args.quick and args.device == "cpu" else 1) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         peaks = dict(zip(pairs, pool.map(peak, pairs), strict=True))
     return {method: [peaks[method, batch] for batch in batches] for method in args.methods}
 
