@@ -42,7 +42,9 @@ def history(trainer) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss.*deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss.*deprecated:FutureWarning")
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("Cached") else name for name in LOSSES]
+)
 def test_every_loss_learns_eight_pairs(encoder, name, tmp_path):
     """Recall rises well above chance (1/8) and only the queries (and the temperature) reach the optimizer."""
     pairs = toy_pairs()
@@ -136,19 +138,28 @@ class Kill(TrainerCallback):
             raise KilledError
 
 
-@pytest.mark.parametrize("kill_at", [3, 5])
-def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, tmp_path, kill_at):
-    def untrained_model():
-        torch.manual_seed(0)
-        return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+RESUMABLE = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
 
-    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "cosine"}
-    whole = untrained_model()
-    expected = history(toy_train(whole, toy_pairs(), tmp_path / "whole", **settings))
+
+def untrained_model(checkpoint) -> SLQEncoder:
+    torch.manual_seed(0)
+    return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, tmp_path_factory) -> tuple[SLQEncoder, list[float]]:
+    """A model and its losses, for all tests of runs that are killed and resumed."""
+    model = untrained_model(checkpoint)
+    return model, history(toy_train(model, toy_pairs(), tmp_path_factory.mktemp("whole"), **RESUMABLE))
+
+
+@pytest.mark.parametrize("kill_at", [3, 5])
+def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, uninterrupted, tmp_path, kill_at):
+    whole, expected = uninterrupted
     with pytest.raises(KilledError):
-        toy_train(untrained_model(), toy_pairs(), tmp_path / "killed", callbacks=[Kill(kill_at)], **settings)
-    resumed = untrained_model()
-    trainer = toy_train(resumed, toy_pairs(), tmp_path / "killed", resume=True, **settings)
+        toy_train(untrained_model(checkpoint), toy_pairs(), tmp_path, callbacks=[Kill(kill_at)], **RESUMABLE)
+    resumed = untrained_model(checkpoint)
+    trainer = toy_train(resumed, toy_pairs(), tmp_path, resume=True, **RESUMABLE)
     assert history(trainer) == expected
     assert torch.equal(resumed.queries, whole.queries)
     assert resumed.temperature == whole.temperature
