@@ -4,7 +4,7 @@ from importlib.metadata import requires
 
 from packaging.requirements import Requirement
 
-HOSTS = ("sentence-transformers", "transformers")
+HOSTS = ("peft", "sentence-transformers", "transformers")
 
 for requirement in map(Requirement, requires("slq-embed") or []):
     if requirement.name in HOSTS:

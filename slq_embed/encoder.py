@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import embedding_table, is_placed
+from slq_embed.backbone.families import is_placed
 from slq_embed.backbone.fingerprint import Fingerprint, fingerprint
 from slq_embed.backbone.query_tokens import Form
 from slq_embed.encoding.protocol import resolve_prompt
@@ -22,11 +22,12 @@ from slq_embed.encoding.query_sets import encode_query_sets
 from slq_embed.encoding.stream import EncodedBatch, collect, stream
 from slq_embed.encoding.to_file import EncodedFile, encode_to_file
 from slq_embed.inputs.rows import ONE_INPUT
-from slq_embed.modules.initialisation import Initialisation, initial_queries
+from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
+from slq_embed.modules.query_adapter import QueryAdapter
 from slq_embed.prefix.store import PrefixStore
-from slq_embed.saving.assembly import build_modules, join_modules, rebuild_modules
+from slq_embed.saving.assembly import QuerySet, build_modules, load_modules, rebuild_modules
 from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
@@ -42,7 +43,7 @@ _STREAMED |= {"output_value", "save_to_cpu", "device", "processing_kwargs", "tas
 
 
 class SLQEncoder(SentenceTransformer):
-    """A Sentence Transformer whose only trained weights are ``Q`` latent queries.
+    """A Sentence Transformer whose trained weights are latent queries, and on demand a head or an adapter.
 
     Everything of :class:`~sentence_transformers.SentenceTransformer` works: ``encode``, ``encode_query``,
     ``similarity``, the trainer, evaluators, the hub. What this class adds: building from a backbone
@@ -91,6 +92,8 @@ class SLQEncoder(SentenceTransformer):
         max_text_chars: int = 8192,
         max_pixels: int | None = None,
         image_kwargs: Mapping[str, Any] | None = None,
+        projection: int | bool | None = None,
+        query_adapter: QueryAdapter | bool | None = None,
         **kwargs: Any,
     ) -> SLQEncoder:
         """Put fresh latent queries on a frozen multimodal LLM.
@@ -110,6 +113,8 @@ class SLQEncoder(SentenceTransformer):
             max_text_chars: Longest text that is read, in characters.
             max_pixels: Largest image, in pixels, for families that keep the aspect ratio.
             image_kwargs: How to call the image processor, on top of the family's defaults.
+            projection: Width of a linear head after the pooling, or True for the backbone's width.
+            query_adapter: A LoRA that acts at the queries only, or True for the default one; adapter form only.
             **kwargs: As for ``SentenceTransformer``: ``device``, ``revision``, ``token``, ``cache_folder``,
                 ``local_files_only``, ``trust_remote_code``, ``model_kwargs``, ``processor_kwargs``, ``prompts``, ...
                 And what transformers takes for the backbone: ``dtype``, ``attn_implementation``, ``device_map``,
@@ -121,9 +126,9 @@ class SLQEncoder(SentenceTransformer):
             OSError: If nothing can be loaded from there.
         """
         loaded = load_or_share(backbone, processor, kwargs)
-        queries = initial_queries(init, num_queries, embedding_table(loaded.model), seed)
+        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter)
         modules, slq_config = build_modules(
-            loaded, queries, pooling, form, instructions, max_text_chars, max_pixels, image_kwargs
+            loaded, query_set, form, instructions, max_text_chars, max_pixels, image_kwargs
         )
         model = cls(modules=modules, device=None if loaded.device is None else str(loaded.device), **kwargs)
         model.slq_config = slq_config
@@ -136,10 +141,12 @@ class SLQEncoder(SentenceTransformer):
         init: Initialisation | Tensor = "normal",
         seed: int | None = None,
         pooling: PoolingMode | None = None,
+        projection: int | bool | None = None,
+        query_adapter: QueryAdapter | bool | None = None,
     ) -> SLQEncoder:
-        """Fresh queries on the same backbone, reading inputs alike; arguments as for :meth:`from_backbone`."""
-        queries = initial_queries(init, num_queries or len(self.queries), embedding_table(self.backbone), seed)
-        modules, slq_config = rebuild_modules(self.slq_config, self.transformer, queries, pooling)
+        """Fresh queries, a fresh head and adapter as this encoder has them; arguments as for :meth:`from_backbone`."""
+        query_set = QuerySet(num_queries or len(self.queries), init, seed, pooling, projection, query_adapter)
+        modules, slq_config = rebuild_modules(self.slq_config, self.transformer, query_set)
         settings = {name: getattr(self, name) for name in _COPIED} | {"prompts": dict(self.prompts)}
         model = type(self)(modules=modules, device=str(self.device), **settings)
         model.slq_config, model.num_workers = slq_config, self.num_workers
@@ -159,7 +166,7 @@ class SLQEncoder(SentenceTransformer):
 
     @property
     def queries(self) -> nn.Parameter:
-        """The latent queries, ``(Q, H)`` in float32: all that is trained."""
+        """The latent queries, ``(Q, H)`` in float32."""
         return self.transformer.queries
 
     @property
@@ -239,19 +246,14 @@ class SLQEncoder(SentenceTransformer):
     def encode_stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[EncodedBatch]:
         """Encode any number of inputs; yield batches as they come. What cannot be read is skipped and listed.
 
-        Args:
-            inputs: Read 32 batches ahead, and sorted by size within those.
-            **options: See :func:`slq_embed.encoding.stream.stream`.
+        Inputs are read 32 batches ahead. The options are those of :func:`slq_embed.encoding.stream.stream`.
         """
         return stream(self, enumerate(inputs), **options)
 
     def encode_to_file(self, inputs: Sequence[Any], path: str | Path, **options: Any) -> EncodedFile:
         """Encode into a memory-mapped ``.npy`` file; a run that was killed goes on where it was.
 
-        Args:
-            inputs: Texts, images, or both, such as a list of paths.
-            path: The file.
-            **options: See :func:`slq_embed.encoding.to_file.encode_to_file`.
+        The options are those of :func:`slq_embed.encoding.to_file.encode_to_file`.
         """
         return encode_to_file(self, inputs, Path(path), **options)
 
@@ -284,8 +286,7 @@ class SLQEncoder(SentenceTransformer):
         saved = load_saved(model_name_or_path, self._replacement[0], arguments)
         self.slq_config, self._model_card_text = saved.slq_config, saved.model_card
         self._parse_model_config(saved.host_config)
-        modules = join_modules(saved.backbone, saved.processor, saved.queries, saved.slq_config)
-        return OrderedDict((str(number), module) for number, module in enumerate(modules)), OrderedDict()
+        return OrderedDict((str(number), module) for number, module in enumerate(load_modules(saved))), OrderedDict()
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:

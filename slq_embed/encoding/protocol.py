@@ -45,6 +45,7 @@ class Encoder(Protocol):
     def eval(self) -> Any: ...  # noqa: D102
     def get_embedding_dimension(self) -> int | None: ...  # noqa: D102
     def require_loaded(self) -> None: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
     def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str | None: ...
 
 
@@ -75,6 +76,10 @@ def encoder_digest(model: Encoder) -> str:
     settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, config.pooling, config.instructions]
     settings += [config.max_text_chars, model.truncate_dim, config.image_kwargs]
     settings += [model.processor.image_processor.to_dict()]
+    if config.query_adapter is not None:
+        settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(model.queries.detach().cpu().numpy().tobytes())
+    for name, weight in sorted(model.state_dict().items()):
+        if not name.endswith("log_temperature"):
+            digest.update(weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()

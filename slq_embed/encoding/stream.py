@@ -97,7 +97,7 @@ def stream(
         prefix = model.transformer.prefix(features)
         parts = []
         for encoder in query_sets.values():
-            states: Features = {"token_embeddings": encoder.transformer.query_states(prefix).float()}
+            states: Features = {"token_embeddings": encoder.transformer.query_states(prefix)}
             for module in list(encoder)[1:]:
                 states = module(states)
             parts.append(_finish(states["sentence_embedding"], encoder.truncate_dim, normalize_embeddings))

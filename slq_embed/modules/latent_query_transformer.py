@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
 from slq_embed.backbone.fingerprint import settings_digest
 from slq_embed.inputs.rows import Row, read_row
+from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.prefix.features import Features, make_room, select_rows, strip_queries
 from slq_embed.prefix.keys import keys_to_tensor, prefix_key
 from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
@@ -35,9 +36,11 @@ class LatentQueryTransformer(InputModule):
         queries: The latent queries, ``(Q, H)``; kept in float32 and cast where they are used.
         query_tokens: The query tokens as the chat template spells them, ``Q`` strings.
         image_kwargs: How the image processor is called.
+        adapter: An adapter that acts at the queries only.
+        seed: Seed of the adapter's initialisation.
 
     Raises:
-        ValueError: If the queries' width is not that of the backbone's token embeddings.
+        ValueError: If the queries' width is not that of the backbone's token embeddings, or the adapter does not fit.
 
     Source:
         Shared latent queries, arXiv:2604.13710.
@@ -50,6 +53,8 @@ class LatentQueryTransformer(InputModule):
         queries: Tensor,
         query_tokens: Sequence[str],
         image_kwargs: Mapping[str, Any] | None = None,
+        adapter: QueryAdapter | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         width = embedding_table(backbone).shape[1]
@@ -67,6 +72,11 @@ class LatentQueryTransformer(InputModule):
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
+        # The queries run through a twin of the decoder, so the backbone has no adapter at any time, in any thread.
+        twin, self.query_adapter = (
+            (None, nn.ModuleDict()) if adapter is None else adapt(decoder_of(backbone), adapter, seed)
+        )
+        self._twin = (twin,)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -77,6 +87,11 @@ class LatentQueryTransformer(InputModule):
     def queries(self) -> nn.Parameter:
         """The latent queries, ``(Q, H)`` in float32."""
         return self.bias["queries"]
+
+    @property
+    def query_decoder(self) -> PreTrainedModel:
+        """What the queries run through: the backbone without its head, or its twin with the adapter."""
+        return decoder_of(self.backbone) if self._twin[0] is None else self._twin[0]
 
     @property
     def log_temperature(self) -> nn.Parameter | None:
@@ -200,12 +215,16 @@ class LatentQueryTransformer(InputModule):
         return self.source.prefix(features, self.training)
 
     def query_states(self, prefix: Prefix) -> Tensor:
-        """States of the queries after a prefix, ``(batch, Q, H)``."""
-        return run_queries(decoder_of(self.backbone), prefix, self._cast_queries())
+        """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device."""
+        states = run_queries(self.query_decoder, prefix, self._cast_queries())
+        return states.to(self.queries.device, torch.float32)
 
     def all_positions(self, features: Features) -> Tensor:
         """States of the queries from whole sequences, ``(batch, Q, H)``: the reference for the prefix path."""
-        return run_all_positions(decoder_of(self.backbone), features, self._cast_queries())
+        decoder = self.query_decoder
+        if self.query_adapter:
+            decoder = at_the_end(decoder, len(self.queries))
+        return run_all_positions(decoder, features, self._cast_queries())
 
     def _cast_queries(self) -> Tensor:
         # Master weights stay float32 for the optimizer; only this copy is cast.
@@ -221,7 +240,7 @@ class LatentQueryTransformer(InputModule):
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
-        if torch.is_grad_enabled() or self.training or self.source.store is not None:
+        if torch.is_grad_enabled() or self.training or self.source.store is not None or self.query_adapter:
             states = self.query_states(self.prefix(features))
         else:  # there is nothing to keep, and whole sequences are a little faster for short texts
             states = self.source.all_positions(features, self._cast_queries())
@@ -241,11 +260,14 @@ class LatentQueryTransformer(InputModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryTransformer:
-        """Move or cast the shared backbone; the queries only move, since the master copy is float32."""
+        """Move or cast the shared backbone; what is trained only moves, since the master copy is float32."""
+        device = fn(torch.empty(0, device=self.queries.device)).device
+        trained: list[nn.Module] = [self.bias]
         if recurse and not is_placed(self.backbone):
             self.backbone._apply(fn)
-        device = fn(torch.empty(0, device=self.queries.device)).device
-        super()._apply(lambda tensor: tensor.to(device), recurse)
+            trained.append(self.query_adapter)  # else each part stays beside the layer that it adapts
+        for module in trained:
+            module._apply(lambda tensor: tensor.to(device))
         return self
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sentence_transformers.sentence_transformer.modules import Normalize
@@ -13,18 +13,58 @@ from transformers import PreTrainedModel, ProcessorMixin
 from slq_embed.backbone.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template, replace_queries
 from slq_embed.backbone.families import embedding_table, family_of, limit_pixels
 from slq_embed.backbone.query_tokens import Form, allocate, private_processor
-from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer
+from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead, QueryAdapter
+from slq_embed.modules.initialisation import Initialisation, initial_queries
 from slq_embed.modules.latent_query_pooling import PoolingMode
-from slq_embed.saving.config import SLQConfig
-from slq_embed.saving.loading import LoadedBackbone
+from slq_embed.saving.config import CONFIG_NAME, SLQConfig
+from slq_embed.saving.loading import LoadedBackbone, SavedModel
+from slq_embed.saving.weights import QUERIES
 
 NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
 
 
+@dataclass(frozen=True)
+class QuerySet:
+    """What is to be trained on a backbone; see :meth:`slq_embed.SLQEncoder.from_backbone`.
+
+    Args:
+        num_queries: How many latent queries, ``Q``.
+        init: Where they start.
+        seed: Seed of the initialisation.
+        pooling: ``"mean"`` or ``"last"``; None for that of the encoder before.
+        projection: Width of the head; True for the backbone's, False for no head, None for that of the encoder before.
+        query_adapter: The adapter; True for the default one, False for none, None for that of the encoder before.
+    """
+
+    num_queries: int
+    init: Initialisation | Tensor = "normal"
+    seed: int | None = None
+    pooling: PoolingMode | None = None
+    projection: int | bool | None = None
+    query_adapter: QueryAdapter | bool | None = None
+
+    def queries(self, backbone: PreTrainedModel) -> Tensor:
+        """The initial queries, ``(Q, H)``."""
+        return initial_queries(self.init, self.num_queries, embedding_table(backbone), self.seed)
+
+    def record(self, slq_config: SLQConfig, width: int) -> None:
+        """Write the choices into a record; ``width`` is the backbone's, ``H``."""
+        slq_config.pooling = self.pooling or slq_config.pooling
+        if self.projection is not None:
+            projection = width if self.projection is True else self.projection
+            slq_config.projection = None if projection is False else projection
+        if self.query_adapter is not None:
+            adapter = QueryAdapter() if self.query_adapter is True else self.query_adapter
+            if adapter is not False and not isinstance(adapter, QueryAdapter):
+                raise ValueError(f"query_adapter is {adapter!r}, but True or a slq_embed.QueryAdapter is needed.")
+            slq_config.query_adapter = adapter or None
+        if slq_config.form == "merged":
+            slq_config.require_mergeable()
+
+
 def build_modules(
     loaded: LoadedBackbone,
-    queries: Tensor,
-    pooling: PoolingMode,
+    query_set: QuerySet,
     form: Form,
     instructions: Mapping[str, str] | None,
     max_text_chars: int,
@@ -35,9 +75,8 @@ def build_modules(
 
     Args:
         loaded: The backbone with its processor, which is copied.
-        queries: ``(Q, H)``.
-        pooling: As for ``from_backbone``, and so are the others.
-        form: As for ``from_backbone``.
+        query_set: The latent queries and what is trained beside them.
+        form: As for ``from_backbone``, and so are the others.
         instructions: As for ``from_backbone``.
         max_text_chars: As for ``from_backbone``.
         max_pixels: As for ``from_backbone``.
@@ -50,8 +89,8 @@ def build_modules(
     image_kwargs = {**family_of(backbone.config).image_kwargs, **(image_kwargs or {})}
     if max_pixels is not None:
         limit_pixels(processor, backbone, max_pixels)
-    table = embedding_table(backbone)
-    tokens = allocate(processor.tokenizer, len(table), len(queries), form)
+    queries = query_set.queries(backbone)
+    tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), form)
     texts = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
     processor.chat_template = build_chat_template(
         processor, tokens.strings, max_text_chars=max_text_chars, instructions=texts
@@ -59,38 +98,61 @@ def build_modules(
     # Saving writes what the tokenizer was created with; attributes that are set later are lost.
     processor.tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
     processor.tokenizer.model_max_length = NO_LIMIT
-    slq_config = SLQConfig(loaded.name, loaded.commit, tokens, pooling, form, max_text_chars, texts, image_kwargs)
-    return join_modules(backbone, processor, queries, slq_config), slq_config
+    slq_config = SLQConfig(loaded.name, loaded.commit, tokens, "mean", form, max_text_chars, texts, image_kwargs)
+    query_set.record(slq_config, queries.shape[1])
+    return join_modules(backbone, processor, queries, slq_config, query_set.seed), slq_config
 
 
 def rebuild_modules(
-    slq_config: SLQConfig, transformer: LatentQueryTransformer, queries: Tensor, pooling: PoolingMode | None
+    slq_config: SLQConfig, transformer: LatentQueryTransformer, query_set: QuerySet
 ) -> tuple[list[nn.Module], SLQConfig]:
     """Put other latent queries on an encoder's backbone, which are to read their inputs as its own do.
 
     Args:
         slq_config: What is recorded of the encoder.
         transformer: Its first module; the processor is copied.
-        queries: The queries, ``(Q, H)``.
-        pooling: Their pooling; by default the encoder's.
+        query_set: The other queries, and what is trained beside them.
 
     Returns:
         As :func:`build_modules`.
     """
     backbone, processor = transformer.backbone, private_processor(transformer.processor)
+    queries = query_set.queries(backbone)
     tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), slq_config.form)
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
     new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
-    new_config.pooling = pooling or slq_config.pooling
-    return join_modules(backbone, processor, queries, new_config), new_config
+    query_set.record(new_config, queries.shape[1])
+    return join_modules(backbone, processor, queries, new_config, query_set.seed), new_config
 
 
 def join_modules(
-    backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor, slq_config: SLQConfig
+    backbone: PreTrainedModel,
+    processor: ProcessorMixin,
+    queries: Tensor,
+    slq_config: SLQConfig,
+    seed: int | None = None,
 ) -> list[nn.Module]:
-    """The modules of an encoder."""
-    return [
-        LatentQueryTransformer(backbone, processor, queries, slq_config.tokens.strings, slq_config.image_kwargs),
-        LatentQueryPooling(queries.shape[1], slq_config.pooling),
-        Normalize(),
-    ]
+    """The modules of an encoder; the head and the adapter start as if they were not there."""
+    config, width = slq_config, queries.shape[1]
+    head = [] if config.projection is None else [ProjectionHead(width, config.projection)]
+    transformer = LatentQueryTransformer(
+        backbone, processor, queries, config.tokens.strings, config.image_kwargs, config.query_adapter, seed
+    )
+    return [transformer, LatentQueryPooling(width, config.pooling), *head, Normalize()]
+
+
+def load_modules(saved: SavedModel) -> list[nn.Module]:
+    """The modules of a saved encoder.
+
+    Raises:
+        ValueError: If the weights in the folder are not those that its record describes, or are for another width.
+    """
+    modules = join_modules(saved.backbone, saved.processor, saved.weights[QUERIES], saved.slq_config)
+    try:
+        nn.Sequential(*modules).load_state_dict(saved.weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in the folder do not fit its {CONFIG_NAME}, or the backbone: {error}. Save the model again from "
+            "where it was trained."
+        ) from error
+    return modules

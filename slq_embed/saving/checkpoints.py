@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slq_embed.saving.config import read_folder
-
-QUERIES, TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
-"""Keys of an encoder's state dict."""
+from slq_embed.saving.weights import TEMPERATURE, read_folder
 
 
 class CheckpointState:
@@ -21,17 +18,16 @@ class CheckpointState:
         folder: The checkpoint.
 
     Raises:
-        ValueError: If the folder is no SLQ model, or its queries are missing or damaged.
+        ValueError: If the folder is no SLQ model, or its weights are missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        slq_config, queries = read_folder(folder)
-        self._state: dict[str, Tensor] = {QUERIES: queries}
+        slq_config, self._state = read_folder(folder)
         if slq_config.log_temperature is not None:
             self._state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The queries and the temperature; the backbone is in no checkpoint."""
+        """The trained weights and the temperature; the backbone is in no checkpoint."""
         return self._state
 
 

@@ -8,18 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from slq_embed.backbone.fingerprint import Fingerprint
 from slq_embed.backbone.query_tokens import Form, QueryTokens
 from slq_embed.modules.latent_query_pooling import PoolingMode
+from slq_embed.modules.query_adapter import QueryAdapter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-ADAPTER_NAME = "adapter_model.safetensors"
-QUERIES_NAME = "latent_queries.safetensors"  # merged form: the float32 master copy of what the table holds
-FindFile = Callable[[str], str | None]
+_SINCE_2 = ("projection", "query_adapter")
 
 
 @dataclass
@@ -38,6 +35,8 @@ class SLQConfig:
         fingerprint: Of the backbone; filled in on saving.
         loss: Name of the loss it was trained with, if any.
         log_temperature: Logarithm of the learned temperature, if any.
+        projection: Width of the projection head, if there is one.
+        query_adapter: The adapter that acts at the queries, if there is one.
     """
 
     backbone: str
@@ -51,10 +50,11 @@ class SLQConfig:
     fingerprint: Fingerprint | None = None
     loss: str | None = None
     log_temperature: float | None = None
-    format_version: int = field(default=FORMAT_VERSION)
+    projection: int | None = None
+    query_adapter: QueryAdapter | None = None
 
     @classmethod
-    def read(cls, find: FindFile) -> SLQConfig | None:
+    def read(cls, find: Callable[[str], str | None]) -> SLQConfig | None:
         """Read the record of a folder, or None where there is none.
 
         Raises:
@@ -63,51 +63,31 @@ class SLQConfig:
         if (path := find(CONFIG_NAME)) is None:
             return None
         values = json.loads(Path(path).read_text("utf8"))
-        if values["format_version"] > FORMAT_VERSION:
+        if (version := values.pop("format_version")) > FORMAT_VERSION:
             raise ValueError(
-                f"This SLQ model has format {values['format_version']}, but this slq-embed reads up to "
+                f"This SLQ model has format {version}, but this slq-embed reads up to "
                 f"{FORMAT_VERSION}. Upgrade slq-embed; plain SentenceTransformer loads the folder as it is."
             )
         tokens = values.pop("tokens")
-        recorded = values.pop("fingerprint")
+        recorded, adapter = values.pop("fingerprint"), values.pop("query_adapter", None)
         return cls(
             tokens=QueryTokens(tuple(tokens["strings"]), tuple(tokens["ids"]), tokens["source"]),
             fingerprint=Fingerprint(**recorded) if recorded else None,
+            query_adapter=QueryAdapter(**adapter) if adapter else None,
             **values,
         )
 
+    def require_mergeable(self) -> None:
+        """Raise a ValueError if the merged form cannot hold the model."""
+        if self.query_adapter is not None:
+            raise ValueError(
+                "The merged form cannot hold a query adapter: merged weights would act on the input as well. Use "
+                "form='adapter', or a projection head in place of the adapter."
+            )
+
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
-        (folder / CONFIG_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf8")
-
-
-def read_queries(find: FindFile) -> Tensor:
-    """Read the latent queries of a saved folder, ``(Q, H)`` in float32.
-
-    Raises:
-        ValueError: If the folder holds none, or the file is damaged.
-    """
-    for name in (QUERIES_NAME, ADAPTER_NAME):
-        if (path := find(name)) is not None:
-            try:
-                (queries,) = load_file(path).values()
-            except Exception as error:
-                raise ValueError(f"The latent queries in {path} cannot be read: {error}") from error
-            return queries.float()
-    raise ValueError(f"The folder holds neither {ADAPTER_NAME} nor {QUERIES_NAME}: its latent queries are missing.")
-
-
-def read_folder(folder: str | Path) -> tuple[SLQConfig, Tensor]:
-    """Read what a local folder records and its queries, ``(Q, H)``, without a backbone.
-
-    Raises:
-        ValueError: If the folder is no SLQ model, or its queries are missing or damaged.
-    """
-
-    def find(name: str) -> str | None:
-        path = Path(folder) / name
-        return str(path) if path.is_file() else None
-
-    if (config := SLQConfig.read(find)) is None:
-        raise ValueError(f"{folder} is no saved SLQ model: it has no {CONFIG_NAME}.")
-    return config, read_queries(find)
+        values = asdict(self)
+        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) is not None}
+        values |= since_2 | {"format_version": 2 if since_2 else 1}
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -1,10 +1,17 @@
-"""The saved folder: stock Sentence Transformers modules only, so that anyone loads it without this package.
+"""The saved folder: stock Sentence Transformers modules, so that anyone loads it without this package.
 
 | piece | stock part | holds |
 | --- | --- | --- |
 | 0 | ``Transformer`` (root) | the queries as rows of the embedding table: a peft adapter, or the merged model |
-| 1, 2 | ``WordWeights`` + ``Pooling("mean")``, or ``Pooling("lasttoken")`` | the pooling over the queries |
+| 1 | ``Dense`` | the projection head, if there is one |
+| next | ``WordWeights`` + ``Pooling("mean")``, or ``Pooling("lasttoken")`` | the pooling over the queries |
 | last | ``Normalize`` | L2 |
+
+The head stands before the pooling, because ``WordWeights`` gives float32 in half precision too, which a ``Dense`` after it
+refuses. A linear map of the mean is the mean of the mapped states.
+
+With a query adapter, piece 0 is a class whose source is in the folder, because stock loading would leave the adapter out
+without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
 
 Beside them, ``slq_config.json`` records what :class:`slq_embed.SLQEncoder` needs to load it again and to refuse
 another backbone.
@@ -13,6 +20,7 @@ another backbone.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +29,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
-from torch import Tensor
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
-from slq_embed.saving.config import ADAPTER_NAME, QUERIES_NAME, SLQConfig
+from slq_embed.modules.query_adapter import lora_config
+from slq_embed.saving.config import SLQConfig
+from slq_embed.saving.weights import (
+    ADAPTER,
+    ADAPTER_NAME,
+    HEAD,
+    QUERIES,
+    QUERIES_NAME,
+    to_peft_names,
+)
+
+_ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 
 
 def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None:
@@ -50,13 +69,17 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         slq_config = replace(slq_config, fingerprint=None, backbone=label)
     else:
         slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint)
-    write_folder(folder, slq_config, model.backbone, model.processor, model.queries)
+    write_folder(folder, slq_config, model.backbone, model.processor, model.state_dict())
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
 
 
 def write_folder(
-    folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor
+    folder: Path,
+    slq_config: SLQConfig,
+    backbone: PreTrainedModel,
+    processor: ProcessorMixin,
+    weights: Mapping[str, Tensor],
 ) -> None:
     """Write everything but the model card and the host's own configuration.
 
@@ -65,15 +88,20 @@ def write_folder(
         slq_config: What to record.
         backbone: The frozen backbone; only read.
         processor: The processor with the SLQ chat template.
-        queries: ``(Q, H)``.
+        weights: The trained weights, by their names in the encoder's state dict.
 
     Raises:
         ValueError: If the form does not fit the backbone.
     """
+    queries, reference = weights[QUERIES], _reference(Transformer)
     if slq_config.form == "adapter":
-        _write_adapter(folder, slq_config, backbone, queries)
+        _write_adapter(folder, slq_config, backbone, weights)
     else:
+        slq_config.require_mergeable()
         _write_merged(folder, slq_config, backbone, queries)
+    if slq_config.query_adapter is not None:
+        source, reference = Path(__file__).with_name("slq_query_adapter.py"), _ADAPTER_CLASS
+        shutil.copyfile(source, folder / source.name)
     processor.save_pretrained(folder)
     kept = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = {
@@ -86,9 +114,9 @@ def write_folder(
         "processing_kwargs": {"text": {"truncation": False}, "image": slq_config.image_kwargs},
     }
     (folder / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n", "utf8")
-    modules = [{"idx": 0, "name": "0", "path": "", "type": _reference(Transformer)}]
+    modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
-    for module in _tail(slq_config, rows, queries.shape[1]):
+    for module in _tail(slq_config, rows, queries.shape[1], weights):
         number = len(modules)
         path = f"{number}_{type(module).__name__}"
         (folder / path).mkdir(exist_ok=True)
@@ -100,21 +128,29 @@ def write_folder(
     slq_config.write(folder)
 
 
-def _tail(slq_config: SLQConfig, rows: int, width: int) -> list[Any]:
+def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Tensor]) -> list[Any]:
+    head: list[Any] = []
+    if (dim := slq_config.projection) is not None:
+        states = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+        head = [Dense(width, dim, activation_function=nn.Identity(), **states)]
+        head[0].load_state_dict({name.removeprefix(HEAD): weights[name] for name in weights if name.startswith(HEAD)})
+        width = dim
     if slq_config.pooling == "last":
-        return [Pooling(width, "lasttoken"), Normalize()]
+        return [*head, Pooling(width, "lasttoken"), Normalize()]
     # WordWeights looks a token id up as the id-th entry of its vocabulary: "q" for a query, "" for all else.
     chosen = set(slq_config.tokens.ids)
     vocabulary = ["q" if row in chosen else "" for row in range(rows)]
-    weights = WordWeights(vocabulary, {"q": 1.0, "": 0.0}, unknown_word_weight=0.0)
-    return [weights, Pooling(width, "mean"), Normalize()]
+    word_weights = WordWeights(vocabulary, {"q": 1.0, "": 0.0}, unknown_word_weight=0.0)
+    return [*head, word_weights, Pooling(width, "mean"), Normalize()]
 
 
 def _reference(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
 
 
-def _write_adapter(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:
+def _write_adapter(
+    folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> None:
     from peft import TrainableTokensConfig
 
     if slq_config.tokens.source == "resized":
@@ -131,15 +167,22 @@ def _write_adapter(folder: Path, slq_config: SLQConfig, backbone: PreTrainedMode
     decoder = decoder_of(backbone)
     table = decoder.get_input_embeddings()
     target = next(name for name, module in decoder.named_modules() if module is table)
-    TrainableTokensConfig(
-        token_indices=list(slq_config.tokens.ids),
-        target_modules=target,
-        base_model_name_or_path=slq_config.backbone,
-        revision=slq_config.revision,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    tensors = {f"base_model.model.{target}.trainable_tokens_delta": queries.detach().float().cpu().contiguous()}
-    save_file(tensors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+    ids, adapter = list(slq_config.tokens.ids), slq_config.query_adapter
+    named: dict[str, Any] = {
+        "base_model_name_or_path": slq_config.backbone,
+        "revision": slq_config.revision,
+        "inference_mode": True,
+    }
+    if adapter is None:
+        TrainableTokensConfig(token_indices=ids, target_modules=target, **named).save_pretrained(str(folder))
+        tensors = {f"{target}.trainable_tokens_delta": weights[QUERIES]}
+    else:
+        named |= {"trainable_token_indices": {target: ids}, "alora_invocation_tokens": ids, "task_type": "CAUSAL_LM"}
+        lora_config(adapter, adapter.layers(decoder), **named).save_pretrained(str(folder))
+        tensors = {name.removeprefix(ADAPTER): value for name, value in weights.items() if name.startswith(ADAPTER)}
+        tensors[f"{target}.token_adapter.trainable_tokens_delta"] = weights[QUERIES]
+    cpu = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    save_file(to_peft_names(cpu), folder / ADAPTER_NAME, metadata={"format": "pt"})
 
 
 def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone
 from slq_embed.backbone.fingerprint import difference
-from slq_embed.saving.config import SLQConfig, read_queries
+from slq_embed.saving.config import SLQConfig
+from slq_embed.saving.weights import read_weights
 
 _HUB = {"token": "token", "cache_folder": "cache_dir", "local_files_only": "local_files_only"}
 _HUB |= {"revision": "revision", "trust_remote_code": "trust_remote_code"}
@@ -102,7 +103,7 @@ class SavedModel:
 
     Args:
         slq_config: The record.
-        queries: ``(Q, H)`` in float32.
+        weights: The trained weights, by their names in the encoder's state dict.
         backbone: The multimodal LLM.
         processor: The processor with the SLQ chat template.
         host_config: The host's own configuration: prompts and the like.
@@ -110,7 +111,7 @@ class SavedModel:
     """
 
     slq_config: SLQConfig
-    queries: Tensor
+    weights: dict[str, Tensor]
     backbone: PreTrainedModel
     processor: ProcessorMixin
     host_config: dict[str, Any]
@@ -141,7 +142,7 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
     hub = hub_arguments(arguments)
     return SavedModel(
         slq_config,
-        read_queries(find),
+        read_weights(find, slq_config),
         _find_backbone(folder, slq_config, hub, dict(arguments.get("model_kwargs") or {}), backbone),
         AutoProcessor.from_pretrained(folder, **hub, **(arguments.get("processor_kwargs") or {})),
         {} if host_config is None else json.loads(Path(host_config).read_text("utf8")),

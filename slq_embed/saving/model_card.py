@@ -14,7 +14,7 @@ from slq_embed.saving.checkpoints import expect_reload
 SNIPPET = """\
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+model = SentenceTransformer("{name}"{flag})
 embeddings = model.encode(["a red circle above a blue square", "two green stars"])
 print(model.similarity(embeddings, embeddings))"""
 
@@ -72,7 +72,9 @@ class SLQModelCardData(SentenceTransformerModelCardData):
 
     def generate_usage_snippet(self) -> str:
         """The snippet, with the hub name or the folder this card is saved in."""
-        return SNIPPET.format(name=self.model_id or self.save_dir or "path/to/this/folder")
+        model: Any = self.model
+        flag = "" if model.slq_config.query_adapter is None else ", trust_remote_code=True"
+        return SNIPPET.format(name=self.model_id or self.save_dir or "path/to/this/folder", flag=flag)
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
         """What the template needs beside the host's values."""
@@ -84,6 +86,7 @@ class SLQModelCardData(SentenceTransformerModelCardData):
             "backbone": self.backbone_label(model.slq_config),
             "num_queries": len(model.queries),
             "trained_parameters": trained,
+            "adapted_layers": len(model.transformer.query_adapter),
             "frozen_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
             "temperature": model.temperature,
             "loss_name": self.loss_name or model.slq_config.loss,

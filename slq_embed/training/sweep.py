@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from transformers import TrainerCallback
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.prefix.store import PrefixStore
+from slq_embed.training.learning_rates import learning_rate_mapping
 from slq_embed.training.losses import SymmetricInfoNCELoss
 
 Settings = Mapping[str, Any]
 LossOf = Callable[..., nn.Module]
 
-_QUERY_SETTINGS = {"num_queries", "seed", "init", "pooling"}
+_QUERY_SETTINGS = {"num_queries", "seed", "init", "pooling", "projection", "query_adapter"}
 
 
 @dataclass
@@ -130,9 +132,10 @@ def sweep(
             not change.
         args: For the host's trainer. Nothing is saved or evaluated before the end.
         train_dataset: For the host's trainer.
-        variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling`` as in
-            :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them), ``learning_rate``, and
-            arguments of ``loss``, such as ``temperature``.
+        variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling``, ``projection``,
+            ``query_adapter`` as in :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them);
+            ``learning_rate``, which is that of the queries, or all rates by patterns as in the host's
+            ``learning_rate_mapping``; and arguments of ``loss``, such as ``temperature``.
         loss: The class of the loss, or a function: it gets the encoder and the rest of the settings.
         evaluator: Measures every variant at the end.
         **trainer: For the host's trainer.
@@ -158,13 +161,18 @@ def sweep(
     trained = [Variant(dict(settings), _encoder(model, settings)) for settings in all_settings]
     losses = [_loss(loss, variant) for variant in trained]
     every = _EveryLoss(model, losses)
-    rates = {rf"^losses\.{n}\.": variant.settings.get("learning_rate") for n, variant in enumerate(trained)}
-    args = dataclasses.replace(
-        args,
-        save_strategy="no",
-        eval_strategy="no",
-        learning_rate_mapping={pattern: rate for pattern, rate in rates.items() if rate is not None},
-    )
+    rates: dict[str, float] = {}
+    for number, variant in enumerate(trained):
+        rate = variant.settings.get("learning_rate")
+        by_pattern = rate if isinstance(rate, Mapping) else learning_rate_mapping(variant.encoder)
+        if rate is None:  # then those of the arguments hold, for the parts that this variant has
+            names = [name for name, _ in losses[number].named_parameters()]
+            general = {part: value for part, value in args.learning_rate_mapping.items() if _matches(part, names)}
+            by_pattern = {**by_pattern, **general}
+        elif not isinstance(rate, Mapping):
+            by_pattern = {"": rate, **by_pattern}
+        rates |= {rf"^losses\.{number}\..*(?:{pattern})": value for pattern, value in by_pattern.items()}
+    args = dataclasses.replace(args, save_strategy="no", eval_strategy="no", learning_rate_mapping=rates)
     source = model.transformer.source
     source.shared = True
     try:
@@ -185,6 +193,10 @@ def sweep(
     if evaluator is not None:
         _evaluate(model, result, evaluator)
     return result
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _encoder(model: SLQEncoder, settings: Settings) -> SLQEncoder:

@@ -1,0 +1,131 @@
+"""Adapters that act at the latent queries only: the input never sees them, so prefixes stay what they are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slq_embed.backbone.twin import twin_of
+
+_NAME = "default"  # peft's
+
+
+@dataclass(frozen=True)
+class QueryAdapter:
+    """A LoRA on linear layers of the language model that is active at the query positions only.
+
+    Args:
+        rank: Rank of each update, ``r``.
+        alpha: The updates are scaled by ``alpha / rank``; by default, ``2 * rank``.
+        targets: Names of linear layers, such as ``["q_proj", "v_proj"]``; by default all in the language model.
+
+    Source:
+        LoRA: arXiv:2106.09685. Acting on the last tokens alone, so that earlier keys and values can be reused: activated
+        LoRA, arXiv:2504.12397.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: Sequence[str] | None = None
+
+    @property
+    def scaled_by(self) -> float:
+        """``alpha``, with its default filled in."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def layers(self, decoder: PreTrainedModel) -> dict[str, nn.Linear]:
+        """The linear layers of the language model that get an update, by their names in the decoder.
+
+        Raises:
+            ValueError: If a target is no linear layer there, or the rank or alpha does not fit.
+        """
+        text = decoder.get_decoder()
+        start = next(name for name, module in decoder.named_modules() if module is text)
+        prefix = f"{start}." if start else ""
+        linear = {prefix + name: module for name, module in text.named_modules() if isinstance(module, nn.Linear)}
+        known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+        targets = list(known) if self.targets is None else self.targets
+        if not isinstance(targets, (list, tuple)) or not targets or not all(target in known for target in targets):
+            raise ValueError(
+                f"The query adapter's targets are {self.targets!r}, but a list of linear layers of the language model is "
+                f"needed. This backbone has {', '.join(known)}."
+            )
+        chosen = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in targets}
+        narrowest = min((min(layer.in_features, layer.out_features) for layer in chosen.values()), default=0)
+        if type(self.rank) is not int or not 1 <= self.rank <= narrowest:
+            raise ValueError(
+                f"The query adapter's rank is {self.rank!r}, but a rank from 1 to {narrowest}, the width of the narrowest "
+                "target, is needed."
+            )
+        if type(self.scaled_by) not in (int, float) or not 0 < self.scaled_by < math.inf:
+            raise ValueError(f"The query adapter's alpha is {self.alpha!r}, but a positive number is needed.")
+        return chosen
+
+
+def lora_config(adapter: QueryAdapter, layers: Mapping[str, nn.Linear], **options: Any) -> Any:
+    """The adapter as peft configures it; ``options`` are peft's."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=adapter.rank, lora_alpha=adapter.scaled_by, target_modules=sorted(layers), **options)
+
+
+def adapt(
+    decoder: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None
+) -> tuple[PreTrainedModel, nn.ModuleDict]:
+    """A twin of a decoder with updates in its linear layers, which start at zero.
+
+    Args:
+        decoder: The backbone without its head; it is not changed.
+        adapter: The settings.
+        seed: Seed of the initialisation; without one, torch's generator is used.
+
+    Returns:
+        The twin, and what is to be trained: for each layer its ``lora_A`` and ``lora_B``, in float32, by the name of the
+        layer with ``/`` in place of ``.``.
+
+    Raises:
+        ValueError: If a target is no linear layer, or the rank does not fit.
+    """
+    from peft import inject_adapter_in_model
+
+    layers = adapter.layers(decoder)
+    twin = twin_of(decoder)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # the table is no target
+        inject_adapter_in_model(lora_config(adapter, layers), twin, _NAME)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    trained = nn.ModuleDict()
+    for name in layers:
+        layer: Any = twin.get_submodule(name)
+        parts = {part: getattr(layer, part)[_NAME].float() for part in ("lora_A", "lora_B")}
+        with torch.no_grad():  # as peft draws it, but the same on every device
+            drawn = torch.empty(parts["lora_A"].weight.shape)
+            parts["lora_A"].weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
+        trained[name.replace(".", "/")] = nn.ModuleDict(parts)
+    return twin, trained
+
+
+def at_the_end(twin: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A twin whose updates act at the last positions of a whole sequence only.
+
+    Args:
+        twin: From :func:`adapt`.
+        count: How many positions.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    def keep(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.cat([layer.base_layer(args[0][:, :-count]), output[:, -count:]], dim=1)
+
+    restricted = twin_of(twin)
+    for module in restricted.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_hook(keep)
+    return restricted

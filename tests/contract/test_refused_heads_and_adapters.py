@@ -1,0 +1,150 @@
+"""Heads and adapters that do not fit: one error that says what is needed, and nothing half made is left."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slq_embed import QueryAdapter, SLQEncoder
+from tests.parts import SMALL, build, files, structure, trained
+
+
+@pytest.fixture
+def encoder(checkpoint) -> SLQEncoder:
+    return trained(build(checkpoint, projection=16, query_adapter=SMALL))
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "slq")
+    return tmp_path / "slq"
+
+
+def head_of(folder):
+    return next(folder.glob("*_Dense")) / "model.safetensors"
+
+
+@pytest.mark.parametrize("projection", [0, -3, 33, "64", 2.5])
+def test_a_head_of_that_width_is_refused(checkpoint, projection):
+    plain = build(checkpoint)
+    before, expected = structure(plain.backbone), plain.encode("a")
+    needed = rf"projection is {projection!r}, but True or a width from 1 to 32"
+    for make in (lambda: build(checkpoint, projection=projection), lambda: plain.with_queries(projection=projection)):
+        with pytest.raises(ValueError, match=needed):
+            make()
+    assert structure(plain.backbone) == before
+    assert np.array_equal(plain.encode("a"), expected)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (QueryAdapter(rank=0), r"rank is 0, but a rank from 1 to 16"),
+        (QueryAdapter(rank=17), r"rank is 17, but a rank from 1 to 16"),
+        (QueryAdapter(rank="8"), r"rank is '8', but a rank from 1 to 16"),
+        (QueryAdapter(rank=2.5), r"rank is 2\.5, but a rank from 1 to 16"),
+        (QueryAdapter(alpha="16"), r"alpha is '16'"),
+        (QueryAdapter(targets=3), r"targets are 3, but a list of linear layers"),
+        (QueryAdapter(targets={"q_proj"}), r"targets are \{'q_proj'\}, but a list of linear layers"),
+        (8, r"query_adapter is 8, but .*QueryAdapter"),
+        ({"rank": 8}, r"query_adapter is \{'rank': 8\}, but .*QueryAdapter"),
+        (QueryAdapter(targets="q_proj"), r"targets are 'q_proj', but a list .*q_proj, k_proj, v_proj, o_proj"),
+        (QueryAdapter(targets=["q_proj", "query"]), r"\['q_proj', 'query'\], but .*has q_proj, k_proj, v_proj, o_proj"),
+        (QueryAdapter(targets=["lm_head"]), r"\['lm_head'\], but a list of linear layers of the language model"),
+        (QueryAdapter(targets=["qkv"]), r"\['qkv'\], but a list of linear layers of the language model"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(checkpoint, adapter, message):
+    plain = build(checkpoint)
+    before, expected = structure(plain.backbone), plain.encode("a")
+    for make in (lambda: build(checkpoint, query_adapter=adapter), lambda: plain.with_queries(query_adapter=adapter)):
+        with pytest.raises(ValueError, match=message):
+            make()
+    assert structure(plain.backbone) == before
+    assert np.array_equal(plain.encode("a"), expected)
+
+
+def test_the_merged_form_holds_no_adapter(checkpoint, mixed, encoder, folder, tmp_path):
+    message = r"merged form cannot hold a query adapter.*form='adapter', or a projection head"
+    with pytest.raises(ValueError, match=message):
+        build(checkpoint, query_adapter=True, form="merged")
+    with pytest.raises(ValueError, match=message):
+        build(checkpoint, form="merged").with_queries(query_adapter=True)
+    before, expected, backbone = files(folder), encoder.encode(mixed), structure(encoder.backbone)
+    for target in (tmp_path / "merged", folder):
+        with pytest.raises(ValueError, match=message):
+            encoder.save_pretrained(target, form="merged")
+    assert not files(tmp_path / "merged")
+    assert files(folder) == before
+    assert encoder.slq_config.form == "adapter"
+    assert structure(encoder.backbone) == backbone
+    assert np.array_equal(encoder.encode(mixed), expected)
+    assert np.array_equal(SLQEncoder(folder, device="cpu").encode(mixed), expected)
+    encoder.save_pretrained(tmp_path / "merged")
+    assert np.array_equal(SLQEncoder(tmp_path / "merged", device="cpu").encode(mixed), expected)
+
+
+@pytest.mark.parametrize("what", ["weights", "record"])
+def test_a_head_for_another_width_is_refused(folder, what):
+    if what == "weights":
+        save_file({"linear.weight": torch.zeros(12, 32), "linear.bias": torch.zeros(12)}, head_of(folder))
+    else:
+        record = json.loads((folder / "slq_config.json").read_text())
+        (folder / "slq_config.json").write_text(json.dumps(record | {"projection": 12}))
+    with pytest.raises(ValueError, match=r"(?s)do not fit its slq_config\.json.*2\.linear\.weight"):
+        SLQEncoder(folder, device="cpu")
+
+
+def test_a_missing_head_is_named(folder):
+    head = head_of(folder)
+    head.unlink()
+    with pytest.raises(ValueError, match=rf"projection head are missing.*{head.relative_to(folder)}"):
+        SLQEncoder(folder, device="cpu")
+
+
+def test_a_damaged_head_is_named(folder):
+    head_of(folder).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"projection head in .*{head_of(folder).relative_to(folder)} cannot be read"):
+        SLQEncoder(folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", ["one layer", "one matrix", "all", "one too many", "another rank"])
+def test_adapter_weights_that_miss_a_layer_are_refused(folder, change):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    lora = sorted(name for name in weights if ".lora_" in name)
+    dropped = {"one layer": lora[:2], "one matrix": lora[:1], "all": lora}.get(change, [])
+    weights = {name: value for name, value in weights.items() if name not in dropped}
+    if change == "one too many":
+        weights[lora[0].replace("layers.0", "layers.7")] = weights[lora[0]].clone()
+    elif change == "another rank":
+        weights[lora[0]] = weights[lora[0]][:1].clone()
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"(?s)do not fit its slq_config\.json.*query_adapter.*lora_"):
+        SLQEncoder(folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", ["no queries", "another tensor"])
+def test_adapter_weights_without_the_queries_are_named(folder, change):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    (queries,) = (name for name in weights if "trainable_tokens" in name)
+    if change == "no queries":
+        del weights[queries]
+    else:
+        weights["another"] = torch.zeros(2)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"latent queries.*adapter_model\.safetensors"):
+        SLQEncoder(folder, device="cpu")
+
+
+def test_an_adapter_without_a_name_for_its_backbone_is_not_saved(checkpoint, tmp_path):
+    encoder = build(checkpoint, query_adapter=True)
+    encoder.slq_config.backbone = ""
+    with pytest.raises(ValueError, match="has no name"):
+        encoder.save_pretrained(tmp_path / "slq")
+    assert not files(tmp_path / "slq")
