@@ -60,12 +60,10 @@ class SLQEncoder(SentenceTransformer):
     """
 
     model_card_data_class = SLQModelCardData
-    slq_config: SLQConfig
-    """What saving records."""
+    slq_config: SLQConfig  # what saving records
     num_workers: int | None = None
     """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU."""
-    config: PretrainedConfig | None = None
-    """A copy of the backbone's configuration: the trainer writes into it."""
+    config: PretrainedConfig | None = None  # a copy of the backbone's: the trainer writes into it
     failed_checkpoint: str | None = None  # one that the trainer was to reload and has not reloaded
 
     def __init__(
@@ -94,6 +92,7 @@ class SLQEncoder(SentenceTransformer):
         image_kwargs: Mapping[str, Any] | None = None,
         projection: int | bool | None = None,
         query_adapter: QueryAdapter | bool | None = None,
+        deep_queries: bool | None = None,
         **kwargs: Any,
     ) -> SLQEncoder:
         """Put fresh latent queries on a frozen multimodal LLM.
@@ -115,6 +114,7 @@ class SLQEncoder(SentenceTransformer):
             image_kwargs: How to call the image processor, on top of the family's defaults.
             projection: Width of a linear head after the pooling, or True for the backbone's width.
             query_adapter: A LoRA that acts at the queries only, or True for the default one; adapter form only.
+            deep_queries: Whether to add vectors to the queries' states before each layer.
             **kwargs: As for ``SentenceTransformer``: ``device``, ``revision``, ``token``, ``cache_folder``,
                 ``local_files_only``, ``trust_remote_code``, ``model_kwargs``, ``processor_kwargs``, ``prompts``, ...
                 And what transformers takes for the backbone: ``dtype``, ``attn_implementation``, ``device_map``,
@@ -126,7 +126,7 @@ class SLQEncoder(SentenceTransformer):
             OSError: If nothing can be loaded from there.
         """
         loaded = load_or_share(backbone, processor, kwargs)
-        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter)
+        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = build_modules(
             loaded, query_set, form, instructions, max_text_chars, max_pixels, image_kwargs
         )
@@ -143,9 +143,11 @@ class SLQEncoder(SentenceTransformer):
         pooling: PoolingMode | None = None,
         projection: int | bool | None = None,
         query_adapter: QueryAdapter | bool | None = None,
+        deep_queries: bool | None = None,
     ) -> SLQEncoder:
         """Fresh queries, a fresh head and adapter as this encoder has them; arguments as for :meth:`from_backbone`."""
-        query_set = QuerySet(num_queries or len(self.queries), init, seed, pooling, projection, query_adapter)
+        num_queries = num_queries or len(self.queries)
+        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = rebuild_modules(self.slq_config, self.transformer, query_set)
         settings = {name: getattr(self, name) for name in _COPIED} | {"prompts": dict(self.prompts)}
         model = type(self)(modules=modules, device=str(self.device), **settings)
@@ -229,9 +231,9 @@ class SLQEncoder(SentenceTransformer):
         self.require_loaded()
         if query_sets is None:
             return super().encode(inputs, *args, **kwargs)
-        singular = self.is_singular_input(inputs)
-        results = encode_query_sets(self, [inputs] if singular else list(inputs), query_sets, *args, **kwargs)
-        return {name: rows[0] for name, rows in results.items()} if singular else results
+        rows = [inputs] if (singular := self.is_singular_input(inputs)) else list(inputs)
+        results = encode_query_sets(self, rows, query_sets, *args, **kwargs)
+        return {name: found[0] for name, found in results.items()} if singular else results
 
     def _inference(self, inputs: list[Any], **settings: Any) -> Any:
         # What encode does in one process. Hosts before 6.2 have a loop of their own in its place.
@@ -268,8 +270,7 @@ class SLQEncoder(SentenceTransformer):
         ``form`` is ``"adapter"`` or ``"merged"``; by default the one that :meth:`from_backbone` got. The other
         arguments are those of the host. A ValueError says if the form does not fit the backbone.
         """
-        before = self.slq_config.form
-        self.slq_config.form = form or before
+        before, self.slq_config.form = self.slq_config.form, form or self.slq_config.form
         try:
             super().save_pretrained(str(path), *args, **kwargs)
         finally:

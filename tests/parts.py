@@ -17,6 +17,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "head": {"projection": 16},
     "adapter": {"query_adapter": SMALL},
     "both": {"projection": 16, "query_adapter": SMALL},
+    "deep": {"deep_queries": True},
+    "all": {"projection": 16, "query_adapter": SMALL, "deep_queries": True},
 }
 
 
@@ -29,7 +31,7 @@ def trained(model: SLQEncoder, seed: int = 1, scale: float = 0.3) -> SLQEncoder:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if not name.startswith("0.bias."):
+            if name not in ("0.bias.queries", "0.bias.log_temperature"):
                 weight.add_(torch.randn(weight.shape, generator=generator) * scale)
     return model
 

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
 from slq_embed.backbone.fingerprint import settings_digest
+from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.rows import Row, read_row
+from slq_embed.modules.deep_queries import add_before_layers, initial_deep_queries
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.prefix.features import Features, make_room, select_rows, strip_queries
 from slq_embed.prefix.keys import keys_to_tensor, prefix_key
@@ -37,6 +39,7 @@ class LatentQueryTransformer(InputModule):
         query_tokens: The query tokens as the chat template spells them, ``Q`` strings.
         image_kwargs: How the image processor is called.
         adapter: An adapter that acts at the queries only.
+        deep: Whether vectors are added to the queries' states before each layer.
         seed: Seed of the adapter's initialisation.
 
     Raises:
@@ -54,6 +57,7 @@ class LatentQueryTransformer(InputModule):
         query_tokens: Sequence[str],
         image_kwargs: Mapping[str, Any] | None = None,
         adapter: QueryAdapter | None = None,
+        deep: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -73,9 +77,14 @@ class LatentQueryTransformer(InputModule):
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
         # The queries run through a twin of the decoder, so the backbone has no adapter at any time, in any thread.
-        twin, self.query_adapter = (
-            (None, nn.ModuleDict()) if adapter is None else adapt(decoder_of(backbone), adapter, seed)
-        )
+        twin: PreTrainedModel | None = None
+        self.query_adapter = nn.ModuleDict()
+        if adapter is not None:
+            twin, self.query_adapter = adapt(decoder_of(backbone), adapter, seed)
+        if deep:
+            twin = twin_of(decoder_of(backbone)) if twin is None else twin
+            self.bias["deep_queries"] = nn.Parameter(initial_deep_queries(twin, len(queries)))
+            add_before_layers(twin, self.bias)
         self._twin = (twin,)
 
     @property
@@ -90,7 +99,7 @@ class LatentQueryTransformer(InputModule):
 
     @property
     def query_decoder(self) -> PreTrainedModel:
-        """What the queries run through: the backbone without its head, or its twin with the adapter."""
+        """What the queries run through: the backbone without its head, or its twin with what is added there."""
         return decoder_of(self.backbone) if self._twin[0] is None else self._twin[0]
 
     @property
@@ -240,7 +249,7 @@ class LatentQueryTransformer(InputModule):
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
-        if torch.is_grad_enabled() or self.training or self.source.store is not None or self.query_adapter:
+        if torch.is_grad_enabled() or self.training or self.source.store is not None or self._twin[0] is not None:
             states = self.query_states(self.prefix(features))
         else:  # there is nothing to keep, and whole sequences are a little faster for short texts
             states = self.source.all_positions(features, self._cast_queries())

@@ -34,6 +34,7 @@ class QuerySet:
         pooling: ``"mean"`` or ``"last"``; None for that of the encoder before.
         projection: Width of the head; True for the backbone's, False for no head, None for that of the encoder before.
         query_adapter: The adapter; True for the default one, False for none, None for that of the encoder before.
+        deep_queries: Whether vectors are added before each layer; None for what the encoder before does.
     """
 
     num_queries: int
@@ -42,6 +43,7 @@ class QuerySet:
     pooling: PoolingMode | None = None
     projection: int | bool | None = None
     query_adapter: QueryAdapter | bool | None = None
+    deep_queries: bool | None = None
 
     def queries(self, backbone: PreTrainedModel) -> Tensor:
         """The initial queries, ``(Q, H)``."""
@@ -58,6 +60,8 @@ class QuerySet:
             if adapter is not False and not isinstance(adapter, QueryAdapter):
                 raise ValueError(f"query_adapter is {adapter!r}, but True or a slq_embed.QueryAdapter is needed.")
             slq_config.query_adapter = adapter or None
+        if self.deep_queries is not None:
+            slq_config.deep_queries = bool(self.deep_queries)
         if slq_config.form == "merged":
             slq_config.require_mergeable()
 
@@ -136,7 +140,14 @@ def join_modules(
     config, width = slq_config, queries.shape[1]
     head = [] if config.projection is None else [ProjectionHead(width, config.projection)]
     transformer = LatentQueryTransformer(
-        backbone, processor, queries, config.tokens.strings, config.image_kwargs, config.query_adapter, seed
+        backbone,
+        processor,
+        queries,
+        config.tokens.strings,
+        config.image_kwargs,
+        config.query_adapter,
+        config.deep_queries,
+        seed,
     )
     return [transformer, LatentQueryPooling(width, config.pooling), *head, Normalize()]
 

@@ -16,7 +16,7 @@ from slq_embed.modules.query_adapter import QueryAdapter
 FORMAT_VERSION = 2
 """What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-_SINCE_2 = ("projection", "query_adapter")
+_SINCE_2 = ("projection", "query_adapter", "deep_queries")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class SLQConfig:
         log_temperature: Logarithm of the learned temperature, if any.
         projection: Width of the projection head, if there is one.
         query_adapter: The adapter that acts at the queries, if there is one.
+        deep_queries: Whether vectors are added to the queries' states before each layer.
     """
 
     backbone: str
@@ -52,6 +53,7 @@ class SLQConfig:
     log_temperature: float | None = None
     projection: int | None = None
     query_adapter: QueryAdapter | None = None
+    deep_queries: bool = False
 
     @classmethod
     def read(cls, find: Callable[[str], str | None]) -> SLQConfig | None:
@@ -77,6 +79,11 @@ class SLQConfig:
             **values,
         )
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock modules alone give the embeddings."""
+        return self.query_adapter is None and not self.deep_queries
+
     def require_mergeable(self) -> None:
         """Raise a ValueError if the merged form cannot hold the model."""
         if self.query_adapter is not None:
@@ -88,6 +95,6 @@ class SLQConfig:
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
         values = asdict(self)
-        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) is not None}
+        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) not in (None, False)}
         values |= since_2 | {"format_version": 2 if since_2 else 1}
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -10,8 +10,8 @@
 The head stands before the pooling, because ``WordWeights`` gives float32 in half precision too, which a ``Dense`` after it
 refuses. A linear map of the mean is the mean of the mapped states.
 
-With a query adapter, piece 0 is a class whose source is in the folder, because stock loading would leave the adapter out
-without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
+With a query adapter or deep queries, piece 0 is a class whose source is in the folder, because stock loading would leave
+them out without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
 
 Beside them, ``slq_config.json`` records what :class:`slq_embed.SLQEncoder` needs to load it again and to refuse
 another backbone.
@@ -39,6 +39,8 @@ from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import (
     ADAPTER,
     ADAPTER_NAME,
+    DEEP,
+    DEEP_NAME,
     HEAD,
     QUERIES,
     QUERIES_NAME,
@@ -99,7 +101,9 @@ def write_folder(
     else:
         slq_config.require_mergeable()
         _write_merged(folder, slq_config, backbone, queries)
-    if slq_config.query_adapter is not None:
+    if slq_config.deep_queries:
+        save_file({"deep_queries": weights[DEEP].detach().float().cpu().contiguous()}, folder / DEEP_NAME)
+    if not slq_config.is_stock:
         source, reference = Path(__file__).with_name("slq_query_adapter.py"), _ADAPTER_CLASS
         shutil.copyfile(source, folder / source.name)
     processor.save_pretrained(folder)

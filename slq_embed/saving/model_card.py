@@ -73,7 +73,7 @@ class SLQModelCardData(SentenceTransformerModelCardData):
     def generate_usage_snippet(self) -> str:
         """The snippet, with the hub name or the folder this card is saved in."""
         model: Any = self.model
-        flag = "" if model.slq_config.query_adapter is None else ", trust_remote_code=True"
+        flag = "" if model.slq_config.is_stock else ", trust_remote_code=True"
         return SNIPPET.format(name=self.model_id or self.save_dir or "path/to/this/folder", flag=flag)
 
     def get_model_specific_metadata(self) -> dict[str, Any]:

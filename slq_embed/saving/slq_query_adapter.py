@@ -1,27 +1,47 @@
-"""Loads an SLQ model whose adapter acts at the latent queries only. slq-embed writes this file into the saved folder.
+"""Loads an SLQ model with an adapter or vectors that act at the latent queries only.
 
-Plain Sentence Transformers runs it with ``trust_remote_code=True``. Without it, peft's layers would run the base model
-alone, because nothing tells them at which positions the adapter acts.
+slq-embed writes this file into the saved folder. Plain Sentence Transformers runs it with ``trust_remote_code=True``. Without
+it, the base model would run alone, because nothing tells stock modules at which positions to act.
 """
 
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.util.file_io import load_file_path
 
 
 def _act_at_the_end(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Any, Any]:
     return args, {**kwargs, "alora_offsets": [count] * len(args[0])}
 
 
-class QueryAdapterTransformer(Transformer):
-    """The host's ``Transformer``, whose LoRA is active at the last tokens, the latent queries."""
+def _add_at_the_end(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], vectors: torch.Tensor
+) -> tuple[Any, Any]:
+    states = args[0] if args else kwargs["hidden_states"]
+    count, added = len(vectors), vectors.to(states.device, states.dtype)
+    changed = torch.cat([states[:, :-count], states[:, -count:] + added], dim=1)
+    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        (config,) = self.model.peft_config.values()
-        act = partial(_act_at_the_end, count=len(config.alora_invocation_tokens))
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module.register_forward_pre_hook(act, with_kwargs=True)
+
+class QueryAdapterTransformer(Transformer):
+    """The host's ``Transformer`` with a LoRA, or vectors for each layer, at the last tokens, the latent queries."""
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Load the folder."""
+        module = super().load(model_name_or_path, *args, **kwargs)
+        for config in getattr(module.model, "peft_config", {}).values():
+            if tokens := getattr(config, "alora_invocation_tokens", None):
+                for layer in module.model.modules():
+                    if isinstance(layer, LoraLayer):
+                        layer.register_forward_pre_hook(partial(_act_at_the_end, count=len(tokens)), with_kwargs=True)
+        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision", "local_files_only")}
+        if (path := load_file_path(model_name_or_path, "deep_queries.safetensors", **hub)) is not None:
+            vectors = load_file(path)["deep_queries"]
+            for number, layer in enumerate(module.model.get_decoder().layers):
+                layer.register_forward_pre_hook(partial(_add_at_the_end, vectors=vectors[number]), with_kwargs=True)
+        return module

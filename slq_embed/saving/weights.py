@@ -13,7 +13,8 @@ from slq_embed.saving.config import CONFIG_NAME, SLQConfig
 ADAPTER_NAME = "adapter_model.safetensors"
 QUERIES_NAME = "latent_queries.safetensors"  # merged form: the float32 master copy of what the table holds
 HEAD_NAME = "1_Dense/model.safetensors"
-QUERIES, TEMPERATURE = "0.bias.queries", "0.bias.log_temperature"
+DEEP_NAME = "deep_queries.safetensors"
+QUERIES, DEEP, TEMPERATURE = "0.bias.queries", "0.bias.deep_queries", "0.bias.log_temperature"
 HEAD, ADAPTER = "2.", "0.query_adapter."
 
 _PEFT = "base_model.model."
@@ -33,7 +34,7 @@ def read_weights(find: FindFile, slq_config: SLQConfig) -> dict[str, Tensor]:
         slq_config: The folder's record.
 
     Returns:
-        The latent queries, ``(Q, H)``, and where the model has them, the projection head and the query adapter.
+        The latent queries, ``(Q, H)``, and where the model has them, the deep queries, the head and the adapter.
 
     Raises:
         ValueError: If a file is missing or damaged.
@@ -50,6 +51,9 @@ def read_weights(find: FindFile, slq_config: SLQConfig) -> dict[str, Tensor]:
     for name, value in adapter.items():
         layer, part, suffix = name.removeprefix(_PEFT).rsplit(".", 2)
         weights[f"{ADAPTER}{layer.replace('.', '/')}.{part}.{suffix}"] = value
+    if slq_config.deep_queries:
+        _, deep = _load(find, "vectors of the layers", DEEP_NAME)
+        weights |= {f"0.bias.{name}": value for name, value in deep.items()}
     if slq_config.projection is not None:
         _, head = _load(find, "weights of the projection head", HEAD_NAME)
         weights |= {HEAD + name: value for name, value in head.items()}

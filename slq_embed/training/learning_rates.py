@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from slq_embed.encoder import SLQEncoder
 
-PROJECTION, QUERY_ADAPTER = 2e-3, 2e-3
+PROJECTION, QUERY_ADAPTER, DEEP_QUERIES = 5e-4, 5e-4, 2e-2
 
 
 def learning_rate_mapping(
-    model: SLQEncoder, *, projection: float = PROJECTION, query_adapter: float = QUERY_ADAPTER
+    model: SLQEncoder,
+    *,
+    projection: float = PROJECTION,
+    query_adapter: float = QUERY_ADAPTER,
+    deep_queries: float = DEEP_QUERIES,
 ) -> dict[str, float]:
     """Learning rates for the host's ``SentenceTransformerTrainingArguments(learning_rate_mapping=...)``.
 
@@ -19,6 +23,7 @@ def learning_rate_mapping(
         model: The encoder to train.
         projection: Rate of the projection head.
         query_adapter: Rate of the query adapter.
+        deep_queries: Rate of the vectors that are added before each layer.
 
     Returns:
         Rates by regular expressions of parameter names; only for what the model has, and so empty for queries alone. The
@@ -27,5 +32,6 @@ def learning_rate_mapping(
     parts = {
         r"\b2\.linear\.": projection if model.slq_config.projection is not None else None,
         r"\b0\.query_adapter\.": query_adapter if model.slq_config.query_adapter is not None else None,
+        r"\bbias\.deep_queries$": deep_queries if model.slq_config.deep_queries else None,
     }
     return {pattern: rate for pattern, rate in parts.items() if rate is not None}

@@ -23,7 +23,7 @@ from slq_embed.training.losses import SymmetricInfoNCELoss
 Settings = Mapping[str, Any]
 LossOf = Callable[..., nn.Module]
 
-_QUERY_SETTINGS = {"num_queries", "seed", "init", "pooling", "projection", "query_adapter"}
+_QUERY_SETTINGS = {"num_queries", "seed", "init", "pooling", "projection", "query_adapter", "deep_queries"}
 
 
 @dataclass
@@ -133,7 +133,7 @@ def sweep(
         args: For the host's trainer. Nothing is saved or evaluated before the end.
         train_dataset: For the host's trainer.
         variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling``, ``projection``,
-            ``query_adapter`` as in :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them);
+            ``query_adapter``, ``deep_queries`` as in :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them);
             ``learning_rate``, which is that of the queries, or all rates by patterns as in the host's
             ``learning_rate_mapping``; and arguments of ``loss``, such as ``temperature``.
         loss: The class of the loss, or a function: it gets the encoder and the rest of the settings.

@@ -58,7 +58,7 @@ def test_building_training_and_encoding_leave_no_trace(checkpoint, images, mixed
 
 
 def test_there_is_one_copy_of_the_weights(checkpoint, mixed):
-    encoder = build(checkpoint, query_adapter=True)
+    encoder = build(checkpoint, query_adapter=True, deep_queries=True)
     addresses = {weight.data_ptr() for weight in encoder.backbone.parameters()}
     own = {weight.data_ptr() for weight in encoder.parameters()}
     encoder.encode(mixed)
@@ -93,7 +93,7 @@ def test_answers_are_bit_identical_while_another_thread_embeds(checkpoint, image
     untouched = Untouched(checkpoint())
     inputs = untouched.read([images[0], "a red circle"])
     expected = generated(untouched.model, inputs)
-    encoder = trained(build(checkpoint, query_adapter=True))
+    encoder = trained(build(checkpoint, query_adapter=True, deep_queries=True))
     rows = encoder.encode(mixed)
     found = []
     with in_the_background(lambda: found.append(encoder.encode(mixed))) as runs:
@@ -106,7 +106,12 @@ def test_answers_are_bit_identical_while_another_thread_embeds(checkpoint, image
 def test_encoders_on_one_backbone_embed_at_once(checkpoint, mixed):
     """Not through the lock that encoding takes, but in the forward pass itself."""
     plain = build(checkpoint)
-    encoders = [plain, on(plain, 1, query_adapter=SMALL), on(plain, 2, query_adapter=True, projection=16)]
+    encoders = [
+        plain,
+        on(plain, 1, query_adapter=SMALL),
+        on(plain, 2, query_adapter=True, projection=16),
+        on(plain, 3, deep_queries=True),
+    ]
     features = [encoder.preprocess(mixed) for encoder in encoders]
 
     def forward(number: int) -> torch.Tensor:

@@ -27,10 +27,11 @@ def with_adapter(checkpoint, kind="qwen3_vl", **options) -> SLQEncoder:
     return trained(build(checkpoint, kind, **{"query_adapter": SMALL, **options}))
 
 
+@pytest.mark.parametrize("deep", [False, True])
 @ATTENTION
 @EVERY_FAMILY
-def test_the_prefix_path_equals_all_positions_in_value_and_gradient(checkpoint, mixed, kind, attention):
-    encoder = with_adapter(checkpoint, kind, attn_implementation=attention)
+def test_the_prefix_path_equals_all_positions_in_value_and_gradient(checkpoint, mixed, kind, attention, deep):
+    encoder = with_adapter(checkpoint, kind, attn_implementation=attention, deep_queries=deep)
     module = encoder.transformer
     features = module.preprocess(mixed)
     weight = torch.randn(len(mixed), 32, generator=torch.Generator().manual_seed(1))
@@ -42,7 +43,7 @@ def test_the_prefix_path_equals_all_positions_in_value_and_gradient(checkpoint, 
         embeddings.append(embedding.detach())
         gradients.append({name: value.grad.clone() for name, value in module.named_parameters()})
     assert (embeddings[0] - embeddings[1]).abs().max() < 1e-6
-    assert len(gradients[0]) == 1 + 2 * 2 * 7, "the queries, and two matrices for seven layers of two blocks"
+    assert len(gradients[0]) == 1 + deep + 2 * 2 * 7, "the queries, and two matrices for seven layers of two blocks"
     for name, expected in gradients[1].items():
         assert (gradients[0][name] - expected).norm() < 1e-5 * expected.norm(), name
         assert expected.norm() > 0, name

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
+from tests.parts import PARTS, build, trained
 from tests.training import toy_pairs, toy_train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -27,22 +28,28 @@ def test_cuda_float32_equals_cpu(checkpoint, mixed, kind):
     assert cosine(*(model.encode(mixed) for model in both)) > 1 - 1e-5
 
 
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_bfloat16_trains_and_reloads(checkpoint, mixed, kind, tmp_path):
-    model = SLQEncoder.from_backbone(checkpoint(kind), num_queries=4, seed=0, device="cuda", dtype=torch.bfloat16)
+def test_bfloat16_trains_and_reloads(checkpoint, mixed, kind, parts, tmp_path):
+    options = {"num_queries": 4, "seed": 0, "device": "cuda", "dtype": torch.bfloat16, **parts}
+    model = SLQEncoder.from_backbone(checkpoint(kind), **options)
     toy_train(model, toy_pairs(), tmp_path / "run", use_cpu=False, bf16=True)
-    assert model.queries.dtype == torch.float32
-    assert model.queries.device.type == "cuda"
+    assert all(weight.dtype == torch.float32 and weight.device.type == "cuda" for weight in model.parameters())
     model.save_pretrained(tmp_path / "slq")
-    stock = SentenceTransformer(str(tmp_path / "slq"), device="cuda", model_kwargs={"dtype": torch.bfloat16})
+    own_class = {"trust_remote_code": True} if parts.keys() - {"projection"} else {}
+    stock = SentenceTransformer(
+        str(tmp_path / "slq"), device="cuda", model_kwargs={"dtype": torch.bfloat16}, **own_class
+    )
     assert cosine(stock.encode(mixed), model.encode(mixed)) > 0.99
 
 
-def test_moving_takes_the_backbone_along(checkpoint, mixed):
-    model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+@pytest.mark.parametrize("parts", [{}, *PARTS.values()])
+def test_moving_takes_the_backbone_along(checkpoint, mixed, parts):
+    model = trained(build(checkpoint, **parts))
     expected = model.encode(mixed)
     model.to("cuda")
-    assert model.backbone.device.type == model.queries.device.type == "cuda"
+    assert model.backbone.device.type == "cuda"
+    assert {weight.device.type for weight in model.parameters()} == {"cuda"}
     assert cosine(model.encode(mixed), expected) > 1 - 1e-3
 
 

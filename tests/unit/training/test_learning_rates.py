@@ -7,7 +7,7 @@ from sentence_transformers import SentenceTransformerTrainer
 
 from slq_embed import SymmetricInfoNCELoss
 from slq_embed.training import learning_rate_mapping, sweep
-from slq_embed.training.learning_rates import PROJECTION, QUERY_ADAPTER
+from slq_embed.training.learning_rates import DEEP_QUERIES, PROJECTION, QUERY_ADAPTER
 from tests.parts import PARTS, SMALL, build
 from tests.training import arguments, toy_pairs
 
@@ -25,7 +25,7 @@ def rates(trainer) -> dict[str, float]:
 
 
 def expected(model, prefix: str, queries: float, projection: float, adapter: float) -> dict[str, float]:
-    by_part = {"0.bias.": queries, "2.linear.": projection, "0.query_adapter.": adapter}
+    by_part = {"0.bias.deep": DEEP_QUERIES, "0.bias.": queries, "2.linear.": projection, "0.query_adapter.": adapter}
     return {
         prefix + name: next(rate for start, rate in by_part.items() if name.startswith(start))
         for name, _ in model.named_parameters()
@@ -48,10 +48,10 @@ def test_each_part_reaches_the_optimizer_with_its_rate(checkpoint, parts, given,
     encoder = build(checkpoint, **PARTS[parts])
     loss = SymmetricInfoNCELoss(encoder)
     mapping = learning_rate_mapping(encoder, **given)
-    args = arguments(tmp_path, learning_rate=0.02, learning_rate_mapping=mapping)
+    args = arguments(tmp_path, learning_rate=0.03, learning_rate_mapping=mapping)
     trainer = SentenceTransformerTrainer(encoder, args, train_dataset=toy_pairs().dataset, loss=loss)
     of_head, of_adapter = given.get("projection", PROJECTION), given.get("query_adapter", QUERY_ADAPTER)
-    assert rates(trainer) == expected(encoder, "model.", 0.02, of_head, of_adapter)
+    assert rates(trainer) == expected(encoder, "model.", 0.03, of_head, of_adapter)
 
 
 @pytest.fixture
