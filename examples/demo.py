@@ -25,6 +25,7 @@ from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
 from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_records
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from slq_embed.toy import Scene, captions, implicit, render, sample_scenes
+from slq_embed.training import learning_rate_mapping
 
 STEPS, BATCH, QUERIES, LEARNING_RATE = 120, 64, 8, 4e-2
 SMOKE = bool(os.environ.get("SLQ_SMOKE"))  # a few steps only, for tests
@@ -38,7 +39,7 @@ def scene_pairs(scenes: list[Scene], seed: int) -> ImageTextPairs:
 
 
 def train(model: SLQEncoder, pairs: ImageTextPairs, output: Path, evaluator: Any = None, **settings: Any) -> float:
-    """Train the latent queries with the host's trainer; returns the seconds it took."""
+    """Train the model with the host's trainer; returns the seconds it took."""
     settings.setdefault("batch_sampler", DistinctImageBatchSampler)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output),
@@ -47,6 +48,7 @@ def train(model: SLQEncoder, pairs: ImageTextPairs, output: Path, evaluator: Any
         logging_steps=20,
         save_strategy="no",
         report_to="none",
+        learning_rate_mapping=learning_rate_mapping(model),
         **settings,
     )
     trainer = SentenceTransformerTrainer(
@@ -85,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     output: Path = parser.parse_args(argv).output
     torch.manual_seed(0)
 
-    print("1. A frozen multimodal LLM and fresh latent queries")
-    model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=QUERIES, seed=0)
+    print("1. A frozen multimodal LLM, fresh latent queries and a projection head")
+    model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=QUERIES, projection=True, seed=0)
     held_out = sample_scenes(20 if SMOKE else 300, "test")
     images = [render(scene, seed=7) for scene in held_out]
     literal = ImageTextRetrievalEvaluator(
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     indirect = ImageTextRetrievalEvaluator(images, [implicit(s) for s in held_out], range(len(images)), name="implicit")
     before = {**literal(model), **indirect(model)}
 
-    print(f"2. Training {model.queries.numel():,} numbers; {model.backbone.num_parameters():,} stay frozen")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    print(f"2. Training {numbers:,} numbers; {model.backbone.num_parameters():,} stay frozen")
     pairs = scene_pairs(sample_scenes(100 if SMOKE else 4000, "train"), seed=1)
     steps = 3 if SMOKE else STEPS
     seconds = train(
@@ -109,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     print("3. Saved, and loaded by plain SentenceTransformer")
     folder = output / "slq-demo"
     model.save_pretrained(folder)
-    trained = (folder / "adapter_model.safetensors").stat().st_size
+    files = ("adapter_model.safetensors", "1_Dense/model.safetensors")
+    trained = sum((folder / name).stat().st_size for name in files)
     stock = SentenceTransformer(str(folder))
     print(f"   {folder}: {trained:,} bytes of trained weights; {type(stock[0]).__name__} from stock modules")
 

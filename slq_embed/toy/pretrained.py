@@ -11,10 +11,11 @@ def pretrained(name: str) -> str:
     """The folder of a model that ships with the package.
 
     ``"mllm-tiny"`` is a multimodal LLM of 3.5 million parameters that knows a small world of coloured shapes
-    (see :mod:`slq_embed.toy.scenes`) and nothing else; ``"slq-tiny"`` is an SLQ model on it.
+    (see :mod:`slq_embed.toy.scenes`) and nothing else. ``"slq-tiny"`` is an SLQ model on it, and ``"slq-tiny-head"`` one with a
+    projection head. These two read most of their weights from the folder of the first, which stands beside theirs.
 
     Args:
-        name: One of the two.
+        name: One of the three.
 
     Returns:
         A path that ``SentenceTransformer``, ``SLQEncoder`` and transformers load.

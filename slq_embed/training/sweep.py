@@ -189,6 +189,7 @@ def sweep(
     last = every.history[-max(1, len(every.history) // 10) :]
     for number, variant in enumerate(trained):
         variant.loss = sum(step[number] for step in last) / len(last)
+        variant.encoder.model_card_data.set_losses([losses[number]])
     result = Sweep(trained)
     if evaluator is not None:
         _evaluate(model, result, evaluator)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_public_names():
-    assert slq_embed.__all__ == ["PrefixStore", "SLQEncoder", "SymmetricInfoNCELoss", "__version__", "pretrained"]
+    classes = ["PrefixStore", "QueryAdapter", "SLQEncoder", "SymmetricInfoNCELoss"]
+    assert slq_embed.__all__ == [*classes, "__version__", "pretrained"]
     assert issubclass(SLQEncoder, SentenceTransformer)
 
 
@@ -173,18 +176,22 @@ def test_the_embedded_models_load(caplog):
     processor = AutoProcessor.from_pretrained(pretrained("mllm-tiny"))
     rows = SLQEncoder(pretrained("slq-tiny")).backbone.get_input_embeddings().weight.shape[0]
     assert rows - len(processor.tokenizer) >= 64
-    with pytest.raises(ValueError, match=r"No model 'clip' ships.*mllm-tiny, slq-tiny"):
+    with pytest.raises(ValueError, match=r"No model 'clip' ships.*mllm-tiny, slq-tiny, slq-tiny-head"):
         pretrained("clip")
 
 
-def test_slq_tiny_is_mllm_tiny_bit_for_bit_but_for_its_rows():
-    """What trained slq-tiny left the backbone alone, so its answers are those of mllm-tiny."""
-    before, after = (load_file(f"{pretrained(name)}/model.safetensors") for name in ("mllm-tiny", "slq-tiny"))
-    assert set(before) == set(after)
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    (table,) = changed
+@pytest.mark.parametrize("name", ["slq-tiny", "slq-tiny-head"])
+def test_the_trained_models_share_the_file_of_mllm_tiny(name):
+    """What trained them left the backbone alone, so its answers are those of mllm-tiny."""
+    before = load_file(f"{pretrained('mllm-tiny')}/model.safetensors")
+    where = json.loads(Path(pretrained(name), "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(where) == set(before)
+    (table,) = (key for key, file in where.items() if file != "../mllm-tiny/model.safetensors")
     assert table.endswith("embed_tokens.weight")
+    model = SLQEncoder(pretrained(name), device="cpu")
+    after = model.backbone.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if key != table)
     rows = (before[table] != after[table]).any(dim=1).nonzero().flatten().tolist()
-    assert rows == list(SLQEncoder(pretrained("slq-tiny")).slq_config.tokens.ids)
-    assert sum(tensor.numel() * 4 for tensor in before.values()) < 16_000_000
+    assert rows == list(model.slq_config.tokens.ids)
+    assert sum(tensor.nbytes for tensor in before.values()) < 16_000_000
     assert all(tensor.dtype == torch.float32 for tensor in before.values())

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from slq_embed import SLQEncoder
 from slq_embed.data import from_folder, retrieval_set
 from slq_embed.toy import captions, render, sample_scenes
 from tests.scripts import EXAMPLES, ROOT, run_script
@@ -92,6 +93,12 @@ def test_the_embedded_models_can_be_made_again(tmp_path):
     options = ["--output", tmp_path / "mllm", "--vision-steps", 2, "--steps", 2]
     output = run_script("examples/pretrain_mllm_tiny.py", *options, folder=tmp_path)
     assert "described exactly" in output
-    options = ["--backbone", tmp_path / "mllm", "--steps", 2, "--output", tmp_path / "slq"]
-    assert "validation implicit: R@1" in run_script("examples/train_slq_tiny.py", *options, folder=tmp_path)
-    assert SentenceTransformer(str(tmp_path / "slq"), device="cpu").encode("a").shape == (192,)
+    options = ["--backbone", tmp_path / "mllm", "--steps", 2, "--output", tmp_path]
+    parts = ["--parts", "queries", "deep", "head", "adapter"]
+    output = run_script("examples/train_slq_tiny.py", *options, *parts, folder=tmp_path)
+    assert "head trained (40,129 numbers): R@1 validation literal" in output
+    for name in ("slq-tiny", "slq-tiny-head"):
+        assert not (tmp_path / name / "model.safetensors").exists()  # the backbone's file serves them
+        assert SentenceTransformer(str(tmp_path / name), device="cpu").encode("a").shape == (192,)
+    for name in ("slq-tiny-deep", "slq-tiny-adapter"):
+        assert SLQEncoder(tmp_path / name, device="cpu").encode("a").shape == (192,)

@@ -57,6 +57,7 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
         own = {**settings, "learning_rate": settings_of.get("learning_rate", 0.01)}
         trainer = toy_train(alone, pairs, tmp_path, loss=loss, **own)
         assert (variant.encoder.queries - alone.queries).abs().max() < 1e-5
+        assert variant.encoder.model_card_data.loss_name == "SymmetricInfoNCELoss"
         assert variant.encoder.temperature == pytest.approx(alone.temperature, rel=1e-5)
         assert variant.loss == pytest.approx(trainer.state.log_history[-2]["loss"], rel=1e-4)
     metric = result.primary_metric
@@ -99,7 +100,9 @@ def test_variants_that_are_no_dicts_are_refused(encoder, tmp_path, variants):
 
 
 def test_a_setting_that_nothing_takes_is_named(encoder, tmp_path):
-    with pytest.raises(TypeError, match=r"The variant \{'lr': 0.1\} does not fit: .*'lr'.* one of init, learning_rate"):
+    with pytest.raises(
+        TypeError, match=r"The variant \{'lr': 0.1\} does not fit: .*'lr'.* one of deep_queries, init, learning_rate"
+    ):
         sweep(encoder, arguments(tmp_path), toy_pairs().dataset, [{"lr": 0.1}])
 
 
