@@ -1,4 +1,4 @@
-"""What a training step costs: prefix path, stored prefixes, all positions with autograd, LoRA, full fine-tuning.
+"""What a training step costs: queries, with a head and with an adapter; all positions with autograd, LoRA, full fine-tuning.
 
     python benchmarks/training.py [--quick] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-4b]
 
@@ -9,8 +9,11 @@ the peak above the loaded weights, each method in a process of its own; the larg
 the peaks of two batches. Five epochs with five captions an image are timed as they are for our path; the other
 methods do the same work at every step, so theirs are 25 median steps.
 
---quick, about two minutes on 2 CPU cores: 3 rounds of batch 8 for the first three methods, one step for each of the
-others, memory at batch 2. It shows what a step costs: at most 1.15 x encoding, and a sixth of that with stored prefixes.
+`prefix` is a step of latent queries; `head` adds a projection head to them, `deep_queries` vectors in each layer, `query_adapter`
+a LoRA that acts at the queries only. `..._stored` is the same step in a later epoch, whose prefixes are kept.
+
+--quick, about two minutes on 2 CPU cores: 3 rounds of batch 8 for encoding and our methods, one step for each of the others,
+memory at batch 2. It shows what a step costs: at most 1.15 x encoding, and a sixth of that with stored prefixes.
 """
 
 from __future__ import annotations
@@ -41,23 +44,31 @@ from torch import Tensor
 from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.training.losses import symmetric_info_nce
 
-OURS = ("encode", "prefix", "prefix_stored")
-METHODS = (*OURS, "all_positions", "lora", "full_finetuning")
+PARTS: dict[str, dict[str, Any]] = {
+    "prefix": {},
+    "head": {"projection": True},
+    "deep_queries": {"deep_queries": True},
+    "query_adapter": {"query_adapter": True},
+}
+OURS = ("encode", *PARTS, *(f"{part}_stored" for part in PARTS))
+OTHERS = ("all_positions", "lora", "full_finetuning")
+METHODS = (*OURS, *OTHERS)
 EPOCHS, CAPTIONS = 5, 5
 
 
-def build_encoder(args: argparse.Namespace) -> SLQEncoder:
+def build_encoder(args: argparse.Namespace, method: str = "prefix") -> SLQEncoder:
     backbone = build_backbone(args.shape, args.device, args.dtype)
     pixels = args.image_size[0] * args.image_size[1]
     processor = build_processor(args.shape, pixels, pixels)
-    return SLQEncoder.from_backbone(backbone, processor, num_queries=QUERIES, seed=0, backbone_name="random")
+    parts = PARTS.get(method.removesuffix("_stored"), {})
+    return SLQEncoder.from_backbone(backbone, processor, num_queries=QUERIES, seed=0, backbone_name="random", **parts)
 
 
 def build_step(method: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one step of a method on the same batch."""
-    model = build_encoder(args)
+    model = build_encoder(args, method)
     inputs = build_inputs(args.batch, args.image_size)
-    if method == "prefix_stored":
+    if method.endswith("_stored"):
         model.prefix_store = PrefixStore()
         model.encode([*inputs[0], *inputs[1]])
     model.train()
@@ -86,8 +97,8 @@ def build_step(method: str, args: argparse.Namespace) -> Callable[[], None]:
     def prefix(features: dict[str, Any]) -> Tensor:
         return model(dict(features))["sentence_embedding"]
 
-    embed = {"prefix": prefix, "prefix_stored": prefix, "all_positions": all_positions}.get(method, last_token)
-    trained: list[Any] = [model.queries]
+    embed = {"lora": last_token, "full_finetuning": last_token, "all_positions": all_positions}.get(method, prefix)
+    trained: list[Any] = list(model.parameters())
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -200,14 +211,14 @@ def main() -> None:
     print(f"{result['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds")
     print(result["versions"])
     print(
-        f"{'method':>16} {'s a step':>9} {'s a pair':>9} {'x encode':>9} {'min..max s':>14} {f'peak at batch {batches[0]}':>19}"
+        f"{'method':>20} {'s a step':>9} {'s a pair':>9} {'x encode':>9} {'min..max s':>14} {f'peak at batch {batches[0]}':>19}"
     )
     for method in args.methods:
         spread = f"{min(times[method]):.2f}..{max(times[method]):.2f}"
         ratio = seconds[method] / seconds[args.methods[0]]
         pair = seconds[method] / args.batch
         print(
-            f"{method:>16} {seconds[method]:9.3f} {pair:9.4f} {ratio:9.2f} {spread:>14} {peaks[method][0] / 1e9:16.2f} GB"
+            f"{method:>20} {seconds[method]:9.3f} {pair:9.4f} {ratio:9.2f} {spread:>14} {peaks[method][0] / 1e9:16.2f} GB"
         )
     if not args.quick:
         largest = {}
@@ -217,7 +228,7 @@ def main() -> None:
         result["largest_batch"] = {"gigabytes": args.memory, **largest}
         print(f"largest batch in {args.memory:g} GB above the weights, extrapolated: {largest}")
         ours = five_epochs(args)
-        whole = {method: EPOCHS * CAPTIONS * seconds[method] for method in args.methods[3:]}
+        whole = {method: EPOCHS * CAPTIONS * seconds[method] for method in args.methods if method in OTHERS}
         result["five_epochs_five_captions_seconds"] = {"prefix_stored": ours, **whole}
         ratios = ", ".join(f"{method} {value:.1f} s ({value / ours:.1f} x)" for method, value in whole.items())
         print(f"{EPOCHS} epochs x {CAPTIONS} captions of {args.batch} images: stored prefixes {ours:.1f} s; {ratios}")

@@ -14,11 +14,16 @@ def test_training_costs_little_more_than_encoding(tmp_path):
     """A step costs at most 1.15 x encoding its pairs, and a sixth of that with stored prefixes."""
     run_script("benchmarks/training.py", "--quick", "--json", tmp_path / "result.json", folder=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    methods = {"encode", "prefix", "prefix_stored", "all_positions", "lora", "full_finetuning"}
+    more = ("head", "deep_queries", "query_adapter")
+    ours = {f"{part}{stored}" for part in ("prefix", *more) for stored in ("", "_stored")}
+    methods = {"encode", *ours, "all_positions", "lora", "full_finetuning"}
     assert set(result["seconds_per_step"]) == set(result["peak_bytes_above_weights"]) == methods
     seconds = result["seconds_per_step"]
     assert seconds["prefix"] <= 1.15 * seconds["encode"]
     assert seconds["prefix_stored"] <= seconds["prefix"] / 6
+    for part in more:
+        assert seconds[part] <= 1.15 * seconds["prefix"]
+        assert seconds[f"{part}_stored"] <= 1.5 * seconds["prefix_stored"]
 
 
 @pytest.mark.slow
@@ -40,5 +45,7 @@ def test_the_embedded_models_keep_their_promises(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["scenes_described_exactly"] >= 0.75
     for wording in ("literal", "implicit"):
-        assert result[wording]["slq_tiny"] >= 0.88
-        assert result[wording]["mean_of_all_tokens"] < 0.15
+        assert result[wording]["slq-tiny"] >= 0.88
+        assert result[wording]["mean_of_all_tokens"] < 0.3
+    assert result["literal"]["slq-tiny-head"] >= 0.97
+    assert result["implicit"]["slq-tiny-head"] >= 0.91
