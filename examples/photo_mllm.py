@@ -195,7 +195,7 @@ class Collator:
     """
 
     def __init__(self, processor: Any, photos: Photos, features: np.ndarray) -> None:
-        self.tokenizer, self.photos, self.features = processor.tokenizer, photos, features
+        self._tokenizer, self.photos, self.features = processor.tokenizer, photos, features
         self.prompts = []
         for text in PROMPTS:
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
@@ -203,12 +203,12 @@ class Collator:
             self.prompts.append(self._ids(rendered.replace("<image>", "<image>" * TOKENS)))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = [self._row(index) for index in indices]
         width = max(len(row) for row in rows)
-        padding = (self.tokenizer.pad_token_id, 0, -1, -100)
+        padding = (self._tokenizer.pad_token_id, 0, -1, -100)
         table = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
         ids, positions, parts, labels = table.unbind(dim=-1)
         shared = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
@@ -225,7 +225,7 @@ class Collator:
         *prompt, last = self.prompts[index % len(self.prompts)]
         row = [(token, position, 0, -100) for position, token in enumerate(prompt)]
         for part, caption in enumerate(self.photos.captions[index], start=1):
-            tokens = [last, *self._ids(caption), self.tokenizer.eos_token_id]
+            tokens = [last, *self._ids(caption), self._tokenizer.eos_token_id]
             following = enumerate(pairwise(tokens), start=len(prompt))
             row += [(token, position, part, label) for position, (token, label) in following]
         return row
@@ -254,7 +254,6 @@ class Captioner(nn.Module):
 def describe(folder: Path, images: list[PILImage]) -> list[str]:
     """What a saved model says of photos, loaded as any other."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPTS[-1]}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(text=[prompt] * len(images), images=[[image] for image in images], return_tensors="pt")
@@ -302,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         logging_steps=10,
         prediction_loss_only=True,
         remove_unused_columns=False,
+        dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to="none",
         seed=args.seed,
