@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=int, default=2 if SMOKE else -1, help="stop after so many steps")
     parser.add_argument("--batch", type=int, default=8, help="photos a step, each with its captions")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output/photo-mllm"))

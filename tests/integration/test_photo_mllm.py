@@ -97,8 +97,14 @@ def test_the_parts_stay_as_they_are(example):
     assert processor.tokenizer.convert_ids_to_tokens(known) == processor.image_token
 
 
-def test_photos_make_a_stock_model(example, folder, capsys, tmp_path):
+def test_photos_make_a_stock_model(example, folder, capsys, tmp_path, monkeypatch):
+    collate, batches = example.Collator.__call__, []
+    monkeypatch.setattr(
+        example.Collator, "__call__", lambda self, indices: (batches.append(set(indices)), collate(self, indices))[1]
+    )
     example.main(options(folder, tmp_path / "o"))
+    *training, held_out = batches
+    assert (set.union(*training), held_out) == (set(range(8)), {8, 9})
     output = capsys.readouterr().out
     assert "1 skipped: gone.png" in output
     assert "loss on 2 photos held out" in output
@@ -155,6 +161,14 @@ def test_features_go_on_where_they_stopped(example, folder, tmp_path, monkeypatc
     monkeypatch.setattr(photos, "read", lambda index: (read.append(index), example.Photos.read(photos, index))[1])
     assert np.array_equal(example.tower_features(model, processor, photos, tmp_path, batch=4), whole)
     assert read == [4, 5, 6, 7, 8, 9]
+
+
+def test_other_captions_or_photos_have_a_training_of_their_own(example, folder):
+    names = {
+        example.Photos(folder, *settings).name for settings in (("train", None, 5), ("train", 9, 5), ("train", None, 1))
+    }
+    assert len(names) == 3
+    assert example.Photos(folder, "train", None, 5).name in names
 
 
 def test_captions_side_by_side_cost_and_teach_what_separate_rows_do(example, folder, tmp_path):
