@@ -75,9 +75,10 @@ def test_options_pass_through(checkpoint):
 
 
 def test_a_missing_package_of_a_family_is_named(checkpoint, monkeypatch):
+    folder = checkpoint("fast_vlm")
     monkeypatch.setitem(sys.modules, "timm", None)  # as where it is not installed
     with pytest.raises(ImportError, match=r"'fast_vlm', whose vision tower .* pip install 'slq-embed\[timm\]'"):
-        SLQEncoder.from_backbone(checkpoint("fast_vlm"))
+        SLQEncoder.from_backbone(folder)
 
 
 def test_a_device_map_is_left_in_charge(checkpoint):
