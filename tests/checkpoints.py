@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32768,
 }
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "internvl")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "internvl", "fast_vlm")
 
 
 def build_tokenizer(extra: list[str] | dict[str, str]) -> Any:
@@ -107,9 +108,33 @@ def internvl_parts(rows: int | None, spare: int) -> tuple[Any, Any]:
     return config, processor
 
 
+def fast_vlm_parts(rows: int | None, spare: int) -> tuple[Any, Any]:
+    tokenizer = build_tokenizer(["<image>"])
+    text = {**TEXT, "model_type": "llama", "vocab_size": rows or len(tokenizer) + spare}
+    config = transformers.AutoConfig.for_model(
+        "fast_vlm",
+        text_config=text,
+        # A convolutional tower of timm's own tests, with a token for each 32 x 32 pixels.
+        vision_config={"model_type": "timm_wrapper", "architecture": "test_efficientnet", "hidden_size": 256},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+        tie_word_embeddings=True,
+    )
+    image = transformers.CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    processor = transformers.LlavaProcessor(
+        image,
+        tokenizer,
+        patch_size=32,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>\n"),
+    )
+    return config, processor
+
+
 def build(folder: Path, kind: str = "qwen3_vl", *, rows: int | None = None, spare: int = 64, seed: int = 0) -> Path:
     """Write a checkpoint whose weights are drawn wide enough that embeddings differ."""
-    config, processor = internvl_parts(rows, spare) if kind == "internvl" else qwen_parts(kind, rows, spare)
+    parts = {"internvl": internvl_parts, "fast_vlm": fast_vlm_parts}.get(kind, partial(qwen_parts, kind))
+    config, processor = parts(rows, spare)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ class Family:
         resizes_by_area: Whether the image processor keeps the aspect ratio within a budget of pixels, so that
             ``max_pixels`` means something.
         image_kwargs: How its image processor is called unless the user says otherwise.
+        package: A package that its code needs and transformers does not require. It is an extra of slq-embed.
     """
 
     example: str
     resizes_by_area: bool = False
     image_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -34,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("Qwen/Qwen2-VL-2B-Instruct", resizes_by_area=True),
     # One tile of 448 px (256 visual tokens) an image, as in the paper; the processor's own default cuts up to 12.
     "internvl": Family("OpenGVLab/InternVL3-1B-hf", image_kwargs={"crop_to_patches": False}),
+    "fast_vlm": Family("KamilaMila/FastVLM-0.5B", package="timm"),
 }
 """Families by the ``model_type`` of their configuration. A row stands here when the contract tests pass on it."""
 
@@ -70,10 +74,17 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: If the family is not supported.
+        ImportError: If the family needs a package that is not installed.
         OSError: If nothing can be loaded from there.
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    family_of(AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code", False), **hub))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs.get("trust_remote_code", False), **hub)
+    package = family_of(config).package
+    if package is not None and find_spec(package) is None:
+        raise ImportError(
+            f"The backbone {name!r} is of the family {config.model_type!r}, whose vision tower is built by the package "
+            f"{package}, which is not installed. Install it: pip install 'slq-embed[{package}]'."
+        )
     kwargs.setdefault("dtype", "auto")
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,13 @@ def test_options_pass_through(checkpoint):
     assert (encoder.prompts["query"], encoder.similarity_fn_name, encoder.truncate_dim) == ("find", "dot", 16)
     assert encoder.encode("a").shape == (16,)
     assert encoder.get_embedding_dimension() == 16
+
+
+def test_a_missing_package_of_a_family_is_named(checkpoint, monkeypatch):
+    folder = checkpoint("fast_vlm")
+    monkeypatch.setitem(sys.modules, "timm", None)  # as where it is not installed
+    with pytest.raises(ImportError, match=r"'fast_vlm', whose vision tower .* pip install 'slq-embed\[timm\]'"):
+        SLQEncoder.from_backbone(folder)
 
 
 def test_a_device_map_is_left_in_charge(checkpoint):
