@@ -1,7 +1,23 @@
 """Evaluation: what the host does not have, and models for mteb."""
 
 from slq_embed.evaluation.benchmark import mteb_model
+from slq_embed.evaluation.classification import ZeroShotClassificationEvaluator
+from slq_embed.evaluation.composed import CIRREvaluator, FashionIQEvaluator
+from slq_embed.evaluation.karr_bench import KARRBenchEvaluator
+from slq_embed.evaluation.mmeb import MMEB_TASKS, MMEBEvaluator, MMEBTask
 from slq_embed.evaluation.ranking import best_ranks, top_k
 from slq_embed.evaluation.retrieval import ImageTextRetrievalEvaluator
 
-__all__ = ["ImageTextRetrievalEvaluator", "best_ranks", "mteb_model", "top_k"]
+__all__ = [
+    "MMEB_TASKS",
+    "CIRREvaluator",
+    "FashionIQEvaluator",
+    "ImageTextRetrievalEvaluator",
+    "KARRBenchEvaluator",
+    "MMEBEvaluator",
+    "MMEBTask",
+    "ZeroShotClassificationEvaluator",
+    "best_ranks",
+    "mteb_model",
+    "top_k",
+]
