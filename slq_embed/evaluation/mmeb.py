@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
@@ -49,7 +51,7 @@ class MMEBTask:
 
     queries: Sequence[Any]
     candidates: Sequence[Any]
-    own: Sequence[Sequence[int]]
+    own: Sequence[Sequence[int] | NDArray[np.integer[Any]]]
 
 
 class MMEBEvaluator(SentenceEvaluator):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 2048
@@ -88,7 +91,9 @@ def _first_best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor
     return best, indices.gather(1, columns).gather(1, order)
 
 
-def order_own(queries: Tensor, candidates: Tensor, own: Sequence[Sequence[int]]) -> list[list[int]]:
+def order_own(
+    queries: Tensor, candidates: Tensor, own: Sequence[Sequence[int] | NDArray[np.integer[Any]]]
+) -> list[list[int]]:
     """Rank the candidates that belong to each query.
 
     Args:
