@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.protocol import Task, resolve_prompt
 from slq_embed.inputs import read_image, report
+
+logger = logging.getLogger(__name__)
 
 _BATCHES_A_CHUNK = 32
 
@@ -64,6 +67,7 @@ def embed(model: SentenceTransformer, inputs: Sequence[Any], task: Task, options
             f"embeddings_folder needs an SLQEncoder, but the model is a {type(model).__name__}. Leave it out."
         )
     distinct, index = _distinct(inputs)
+    logger.info("Encoding %d %s", len(distinct), part)
     normalize = getattr(model, "similarity_fn_name", None) != "dot"
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from slq_embed import SLQEncoder
+from slq_embed.evaluation import MMEB_TASKS
 from tests import published
 
 TEXTS = [[f"a red circle {n} {i}" for i in range(5)] for n in range(6)]
@@ -16,7 +17,7 @@ MAKE = {
     "karr": lambda folder: published.karr_bench(folder, category=["functional"] * 4),
     "cirr": published.cirr_files,
     "fashioniq": published.fashion_iq_parquet,
-    "mmeb": lambda folder: published.mmeb_eval(folder, ["GQA", "MSCOCO_t2i"]),
+    "mmeb": lambda folder: published.mmeb_eval(folder, MMEB_TASKS, count=2),
 }
 EXPECTED = {
     "coco": ("coco: 6 images, 30 texts", "text_to_image_recall@5", "SLQ  SLQ 8B  VLM2Vec-7B"),
@@ -24,7 +25,7 @@ EXPECTED = {
     "karr": ("karr: 4 pairs, 1 categories", "functional_text_to_image_recall@1", "here"),
     "cirr": ("cirr: 18 images, 3 queries", "recall@5", "63.5"),
     "fashioniq": ("fashioniq: 9 images, 6 queries", "mean_recall@50", "43.1"),
-    "mmeb": ("mmeb: 2 tasks, 6 queries", "mean", "67.5"),
+    "mmeb": ("mmeb: 36 tasks, 72 queries", "mean", "67.5"),
 }
 
 
@@ -32,7 +33,6 @@ EXPECTED = {
 def test_a_benchmark_from_files_to_a_table_and_json(run_example, tmp_path, which):
     MAKE[which](tmp_path / "data")
     options = ["--benchmark", which, "--data", tmp_path / "data", "--limit", 100, "--json", tmp_path / "out.json"]
-    options += ["--tasks", "GQA,MSCOCO_t2i"] if which == "mmeb" else []
     output = run_example("evaluate", *options)
     for part in EXPECTED[which]:
         assert part in output
@@ -75,3 +75,10 @@ def test_the_submissions_of_cirr_and_a_run_that_goes_on(run_example, tmp_path, m
 def test_what_is_missing_is_said_in_one_line(run_example, tmp_path):
     with pytest.raises(SystemExit, match="neither a parquet file of the split 'test' nor a Karpathy file"):
         run_example("evaluate", "--benchmark", "coco", "--data", tmp_path)
+
+
+def test_a_part_of_mmeb_is_not_put_beside_the_mean_of_all_tasks(run_example, tmp_path):
+    published.mmeb_eval(tmp_path, ["GQA", "NIGHTS"])
+    output = run_example("evaluate", "--benchmark", "mmeb", "--data", tmp_path, "--tasks", "GQA,NIGHTS", "--limit", 2)
+    assert "mmeb: 2 tasks, 4 queries" in output
+    assert "67.5" not in output
