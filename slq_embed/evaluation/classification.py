@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch.nn.functional import normalize
 
-from slq_embed.evaluation.encoding import Options, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
 from slq_embed.evaluation.ranking import recall_at, top_k
 
 _ACCURACY_AT = (1, 5)
@@ -27,7 +27,7 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
         labels: For each image, the index of its class.
         class_names: Names of the classes.
         templates: Texts with ``{}`` where the name belongs.
-        **options: See :class:`~slq_embed.evaluation.encoding.Options`.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If a label is no index of a class, or a template has no ``{}``.
@@ -55,7 +55,7 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
             raise ValueError(f"templates is {templates!r}, but a list of texts with {{}} for the name is needed.")
         self.images, self.labels = list(images), torch.tensor(list(labels))
         self.class_names, self.templates = list(class_names), list(templates)
-        self.options = Options(**options)
+        self.options = EvaluatorOptions(**options)
         self.name, self.primary_metric = self.options.name, "accuracy@1"
 
     def __call__(

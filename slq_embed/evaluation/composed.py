@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import Options, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
 from slq_embed.evaluation.ranking import order_own, recall_at, top_k
 
 _CIRR_AT, _CIRR_SUBSET_AT, _FASHION_IQ_AT = (1, 5, 10, 50), (1, 2, 3), (10, 50)
@@ -41,7 +41,7 @@ class CIRREvaluator(SentenceEvaluator):
         subsets: For each query, the indices of its subset of similar images, with or without the reference.
         names: The name of each image, for :meth:`submissions`.
         pair_ids: The ``pairid`` of each query, for :meth:`submissions`.
-        **options: See :class:`~slq_embed.evaluation.encoding.Options`.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If the lists do not fit each other.
@@ -77,7 +77,7 @@ class CIRREvaluator(SentenceEvaluator):
                 for subset, reference in zip(subsets, references, strict=True)
             ]
         self.names, self.pair_ids = names, pair_ids
-        self.options = Options(**options)
+        self.options = EvaluatorOptions(**options)
         self.name, self.primary_metric = self.options.name, "recall@5"
 
     def __call__(
@@ -169,7 +169,7 @@ class FashionIQEvaluator(SentenceEvaluator):
         captions: For each query, its two captions.
         targets: For each query, the index of its target.
         categories: The category of each query.
-        **options: See :class:`~slq_embed.evaluation.encoding.Options`.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If the lists do not fit each other, or a target is of another category than its query.
@@ -203,7 +203,7 @@ class FashionIQEvaluator(SentenceEvaluator):
         self.images, self.image_categories = list(images), list(image_categories)
         self.references, self.targets = list(references), list(targets)
         self.captions, self.categories = [list(both) for both in captions], list(categories)
-        self.options = Options(**options)
+        self.options = EvaluatorOptions(**options)
         self.name, self.primary_metric = self.options.name, "mean_recall"
 
     def __call__(

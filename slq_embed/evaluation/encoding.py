@@ -25,7 +25,7 @@ _BATCHES_A_CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluatorOptions:
     """What all evaluators take.
 
     Args:
@@ -44,7 +44,9 @@ class Options:
     embeddings_folder: str | Path | None = None
 
 
-def embed(model: SentenceTransformer, inputs: Sequence[Any], task: Task, options: Options, part: str) -> Tensor:
+def embed(
+    model: SentenceTransformer, inputs: Sequence[Any], task: Task, options: EvaluatorOptions, part: str
+) -> Tensor:
     """Encode each distinct input once.
 
     Args:
@@ -131,7 +133,7 @@ def finish(
     evaluator: SentenceEvaluator,
     model: SentenceTransformer,
     metrics: dict[str, float],
-    options: Options,
+    options: EvaluatorOptions,
     place: tuple[str | None, int, int],
     kind: str,
 ) -> dict[str, float]:

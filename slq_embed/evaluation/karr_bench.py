@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
-from slq_embed.evaluation.encoding import Options, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, finish
 from slq_embed.evaluation.retrieval import RECALL_AT, both_ways, mean_recall
 
 
@@ -25,7 +25,7 @@ class KARRBenchEvaluator(SentenceEvaluator):
         images: Images.
         texts: The query text of each image.
         categories: The category of each pair, such as ``"functional"``; ``None`` where they are not known.
-        **options: See :class:`~slq_embed.evaluation.encoding.Options`.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If the numbers of images, texts and categories differ.
@@ -47,7 +47,7 @@ class KARRBenchEvaluator(SentenceEvaluator):
             )
         self.images, self.texts = list(images), list(texts)
         self.categories = None if categories is None else [_slug(category) for category in categories]
-        self.options = Options(**options)
+        self.options = EvaluatorOptions(**options)
         self.name, self.primary_metric = self.options.name, "mean_recall"
 
     def __call__(

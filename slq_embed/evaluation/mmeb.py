@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
-from slq_embed.evaluation.encoding import Options, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
 from slq_embed.evaluation.ranking import order_own
 
 MMEB_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -63,7 +63,7 @@ class MMEBEvaluator(SentenceEvaluator):
 
     Args:
         tasks: Tasks by name; :data:`MMEB_TASKS` has the names.
-        **options: See :class:`~slq_embed.evaluation.encoding.Options`.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If there is no task, a name is not one of MMEB's, or a task's lists do not fit each other.
@@ -86,7 +86,7 @@ class MMEBEvaluator(SentenceEvaluator):
             if any(min(row) < 0 or max(row) >= count for row in task.own):
                 raise ValueError(f"{name} has {count} candidates, but a row of `own` holds other indices.")
         self.tasks = dict(tasks)
-        self.options = Options(**options)
+        self.options = EvaluatorOptions(**options)
         self.name, self.primary_metric = self.options.name, "mean"
 
     def __call__(

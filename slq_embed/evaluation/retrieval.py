@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import Options, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
 from slq_embed.evaluation.ranking import mrr_at, ndcg_at, recall_at, top_k
 
 RECALL_AT = (1, 5, 10)
@@ -34,7 +34,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         batch_size: Inputs a batch.
         show_progress_bar: Whether to show one while encoding.
         write_csv: Whether to append the metrics to a file in the output path.
-        embeddings_folder: See :class:`~slq_embed.evaluation.encoding.Options`.
+        embeddings_folder: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If ``image_of`` does not fit, or an image has no text.
@@ -66,7 +66,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
                 "each image needs a text."
             )
         self.images, self.texts, self.image_of = list(images), list(texts), torch.tensor(indices)
-        self.options = Options(name, batch_size, show_progress_bar, write_csv, embeddings_folder)
+        self.options = EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder)
         self.name, self.primary_metric = name, "mean_recall"
 
     def __call__(
@@ -94,7 +94,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
 
 
 def both_ways(
-    model: SentenceTransformer, images: Sequence[Any], texts: Sequence[str], image_of: Tensor, options: Options
+    model: SentenceTransformer, images: Sequence[Any], texts: Sequence[str], image_of: Tensor, options: EvaluatorOptions
 ) -> dict[str, Tensor]:
     """Encode images and texts, rank both ways, and measure each query.
 

@@ -10,7 +10,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.evaluation.encoding import Options, embed
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_each_distinct_input_is_encoded_once(model, inputs, monkeypatch):
     monkeypatch.setattr(
         SLQEncoder, "encode_query", lambda self, rows, **kw: (seen.extend(rows), encode(self, rows, **kw))[1]
     )
-    rows = embed(model, inputs, "query", Options(), "queries")
+    rows = embed(model, inputs, "query", EvaluatorOptions(), "queries")
     assert len(seen) == 4
     assert rows.shape == (8, model.get_embedding_dimension())
     for first, second in ((0, 6), (1, 4), (2, 7), (3, 5)):
@@ -53,30 +53,30 @@ def test_a_plain_sentence_transformer_gets_decoded_images_some_batches_at_a_time
         lambda self, rows, **kw: (chunks.append(rows), encode(self, rows, **kw))[1],
     )
     monkeypatch.setattr("slq_embed.evaluation.encoding._BATCHES_A_CHUNK", 1)
-    rows = embed(plain, inputs, "document", Options(batch_size=3), "images")
+    rows = embed(plain, inputs, "document", EvaluatorOptions(batch_size=3), "images")
     assert [len(chunk) for chunk in chunks] == [3, 1]
     assert isinstance(chunks[0][1], Image.Image)
-    assert torch.allclose(rows, embed(model, inputs, "document", Options(), "images"), atol=1e-5)
+    assert torch.allclose(rows, embed(model, inputs, "document", EvaluatorOptions(), "images"), atol=1e-5)
     with pytest.raises(
         ValueError, match="embeddings_folder needs an SLQEncoder, but the model is a SentenceTransformer"
     ):
-        embed(plain, inputs, "document", Options(embeddings_folder="x"), "images")
+        embed(plain, inputs, "document", EvaluatorOptions(embeddings_folder="x"), "images")
 
 
 def test_prompts_and_the_similarity_decide_the_embeddings(model, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "prompts", {"query": "Search: ", "document": ""})
     for task in ("query", "document"):
-        kept = embed(model, inputs, task, Options(embeddings_folder=tmp_path), task)
-        assert torch.allclose(kept, embed(model, inputs, task, Options(), task), atol=1e-6)
-    assert not torch.allclose(embed(model, inputs, "query", Options(), "q"), kept, atol=1e-3)
+        kept = embed(model, inputs, task, EvaluatorOptions(embeddings_folder=tmp_path), task)
+        assert torch.allclose(kept, embed(model, inputs, task, EvaluatorOptions(), task), atol=1e-6)
+    assert not torch.allclose(embed(model, inputs, "query", EvaluatorOptions(), "q"), kept, atol=1e-3)
     monkeypatch.setattr(model, "truncate_dim", 8)
-    assert torch.allclose(embed(model, inputs, "query", Options(), "q").norm(dim=1), torch.ones(8))
+    assert torch.allclose(embed(model, inputs, "query", EvaluatorOptions(), "q").norm(dim=1), torch.ones(8))
     monkeypatch.setattr(model, "similarity_fn_name", "dot")
-    assert (embed(model, inputs, "query", Options(), "q").norm(dim=1) < 0.99).all()
+    assert (embed(model, inputs, "query", EvaluatorOptions(), "q").norm(dim=1) < 0.99).all()
 
 
 def test_a_killed_run_goes_on_and_names_what_cannot_be_read(model, inputs, tmp_path, monkeypatch):
-    options = Options(name="toy", embeddings_folder=tmp_path / "kept")
+    options = EvaluatorOptions(name="toy", embeddings_folder=tmp_path / "kept")
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"of the queries, 1 skipped: .*bad\.png.* Repair these and run again"):
