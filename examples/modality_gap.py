@@ -1,9 +1,9 @@
 """A picture of the modality gap: images and texts of a model before and after training, projected onto a plane.
 
-    python examples/modality_gap.py                                # fresh queries and slq-tiny, on rendered scenes
+    python examples/modality_gap.py                                # new queries and slq-tiny, on rendered scenes
     python examples/modality_gap.py --data photos --before my-backbone --after my-model --png gap.png
 
---before is an SLQ model, or a backbone that gets fresh queries; --data is a folder with captions.jsonl. Hardware: 2 CPU
+--before is an SLQ model, or a backbone that gets new queries; --data is a folder with captions.jsonl. Hardware: 2 CPU
 cores, 20 seconds. Expected output: centroid distance, alignment and uniformity of both, and the path of a PNG. After
 training, alignment is smaller (pairs are closer) and both uniformities are lower (both spread out).
 """
@@ -55,15 +55,15 @@ def draw_panel(
     size, top = PANEL * SHARP, HEAD * SHARP
     half = float(max(images.abs().max(), texts.abs().max())) * 1.08
 
-    def place(point: Tensor) -> tuple[float, float]:
+    def position(point: Tensor) -> tuple[float, float]:
         x, y = (point / half).tolist()
         return left + size / 2 * (1 + x), top + size / 2 * (1 - y)
 
     draw.rectangle((left, top, left + size, top + size), outline=(200, 200, 200), width=SHARP)
     for points, colour in ((images, IMAGE), (texts, TEXT)):
-        for x, y in map(place, points):
+        for x, y in map(position, points):
             draw.ellipse((x - 3 * SHARP, y - 3 * SHARP, x + 3 * SHARP, y + 3 * SHARP), fill=(*colour, 110))
-    ends = [place(points.mean(dim=0)) for points in (images, texts)]
+    ends = [position(points.mean(dim=0)) for points in (images, texts)]
     draw.line([*ends[0], *ends[1]], fill=INK, width=2 * SHARP)
     for (x, y), colour in zip(ends, (IMAGE, TEXT), strict=True):
         draw.ellipse(
@@ -88,7 +88,7 @@ def draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with captions.jsonl; by default rendered scenes")
-    parser.add_argument("--before", default="mllm-tiny", help="an SLQ model, or a backbone for fresh queries")
+    parser.add_argument("--before", default="mllm-tiny", help="an SLQ model, or a backbone for new queries")
     parser.add_argument("--after", default="slq-tiny", help="an SLQ model")
     parser.add_argument("--png", type=Path, default=Path("modality_gap.png"))
     args = parser.parse_args(argv)

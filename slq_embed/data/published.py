@@ -70,7 +70,7 @@ def _saved(folder: Path, split: str) -> Dataset | None:
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
     patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
-    return next((found for pattern in patterns if (found := sorted(folder.rglob(pattern)))), [])
+    return next((files for pattern in patterns if (files := sorted(folder.rglob(pattern)))), [])
 
 
 def has_columns(folder: Path, split: str) -> bool:
@@ -132,23 +132,14 @@ def locate(names: Iterable[str], roots: Sequence[Path], source: str) -> list[Pat
         FileNotFoundError: If an image is missing; the message counts them and names the first.
     """
     names = list(names)
-    found = {root: [root / name for name in names] for root in roots[:1]}
-    missing = [path for path in found[roots[0]] if not path.is_file()]
-    best = roots[0]
-    for root in roots[1:]:
-        if not missing:
-            break
-        paths = [root / name for name in names]
-        lost = [path for path in paths if not path.is_file()]
-        if len(lost) < len(missing):
-            best, found[root], missing = root, paths, lost
-    if missing:
-        places = ", ".join(map(str, roots))
+    missing = {root: [name for name in names if not (root / name).is_file()] for root in roots}
+    best = min(roots, key=lambda root: len(missing[root]))
+    if missing[best]:
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(names):,} images are missing, such as {missing[0]}. Looked in: {places}. They are "
-            f"published as {source}; pass images=... if they are elsewhere."
+            f"{len(missing[best]):,} of {len(names):,} images are missing, such as {best / missing[best][0]}. Looked in: "
+            f"{', '.join(map(str, roots))}. They are published as {source}; pass images=... if they are elsewhere."
         )
-    return found[best]
+    return [best / name for name in names]
 
 
 def require_limit(limit: int | None) -> None:

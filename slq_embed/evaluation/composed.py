@@ -163,7 +163,7 @@ class FashionIQEvaluator(SentenceEvaluator):
     ``mean_recall@10`` and ``mean_recall@50``.
 
     Args:
-        images: Images to search in; an image that stands in two categories is given twice.
+        images: Images to search in; an image that stands in two categories is there twice.
         image_categories: The category of each image.
         references: For each query, the index of its reference image.
         captions: For each query, its two captions.

@@ -134,7 +134,7 @@ def finish(
     model: SentenceTransformer,
     metrics: dict[str, float],
     options: EvaluatorOptions,
-    place: tuple[str | None, int, int],
+    run: tuple[str | None, int, int],
     kind: str,
 ) -> dict[str, float]:
     """Report metrics where the host expects them: in a CSV file, with the name as their prefix, in the model card.
@@ -144,13 +144,13 @@ def finish(
         model: The model.
         metrics: Metrics by name.
         options: The evaluator's options.
-        place: Output path, epoch and steps, as the host passes them.
+        run: Output path, epoch and steps, as the host passes them.
         kind: Beginning of the file's name.
 
     Returns:
         The metrics with their prefix.
     """
-    output_path, epoch, steps = place
+    output_path, epoch, steps = run
     if output_path is not None and options.write_csv:
         name = f"{kind}{'_' + options.name if options.name else ''}_results.csv"
         _append(Path(output_path) / name, {"epoch": epoch, "steps": steps, **metrics})

@@ -58,13 +58,13 @@ def top_k(
         index = torch.full((len(rows), k), -1, device=rows.device)
         for start in range(0, len(candidates), block):
             part = candidates[start : start + block].to(rows.device).float()
-            found = (rows @ part.T).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+            part_scores = (rows @ part.T).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
             row, column = torch.nonzero((hidden >= start) & (hidden < start + len(part)), as_tuple=True)
-            found[row, hidden[row, column] - start] = -torch.inf
-            if not bool((found > best[:, -1:]).any()):
+            part_scores[row, hidden[row, column] - start] = -torch.inf
+            if not bool((part_scores > best[:, -1:]).any()):
                 continue  # an equal score that comes later ranks lower
             order = torch.arange(start, start + len(part), device=rows.device).expand(len(rows), -1)
-            best, index = _first_best(torch.cat([best, found], dim=1), torch.cat([index, order], dim=1), k)
+            best, index = _first_best(torch.cat([best, part_scores], dim=1), torch.cat([index, order], dim=1), k)
         scores[first : first + block] = best.cpu()
         indices[first : first + block] = index.masked_fill(best == -torch.inf, -1).cpu()
     return scores, indices
