@@ -55,7 +55,7 @@ def top_k(
         rows = queries[first : first + block].float()
         hidden = left_out[first : first + block].to(rows.device)
         best = torch.full((len(rows), k), -torch.inf, device=rows.device)
-        index = torch.full((len(rows), k), -1, device=rows.device)
+        index = torch.full((len(rows), k), -1, device=rows.device)  # the first of all equal -inf, so no other stays
         for start in range(0, len(candidates), block):
             part = candidates[start : start + block].to(rows.device).float()
             part_scores = (rows @ part.T).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
@@ -66,7 +66,7 @@ def top_k(
             order = torch.arange(start, start + len(part), device=rows.device).expand(len(rows), -1)
             best, index = _first_best(torch.cat([best, part_scores], dim=1), torch.cat([index, order], dim=1), k)
         scores[first : first + block] = best.cpu()
-        indices[first : first + block] = index.masked_fill(best == -torch.inf, -1).cpu()
+        indices[first : first + block] = index.cpu()
     return scores, indices
 
 
