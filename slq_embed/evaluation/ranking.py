@@ -82,16 +82,15 @@ def _padded(exclude: Tensor | Sequence[Sequence[int]] | None, count: int) -> Ten
 
 
 def _first_best(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` highest scores a row, of equal ones the first; ``torch.topk`` may return any of those."""
-    highest, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    """The ``k`` highest of more than ``k`` scores a row, of equal ones the first; ``torch.topk`` may return any."""
+    highest, columns = scores.topk(k + 1, dim=1)
     columns = columns[:, :k]
-    if highest.shape[1] > k:
-        tied = torch.nonzero(highest[:, k - 1] == highest[:, k])[:, 0]  # which ones were taken is left to chance
-        if len(tied):
-            rows, lowest = scores[tied], highest[tied, k - 1 : k]
-            above, level = rows > lowest, rows == lowest
-            chosen = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
-            columns[tied] = torch.nonzero(chosen)[:, 1].view(len(tied), k)
+    tied = torch.nonzero(highest[:, k - 1] == highest[:, k])[:, 0]  # which of these were taken is left to chance
+    if len(tied):
+        rows, lowest = scores[tied], highest[tied, k - 1 : k]
+        above, level = rows > lowest, rows == lowest
+        chosen = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+        columns[tied] = torch.nonzero(chosen)[:, 1].view(len(tied), k)
     columns = columns.sort(dim=1).values
     best, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return best, indices.gather(1, columns).gather(1, order)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict, Value
 
 from slq_embed.data import (
     caption_sets,
@@ -140,6 +141,27 @@ def test_karr_bench(tmp_path, monkeypatch, saved):
     assert KARRBenchEvaluator(**vars(data)).get_config_dict() == {"pairs": 3, "categories": 2}
     with pytest.raises(FileNotFoundError, match="no public release of it is known"):
         load_karr_bench(tmp_path / "none")
+
+
+def test_karr_bench_among_other_splits_with_images_as_files(tmp_path):
+    rows = Dataset.from_dict({"image": ["0.png", "1.png"], "text": ["a loyal animal", " "]})
+    DatasetDict({"train": rows, "other": rows}).save_to_disk(str(tmp_path))
+    published.write_picture(tmp_path / "0.png", 0)
+    data = load_karr_bench(tmp_path, limit=1)
+    assert data.images == [tmp_path / "0.png"]
+    with pytest.raises(ValueError, match=r"Row 1 of .* has the text ' ', but one query an image is needed"):
+        load_karr_bench(tmp_path, limit=2)
+    with pytest.raises(ValueError, match="has the splits train, other, but 'test' is needed"):
+        load_karr_bench(tmp_path, split="test")
+
+
+def test_images_may_be_plain_bytes(tmp_path):
+    """As a parquet file that another program wrote has them."""
+    published.write_picture(tmp_path / "0.png", 3)
+    table = pa.table({"image": [(tmp_path / "0.png").read_bytes()], "text": [["a"]]})
+    pq.write_table(table, tmp_path / "test.parquet")
+    (image,) = load_coco(tmp_path, limit=1).images
+    assert shows(image, 3)
 
 
 @pytest.mark.parametrize("form", ["files", "parquet"])
@@ -282,6 +304,11 @@ def test_mmeb_train_lists_rows_whose_image_is_missing(tmp_path, caplog):
     assert load_mmeb_train(tmp_path, "WebQA").dataset[0]["negative"] == {"image": None, "text": "thing 1"}
     with pytest.raises(FileNotFoundError, match="It is published as TIGER-Lab/MMEB-train"):
         load_mmeb_train(tmp_path, "DocVQA")
+    row = {"qry": "<|image_1|>", "qry_image_path": "", "pos_text": "a", "pos_image_path": ""}
+    published.write_parquet(
+        tmp_path / "CIRR" / "original-0.parquet", [row, {**row, "qry": "b"}], dict.fromkeys(row, Value("string"))
+    )
+    assert load_mmeb_train(tmp_path, "CIRR").report() == "1 skipped: row 0 (neither a text nor an image)"
     (tmp_path / "images").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"No row of .*OK-VQA is left: 3 skipped"):
         load_mmeb_train(tmp_path, "OK-VQA")

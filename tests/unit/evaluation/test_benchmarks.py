@@ -110,6 +110,8 @@ def test_cirr_writes_what_the_test_server_takes(cirr):
     assert files["recall"]["7"] == [f"dev-{n}" for n in range(59, 9, -1)]
     expected = {"12063": ["dev-1", "dev-2", "dev-30"], "7": ["dev-59", "dev-58", "dev-7"]}
     assert files["recall_subset"] == {"version": "rc2", "metric": "recall_subset"} | expected
+    del data["subsets"]
+    assert CIRREvaluator(**data).submissions(model) == {"recall": files["recall"]}
     del data["names"]
     with pytest.raises(ValueError, match="A submission needs names and pair_ids"):
         CIRREvaluator(**data).submissions(model)

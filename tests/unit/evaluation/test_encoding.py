@@ -41,6 +41,8 @@ def test_each_distinct_input_is_encoded_once(model, inputs, monkeypatch):
         assert torch.equal(rows[first], rows[second])
     assert torch.allclose(rows, torch.from_numpy(encode(model, inputs)), atol=1e-6)
     assert torch.unique(rows, dim=0).shape[0] == 4
+    others = [{**({"image": inputs[1]} if image else {}), "text": text} for image in (0, 1) for text in ("new", "old")]
+    assert torch.unique(embed(model, others, "query", EvaluatorOptions(), "queries"), dim=0).shape[0] == 4
 
 
 def test_a_plain_sentence_transformer_gets_decoded_images_some_batches_at_a_time(model, inputs, monkeypatch):
