@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,7 @@ def test_coco_keeps_five_captions_an_image(tmp_path, monkeypatch, form):
     assert (len(data.images), len(data.texts)) == (4, 20)
     assert data.texts == [text for row in CAPTIONS for text in row[:5]]
     assert data.image_of == [n for n in range(4) for _ in range(5)]
+    assert all(isinstance(image, dict | Path) for image in data.images), "images stay undecoded"
     assert all(shows(image, n) for n, image in enumerate(data.images))
     assert ImageTextRetrievalEvaluator(**vars(data)).get_config_dict() == {"images": 4, "texts": 20}
     part = load_coco(tmp_path, limit=2)

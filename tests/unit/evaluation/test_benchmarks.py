@@ -73,7 +73,7 @@ def cirr():
         "references": [0, 5],
         "texts": ["more", "less"],
         "targets": [1, 7],
-        "subsets": [[0, 2, 1, 30], [59, 7, 5, 58]],
+        "subsets": [[0, 40, 2, 1, 30], [59, 7, 5, 6, 58]],
         "names": [f"dev-{n}" for n in range(60)],
         "pair_ids": [12063, 7],
     }
@@ -137,7 +137,7 @@ def fashion():
     """Sixty dresses and sixty shirts on a line, two queries for dresses and one for shirts."""
     rows = {(None, n): [1.0, float(n % 60)] for n in range(120)}
     # The two orders of a query point to opposite ends; only their sum decides.
-    rows |= {("is red, is long", 3): [0.0, -3.0], ("is long, is red", 3): [0.0, 2.0]}  # sum: the lowest first
+    rows |= {("is red, is long", 3): [0.0, 2.0], ("is long, is red", 3): [0.0, -3.0]}  # sum: the lowest first
     rows |= {("new, old", 4): [0.0, 3.0], ("old, new", 4): [0.0, -1.0]}  # the highest first
     rows |= {("a, b", 70): [0.0, 1.0], ("b, a", 70): [0.0, 1.0]}
     return CannedModel(rows), {
