@@ -91,13 +91,13 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def peak_above_weights(step: Callable[[], Any], device: str) -> int:
-    """Bytes that two steps need at most, above what is loaded already; for a process of its own."""
+def peak_above_weights(step: Callable[[], Any], device: str, times: int = 2) -> int:
+    """Bytes that some steps need at most, above what is loaded already; for a process of its own."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
-        step()
+        for _ in range(times):
+            step()
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
 
@@ -108,8 +108,8 @@ def peak_above_weights(step: Callable[[], Any], device: str) -> int:
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building the step has freed is not the step's to use again
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = kilobytes("VmRSS")
-    step()
-    step()
+    for _ in range(times):
+        step()
     return 1024 * (kilobytes("VmHWM") - before)
 
 

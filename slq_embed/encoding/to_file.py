@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +72,8 @@ def encode_to_file(
 
     Args:
         model: The encoder.
-        inputs: Texts, images, or both. A list of texts and paths is compared whole with an earlier run's; of images in
-            memory, or of a dataset, 64 are.
+        inputs: Texts, images, or both. A list of texts and paths, or of dicts of them, is compared whole with an
+            earlier run's; of images in memory, or of a dataset, 64 are.
         path: The file; where an earlier run has left it unfinished, that run is continued.
         batch_size: Inputs a batch.
         prompt: A system message.
@@ -160,12 +160,14 @@ def _model_digest(model: Encoder, prompt: str | None, normalize: bool) -> str:
 
 
 def _inputs_digest(inputs: Sequence[Any]) -> str:
-    """Of all texts and paths of a list; of anything else, which is slow to read, the content at some indices."""
+    """Of all texts and paths of a list, in dicts too; of anything else, which is slow to read, some inputs' content."""
     digest = hashlib.sha256()
     sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
     for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
         if isinstance(value := inputs[index], str | Path):
             digest.update(f"{len(str(value))} {value}".encode())
+        elif isinstance(value, Mapping) and all(isinstance(part, str | Path | None) for part in value.values()):
+            digest.update(repr([(key, None if part is None else str(part)) for key, part in value.items()]).encode())
         elif index in sample:
             with suppress(ValueError):  # it will be skipped and named
                 row = read_row(value)

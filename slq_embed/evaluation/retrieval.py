@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import operator
 import reprlib
 from collections.abc import Sequence
@@ -14,14 +13,18 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
+from slq_embed.evaluation.ranking import mrr_at, ndcg_at, recall_at, top_k
+
 RECALL_AT = (1, 5, 10)
+_DEPTH = 10
 
 
 class ImageTextRetrievalEvaluator(SentenceEvaluator):
-    """Recall at 1, 5 and 10 from text to image and back.
+    """Recall at 1, 5 and 10, MRR at 10 and nDCG at 10, from text to image and back.
 
     From text to image, a hit is the text's image in the top k. From image to text, a hit is any of the image's texts
-    in the top k. The primary metric is the mean of all six.
+    in the top k; nDCG counts all of them. The primary metric is the mean of all six recalls.
 
     Args:
         images: Images, in any form that the model encodes.
@@ -31,6 +34,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         batch_size: Inputs a batch.
         show_progress_bar: Whether to show one while encoding.
         write_csv: Whether to append the metrics to a file in the output path.
+        embeddings_folder: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
         ValueError: If ``image_of`` does not fit, or an image has no text.
@@ -49,6 +53,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         batch_size: int = 32,
         show_progress_bar: bool = False,
         write_csv: bool = True,
+        embeddings_folder: str | Path | None = None,
     ) -> None:
         super().__init__()
         if isinstance(texts, str):
@@ -61,9 +66,8 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
                 "each image needs a text."
             )
         self.images, self.texts, self.image_of = list(images), list(texts), torch.tensor(indices)
-        self.name, self.batch_size, self.show_progress_bar = name, batch_size, show_progress_bar
-        self.write_csv = write_csv
-        self.primary_metric = "mean_recall"
+        self.options = EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder)
+        self.name, self.primary_metric = name, "mean_recall"
 
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
@@ -77,85 +81,53 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
             steps: For the CSV file.
 
         Returns:
-            Recalls by name, and their mean.
+            Metrics by name.
         """
-        options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
-        images = model.encode_document(self.images, convert_to_tensor=True, **options)
-        texts = model.encode_query([{"text": text} for text in self.texts], convert_to_tensor=True, **options)
-        owner = torch.arange(len(images))
-        ranks = {
-            "text_to_image": best_ranks(texts, images, self.image_of, owner),
-            "image_to_text": best_ranks(images, texts, owner, self.image_of),
-        }
-        metrics = {
-            f"{way}_recall@{k}": float((rank < k).double().mean()) for way, rank in ranks.items() for k in RECALL_AT
-        }
-        metrics["mean_recall"] = sum(metrics.values()) / len(metrics)
-        if output_path is not None and self.write_csv:
-            self._append(Path(output_path), {"epoch": epoch, "steps": steps, **metrics})
-        metrics = self.prefix_name_to_metrics(metrics, self.name)
-        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-        return metrics
-
-    def _append(self, folder: Path, row: dict[str, float]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"image_text_retrieval{'_' + self.name if self.name else ''}_results.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="", encoding="utf8") as file:
-            writer = csv.DictWriter(file, list(row))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        each = both_ways(model, self.images, self.texts, self.image_of, self.options)
+        metrics = {name: float(values.mean()) for name, values in each.items()}
+        metrics["mean_recall"] = mean_recall(metrics)
+        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "image_text_retrieval")
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
         return {"images": len(self.images), "texts": len(self.texts)}
 
 
-def best_ranks(
-    queries: Tensor, candidates: Tensor, query_group: Tensor, candidate_group: Tensor, block: int = 2048
-) -> Tensor:
-    """The rank of each query's best relevant candidate, 0 for the top.
-
-    A candidate is relevant if it has the query's group. Candidates with equal scores rank in their order.
-    Scores are computed block by block: memory grows with the block, not with queries times candidates.
+def both_ways(
+    model: SentenceTransformer, images: Sequence[Any], texts: Sequence[str], image_of: Tensor, options: EvaluatorOptions
+) -> dict[str, Tensor]:
+    """Encode images and texts, rank both ways, and measure each query.
 
     Args:
-        queries: ``(queries, H)``.
-        candidates: ``(candidates, H)``.
-        query_group: ``(queries,)`` integers.
-        candidate_group: ``(candidates,)`` integers; each query's group must be among them.
-        block: Rows and columns of a block of scores.
+        model: Any Sentence Transformer that encodes images and texts.
+        images: Images.
+        texts: Texts.
+        image_of: ``(texts,)`` the index of each text's image.
+        options: How to encode.
 
     Returns:
-        ``(queries,)`` integers, on the CPU.
-
-    Example:
-        >>> candidates = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> best_ranks(candidates[:1], candidates, torch.tensor([1]), torch.arange(3))
-        tensor([1])
+        Metrics of each query by name: ``text_to_image_...`` have a value for each text, ``image_to_text_...`` for each
+        image.
     """
-    device = queries.device
-    query_group, candidate_group = query_group.to(device), candidate_group.to(device)
-    starts = range(0, len(candidates), block)
-    ranks = []
-    for rows, groups in zip(queries.float().split(block), query_group.split(block), strict=True):
-        best = torch.full((len(rows),), -torch.inf, device=device)
-        position = torch.zeros(len(rows), dtype=torch.long, device=device)
-        for start in starts:
-            relevant = groups[:, None] == candidate_group[None, start : start + block]
-            scores = (rows @ candidates[start : start + block].float().T).masked_fill(~relevant, -torch.inf)
-            # Of equal scores, argmax may return any one, and the first one is needed.
-            top = scores.amax(dim=1)
-            first = (scores == top[:, None]).int().argmax(dim=1) + start
-            better = top > best
-            best, position = torch.where(better, top, best), torch.where(better, first, position)
-        above = torch.zeros(len(rows), dtype=torch.long, device=device)
-        for start in starts:
-            scores = rows @ candidates[start : start + block].float().T
-            order = torch.arange(start, start + scores.shape[1], device=device)
-            # "Not at most" instead of "more than": then NaN counts as ahead, and never makes a hit.
-            ahead = ~(scores <= best[:, None]) | ((scores == best[:, None]) & (order[None, :] < position[:, None]))
-            above += ahead.sum(dim=1)
-        ranks.append(above)
-    return torch.cat(ranks).cpu()
+    image_rows = embed(model, images, "document", options, "images")
+    text_rows = embed(model, [{"text": text} for text in texts], "query", options, "texts")
+    owner = torch.arange(len(images))
+    counts = torch.bincount(image_of, minlength=len(images))
+    metrics: dict[str, Tensor] = {}
+    for way, queries, candidates, query_group, candidate_group, relevant in (
+        ("text_to_image", text_rows, image_rows, image_of, owner, torch.ones_like(image_of)),
+        ("image_to_text", image_rows, text_rows, owner, image_of, counts),
+    ):
+        indices = top_k(queries, candidates, _DEPTH)[1]
+        relevance = (indices >= 0) & (candidate_group[indices] == query_group[:, None])
+        ideal = torch.arange(_DEPTH) < relevant[:, None]
+        metrics |= {f"{way}_recall@{k}": recall_at(relevance, k) for k in RECALL_AT}
+        metrics[f"{way}_mrr@{_DEPTH}"] = mrr_at(relevance, _DEPTH)
+        metrics[f"{way}_ndcg@{_DEPTH}"] = ndcg_at(relevance, _DEPTH, ideal.int())
+    return metrics
+
+
+def mean_recall(metrics: dict[str, float]) -> float:
+    """The mean of all recalls among metrics."""
+    recalls = [value for name, value in metrics.items() if "recall@" in name]
+    return sum(recalls) / len(recalls)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
-from slq_embed.data import ImageTextPairs, from_folder, retrieval_set
-from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.data import ImageTextPairs, from_folder, load_cirr, load_mmeb_eval, retrieval_set
+from slq_embed.evaluation import CIRREvaluator, ImageTextRetrievalEvaluator, MMEBEvaluator
 from slq_embed.generation import answer, build_reranker
 
 
@@ -21,6 +21,8 @@ def use(folder: Path, image: Image.Image) -> float | None:
     pairs: ImageTextPairs = from_folder(folder, strict=True)
     evaluator = ImageTextRetrievalEvaluator(*retrieval_set(pairs), name="photos")
     metrics: dict[str, float] = evaluator(model)
+    metrics |= CIRREvaluator(**vars(load_cirr(folder, limit=10)), embeddings_folder=folder)(model)
+    metrics |= MMEBEvaluator(load_mmeb_eval(folder, ["GQA"], limit=10), name="mmeb")(model)
     model.save_pretrained(folder / "slq", form="merged")
     again = SLQEncoder(folder / "slq", backbone=model.backbone)
     build_reranker(again, true_token="Yes", false_token="No").rank("a cat", [image])

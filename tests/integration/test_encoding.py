@@ -174,6 +174,19 @@ def test_inputs_without_names_are_told_apart(encoder, images, tmp_path):
             encoder.encode_to_file(other, file)
 
 
+def test_every_text_and_path_of_a_list_of_dicts_is_compared(encoder, folder, tmp_path):
+    """Not only a sample, as of images in memory: a benchmark whose 100th text was corrected is another one."""
+    inputs = [{"image": folder[n % 20], "text": f"text {n}"} for n in range(100)]
+    file = tmp_path / "e.npy"
+    encoder.encode_to_file(inputs, file)
+    assert encoder.encode_to_file(inputs, file).encoded == 0
+    sampled = set(np.linspace(0, 99, 64).astype(int).tolist())
+    number = next(n for n in range(100) if n not in sampled)
+    for other in ({"image": folder[0], "text": "changed"}, {"image": folder[0], "text": f"text {number}"}):
+        with pytest.raises(ValueError, match="other inputs"):
+            encoder.encode_to_file([*inputs[:number], other, *inputs[number + 1 :]], file)
+
+
 def test_embeddings_in_a_file(encoder, folder, tmp_path):
     folder[3].write_bytes(b"no image")
     inputs = [*folder, "a text"]

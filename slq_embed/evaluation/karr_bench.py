@@ -1,0 +1,84 @@
+"""KARR-Bench: retrieval by queries that imply knowledge, as a whole and by category."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+
+from slq_embed.evaluation.encoding import EvaluatorOptions, finish
+from slq_embed.evaluation.retrieval import RECALL_AT, both_ways, mean_recall
+
+
+class KARRBenchEvaluator(SentenceEvaluator):
+    """Recall at 1, 5 and 10, MRR at 10 and nDCG at 10 both ways, and recalls for each category.
+
+    There is one query an image. A category's queries and images are ranked among all, so the categories' recalls,
+    weighted by their sizes, make the overall one. The primary metric is the mean of the six overall recalls.
+
+    Args:
+        images: Images.
+        texts: The query text of each image.
+        categories: The category of each pair, such as ``"functional"``; ``None`` where they are not known.
+        **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
+
+    Raises:
+        ValueError: If the numbers of images, texts and categories differ.
+
+    Source:
+        KARR-Bench of arXiv:2604.13710.
+    """
+
+    def __init__(
+        self, images: Sequence[Any], texts: Sequence[str], categories: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        counts = {len(images), len(texts), len(images if categories is None else categories)}
+        if len(counts) > 1 or not images:
+            raise ValueError(
+                f"There are {len(images)} images, {len(texts)} texts and "
+                f"{'no' if categories is None else len(categories)} categories, but each image needs one text, and one "
+                "category or none at all."
+            )
+        self.images, self.texts = list(images), list(texts)
+        self.categories = None if categories is None else [_slug(category) for category in categories]
+        self.options = EvaluatorOptions(**options)
+        self.name, self.primary_metric = self.options.name, "mean_recall"
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Encode all images and texts, and measure.
+
+        Args:
+            model: Any Sentence Transformer that encodes images and texts.
+            output_path: Folder of the CSV file.
+            epoch: For the CSV file.
+            steps: For the CSV file.
+
+        Returns:
+            Metrics by name; those of a category begin with it: ``functional_text_to_image_recall@1``.
+        """
+        each = both_ways(model, self.images, self.texts, torch.arange(len(self.texts)), self.options)
+        metrics = {name: float(values.mean()) for name, values in each.items()}
+        metrics["mean_recall"] = mean_recall(metrics)
+        for category in dict.fromkeys(self.categories or ()):
+            rows = torch.from_numpy(np.asarray(self.categories) == category)
+            for way in ("text_to_image", "image_to_text"):
+                for k in RECALL_AT:
+                    metrics[f"{category}_{way}_recall@{k}"] = float(each[f"{way}_recall@{k}"][rows].mean())
+        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "karr_bench")
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {"pairs": len(self.texts), "categories": len(set(self.categories or ()))}
+
+
+def _slug(category: str) -> str:
+    """A category as part of a metric's name: ``"tool/appliance"`` is ``"tool_appliance"``."""
+    return re.sub(r"\W+", "_", category.lower()).strip("_")
