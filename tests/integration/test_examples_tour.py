@@ -114,7 +114,7 @@ def test_fine_tuning_by_fit(run_example, tmp_path):
     output = run_example("fine_tune", "--output", tmp_path / "out")
     assert "1,536 numbers fitted on 64 pairs" in output
     rows = re.findall(r"^ +(\w+@?\d*): +([\d.]+)% -> +([\d.]+)%$", output, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 11
     assert any(before != after for _, before, after in rows)
     assert "Loaded again as SentenceTransformer" in output
     assert len(re.findall(r"      -> an?|      -> \w+ .* \(-?\d\.\d\d\)", output)) == 3

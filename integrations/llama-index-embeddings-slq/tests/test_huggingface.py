@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from llama_index.embeddings.slq import SLQEmbedding
 
-from slq_embed import pretrained
+from slq_embed import SLQEncoder, pretrained
 
 
 def same(rows, expected) -> bool:
@@ -30,9 +27,7 @@ def test_a_folder_works_in_the_hosts_own_class(embedding, scenes, tmp_path):
 
 def test_its_saved_query_prompt_must_be_given_there_again(scenes, tmp_path):
     folder, text = tmp_path / "slq", scenes[0].caption
-    shutil.copytree(pretrained("slq-tiny"), folder)
-    config = folder / "config_sentence_transformers.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prompts": {"query": "find this."}}))
+    SLQEncoder(pretrained("slq-tiny"), prompts={"query": "find this."}, device="cpu").save_pretrained(folder)
     options = {"model_name": str(folder), "max_length": 512, "device": "cpu", "cache_folder": str(tmp_path)}
     ours = SLQEmbedding(folder, device="cpu").get_query_embedding(text)
     assert not same(HuggingFaceEmbedding(**options).get_query_embedding(text), ours)
