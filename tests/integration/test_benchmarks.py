@@ -49,3 +49,19 @@ def test_the_embedded_models_keep_their_promises(tmp_path):
         assert result[wording]["mean_of_all_tokens"] < 0.3
     assert result["literal"]["slq-tiny-head"] >= 0.97
     assert result["implicit"]["slq-tiny-head"] >= 0.91
+
+
+@pytest.mark.slow
+def test_quality_compares_methods_and_goes_on(tmp_path):
+    options = ["--quick", "--steps", 2, "--methods", "slq", "slq_adapters", "lora", "--output", tmp_path / "runs"]
+    run_script("benchmarks/quality.py", *options, "--json", tmp_path / "first.json", folder=tmp_path)
+    table = json.loads((tmp_path / "first.json").read_text())
+    for method in ("slq", "slq_adapters", "lora"):
+        keys = {"literal", "implicit", "answers_kept", "trained_numbers", "seconds", "peak_bytes"}
+        assert keys <= table[method].keys()
+    assert table["slq"]["same_bits"]
+    assert table["slq_adapters"]["same_bits"]
+    assert not table["lora"]["same_bits"]
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}
+    run_script("benchmarks/quality.py", *options, folder=tmp_path)  # every run is read, none is made again
+    assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}

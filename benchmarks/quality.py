@@ -1,0 +1,158 @@
+"""Does a frozen backbone with latent queries retrieve as well as LoRA and full fine-tuning, and what does each forget?
+
+    python benchmarks/quality.py [--world toy] [--seeds 0 1 2 3 4] [--output FOLDER] [--json FILE]
+    python benchmarks/quality.py --quick --json FILE
+
+The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rate of each is chosen on
+the validation split with the first seed, out of RATES; all seeds are then measured on the test split. Methods without latent
+queries read the embedding from the last token, and from the others in READOUTS where nothing is trained; the best is chosen on
+validation, too. Each run has a process of its own and writes a file into the output folder: a run that was killed goes on.
+
+Columns: text-to-image recall at 1 by kind of query, answers_kept (the share of answers that are the same as before the
+training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training.
+
+--quick, under 5 minutes on 2 CPU cores: one seed, few steps, the learning rates in QUICK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, parser, peak_above_weights, quiet, write
+from methods import METHODS, OURS, READOUTS, build, train
+from worlds import WORLDS
+
+from slq_embed.evaluation import best_ranks
+
+RATES: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(OURS, (1e-2, 2e-2, 4e-2)),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "full_finetuning": (3e-5, 1e-4, 3e-4),
+}
+QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
+TEMPERATURE_RATE = 4e-2
+RECALL_AT = (1, 5, 10)
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Train one retriever and measure it."""
+    world = WORLDS[options["world"]](**options["sizes"])
+    backbone, processor = world.load()
+    backbone = backbone.to(options["device"]).eval()
+    before = world.knowledge(backbone, processor) if options["split"] == "test" else None
+    retriever = build(
+        options["method"], options["readout"], backbone, processor, options["rate"] or 0.0, options["seed"]
+    )
+    seconds, peak = 0.0, 0
+    if retriever.trained:
+        batches = world.batches(options["seed"], options["steps"], options["batch"])
+        started = time.perf_counter()
+        peak = peak_above_weights(
+            lambda: train(retriever, batches, options["steps"], TEMPERATURE_RATE), options["device"], times=1
+        )
+        seconds = time.perf_counter() - started
+    result: dict[str, Any] = {"trained_numbers": retriever.numbers, "seconds": seconds, "peak_bytes": peak}
+    encoded: dict[int, torch.Tensor] = {}
+    for kind, held_out in world.retrieval(options["split"]).items():
+        if (images := encoded.get(id(held_out.images))) is None:
+            images = encoded[id(held_out.images)] = retriever.encode(held_out.images)
+        texts = retriever.encode(held_out.texts)
+        owner, order = torch.tensor(held_out.image_of), torch.arange(len(images))
+        ways = {"": best_ranks(texts, images, owner, order), "image_to_text_": best_ranks(images, texts, order, owner)}
+        for way, ranks in ways.items():
+            result |= {f"{way}{kind}@{k}": float((ranks < k).double().mean()) for k in RECALL_AT}
+        result[kind] = result[f"{kind}@1"]
+    if before is not None:
+        after = world.knowledge(backbone, processor)
+        kept = sum(one == other for one, other in zip(before.answers, after.answers, strict=True))
+        result |= {"answers_kept": kept / len(before.answers), "same_bits": before.bits == after.bits}
+        result |= {"answers_right": after.right, "answers_right_before": before.right}
+    return result
+
+
+def result_of(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run: of an earlier one with the same options, or else of a process of its own."""
+    name = "-".join(str(options[key]) for key in ("split", "method", "readout", "rate", "seed"))
+    path = folder / f"{name}.json"
+    if path.exists() and (done := json.loads(path.read_text()))["options"] == options:
+        return done["result"]
+    print(f"{name} ...", flush=True, file=sys.stderr)
+    command = [sys.executable, "-W", "ignore", __file__, "--run", json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise RuntimeError(f"The run {name} failed: {done.stderr[-3000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"options": options, "result": result}, indent=2) + "\n")
+    partial.replace(path)  # a killed run leaves no half file
+    return result
+
+
+def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The read-out or the learning rate that is best on the validation split with the first seed."""
+    readouts = READOUTS if method == "zero_shot" else ("last",)
+    tried = []
+    for readout in readouts:
+        for rate in RATES.get(method, (None,)):
+            setting = {"method": method, "readout": readout, "rate": rate}
+            found = result_of(folder, {**options, **setting, "split": "validation"})
+            tried.append((sum(found[kind] for kind in kinds), setting))
+    return max(tried, key=lambda pair: pair[0])[1]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--world", default="toy", choices=WORLDS)
+    options.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    options.add_argument("--steps", type=int, default=None)
+    options.add_argument("--batch", type=int, default=None)
+    options.add_argument("--output", type=Path, default=Path("output/quality"), help="folder of the finished runs")
+    options.add_argument("--run", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    quiet()
+    if args.run:
+        print(json.dumps(run(json.loads(args.run))))
+        return
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    sizes = {"held_out": 200, "asked": 40} if args.quick else {}
+    common = {"world": args.world, "sizes": sizes, "device": args.device}
+    common |= {"steps": args.steps or (40 if args.quick else 400), "batch": args.batch or (32 if args.quick else 64)}
+    folder = args.output / ("quick" if args.quick else args.world)
+    kinds = WORLDS[args.world].kinds
+    table: dict[str, dict[str, Any]] = {}
+    for method in args.methods:
+        setting = {"method": method, "readout": "last", "rate": QUICK.get(method)}
+        if not args.quick:
+            setting = choose(folder, {**common, "seed": seeds[0]}, method, kinds)
+        drawn = seeds[:1] if method == "zero_shot" else seeds
+        runs = [result_of(folder, {**common, **setting, "split": "test", "seed": seed}) for seed in drawn]
+        middle = {key: statistics.median(float(result[key]) for result in runs) for key in runs[0]}
+        spread = {key: [result[key] for result in runs] for key in kinds}
+        table[method] = {**middle, "same_bits": all(result["same_bits"] for result in runs), "setting": setting}
+        table[method]["seeds"] = spread
+    print(
+        f"{'method':>16} {' '.join(f'{kind:>18}' for kind in kinds)} answers kept  bits {'numbers':>10} seconds  peak MB"
+    )
+    for method, row in table.items():
+        recalls = " ".join(
+            f"{row[kind]:6.1%} {min(row['seeds'][kind]):5.1%}..{max(row['seeds'][kind]):5.1%}" for kind in kinds
+        )
+        bits = "same" if row["same_bits"] else "other"
+        print(f"{method:>16} {recalls} {row['answers_kept']:12.1%} {bits:>5} ", end="")
+        print(f"{int(row['trained_numbers']):10,} {row['seconds']:7.0f} {row['peak_bytes'] / 1e6:8.0f}")
+    write(args.json, machine(args) | {"search_space": RATES, "common": common, "seeds": seeds, **table})
+
+
+if __name__ == "__main__":
+    main()
