@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
@@ -36,6 +38,10 @@ class QueryAdapterTransformer(Transformer):
         module = super().load(model_name_or_path, *args, **kwargs)
         for config in getattr(module.model, "peft_config", {}).values():
             if tokens := getattr(config, "alora_invocation_tokens", None):
+                if Version(transformers.__version__) < Version("5.23"):
+                    raise ImportError(
+                        f"transformers {transformers.__version__} leaves weights of this adapter out; 5.23 or newer is needed."
+                    )
                 for layer in module.model.modules():
                     if isinstance(layer, LoraLayer):
                         layer.register_forward_pre_hook(partial(_act_at_the_end, count=len(tokens)), with_kwargs=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
 from slq_embed import QueryAdapter, SLQEncoder
@@ -35,8 +37,11 @@ ADAPTERS |= {
     "deep-merged": ("qwen2_vl", "merged", {"deep_queries": True}),
     "all": ("qwen2_5_vl", "adapter", PARTS["all"]),
 }
+if Version(transformers.__version__) < Version("5.23"):  # refused there
+    ADAPTERS = {name: case for name, case in ADAPTERS.items() if "query_adapter" not in case[2]}
 HALF = ("heads/adapter-mean-16", "heads/adapter-last-16", "heads/merged-mean-16")
 HALF += ("adapters/qwen3_vl", "adapters/head", "adapters/last-head", "adapters/all")
+HALF = tuple(name for name in HALF if name.startswith("heads/") or name.removeprefix("adapters/") in ADAPTERS)
 SCRIPT = """
 import contextlib, io, json, pathlib, re, sys
 import numpy as np
@@ -109,7 +114,7 @@ def test_an_adapter_needs_its_own_code_and_nothing_more(elsewhere, case):
     assert furthest(np.load(folder / "theirs.npy"), ours) < 1e-6
 
 
-@pytest.mark.parametrize("case", ["heads/merged-last-16", "adapters/head"])
+@pytest.mark.parametrize("case", ["heads/merged-last-16", *(["adapters/head"] if "head" in ADAPTERS else [])])
 def test_the_snippet_of_the_model_card_runs_there(elsewhere, case):
     assert "tensor([[1.0" in (elsewhere / case / "printed.txt").read_text()
 
