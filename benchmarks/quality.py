@@ -11,7 +11,7 @@ validation, too. Each run has a process of its own and writes a file into the ou
 Columns: text-to-image recall at 1 by kind of query, answers_kept (the share of answers that are the same as before the
 training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training.
 
---quick, under 5 minutes on 2 CPU cores: one seed, few steps, the learning rates in QUICK.
+--quick: one seed, few steps, the learning rates in QUICK.
 """
 
 from __future__ import annotations
