@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch.nn.functional import normalize
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import recall_at, top_k
 
 _ACCURACY_AT = (1, 5)
 
 
-class ZeroShotClassificationEvaluator(SentenceEvaluator):
+class ZeroShotClassificationEvaluator(Evaluator):
     """Top-1 and top-5 accuracy of images by the names of their classes.
 
     Each template makes a text of each class name. The normalised embeddings of a class's texts are averaged and
@@ -36,6 +36,8 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
         Prompt ensembles of CLIP, arXiv:2103.00020, section 3.1.4.
     """
 
+    kind, metric = "zero_shot_classification", "accuracy@1"
+
     def __init__(
         self,
         images: Sequence[Any],
@@ -44,7 +46,7 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
         templates: Sequence[str] = ("a photo of a {}.",),
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(**options))
         if len(images) != len(labels) or not images or not set(labels) <= set(range(len(class_names))):
             raise ValueError(
                 f"There are {len(images)} images, {len(labels)} labels from {min(labels, default=None)} to "
@@ -55,19 +57,12 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
             raise ValueError(f"templates is {templates!r}, but a list of texts with {{}} for the name is needed.")
         self.images, self.labels = list(images), torch.tensor(list(labels))
         self.class_names, self.templates = list(class_names), list(templates)
-        self.options = EvaluatorOptions(**options)
-        self.name, self.primary_metric = self.options.name, "accuracy@1"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and prompts, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images and texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Accuracies by name.
@@ -80,8 +75,7 @@ class ZeroShotClassificationEvaluator(SentenceEvaluator):
         )
         images = embed(model, self.images, "document", self.options, "images")
         hits = top_k(images, classes, _ACCURACY_AT[-1])[1] == self.labels[:, None]
-        metrics = {f"accuracy@{k}": float(recall_at(hits, k).mean()) for k in _ACCURACY_AT}
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "zero_shot_classification")
+        return {f"accuracy@{k}": float(recall_at(hits, k).mean()) for k in _ACCURACY_AT}
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

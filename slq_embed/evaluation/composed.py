@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import order_own, recall_at, top_k
 
 _CIRR_AT, _CIRR_SUBSET_AT, _FASHION_IQ_AT = (1, 5, 10, 50), (1, 2, 3), (10, 50)
@@ -27,7 +27,7 @@ def _require_indices(name: str, indices: Sequence[int], count: int) -> None:
         raise ValueError(f"{name} holds {bad[0]}, but there are {count} images: pass indices from 0 to {count - 1}.")
 
 
-class CIRREvaluator(SentenceEvaluator):
+class CIRREvaluator(Evaluator):
     """Recall at 1, 5, 10 and 50 among all images but the reference, and at 1, 2 and 3 among the query's own subset.
 
     The query is the reference image with the text, encoded as one input. The primary metric is recall at 5; with
@@ -50,6 +50,8 @@ class CIRREvaluator(SentenceEvaluator):
         CIRR, arXiv:2108.04024, and the protocol of arXiv:2604.13710.
     """
 
+    kind, metric = "cirr", "recall@5"
+
     def __init__(
         self,
         images: Sequence[Any],
@@ -61,7 +63,7 @@ class CIRREvaluator(SentenceEvaluator):
         pair_ids: Sequence[int | str] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(**options))
         lists = {"references": references, "texts": texts, "targets": targets, "subsets": subsets, "pair_ids": pair_ids}
         _require_equal({name: len(values) for name, values in lists.items() if values is not None})
         _require_indices("references", references, len(images))
@@ -77,19 +79,12 @@ class CIRREvaluator(SentenceEvaluator):
                 for subset, reference in zip(subsets, references, strict=True)
             ]
         self.names, self.pair_ids = names, pair_ids
-        self.options = EvaluatorOptions(**options)
-        self.name, self.primary_metric = self.options.name, "recall@5"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and queries, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images with texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Metrics by name.
@@ -107,7 +102,7 @@ class CIRREvaluator(SentenceEvaluator):
                 right = [target in row[:k] for target, row in zip(self.targets, subset_top, strict=True)]
                 metrics[f"subset_recall@{k}"] = sum(right) / len(right)
             metrics["mean_recall"] = (metrics["recall@5"] + metrics["subset_recall@1"]) / 2
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "cirr")
+        return metrics
 
     def submissions(self, model: SentenceTransformer) -> dict[str, dict[str, Any]]:
         """What the data set's test server takes, a JSON file for each metric.
@@ -155,7 +150,7 @@ def _composed(images: Sequence[Any], references: Sequence[int], texts: Sequence[
     return [{"image": images[n], "text": text} for n, text in zip(references, texts, strict=True)]
 
 
-class FashionIQEvaluator(SentenceEvaluator):
+class FashionIQEvaluator(Evaluator):
     """Recall at 10 and 50 in each category, and their means over the categories.
 
     A query has two captions. They are joined in both orders, the reference image is encoded with each, and the two
@@ -179,6 +174,8 @@ class FashionIQEvaluator(SentenceEvaluator):
         of the two is a normalised embedding.
     """
 
+    kind, metric = "fashion_iq", "mean_recall"
+
     def __init__(
         self,
         images: Sequence[Any],
@@ -189,7 +186,7 @@ class FashionIQEvaluator(SentenceEvaluator):
         categories: Sequence[str],
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(**options))
         lists = {"references": references, "captions": captions, "targets": targets, "categories": categories}
         _require_equal({name: len(values) for name, values in lists.items()})
         _require_equal({"images": len(images), "image_categories": len(image_categories)})
@@ -203,19 +200,12 @@ class FashionIQEvaluator(SentenceEvaluator):
         self.images, self.image_categories = list(images), list(image_categories)
         self.references, self.targets = list(references), list(targets)
         self.captions, self.categories = [list(both) for both in captions], list(categories)
-        self.options = EvaluatorOptions(**options)
-        self.name, self.primary_metric = self.options.name, "mean_recall"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and queries, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images with texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Metrics by name.
@@ -237,7 +227,7 @@ class FashionIQEvaluator(SentenceEvaluator):
         for k in _FASHION_IQ_AT:
             metrics[f"mean_recall@{k}"] = sum(metrics[f"{category}_recall@{k}"] for category in names) / len(names)
         metrics["mean_recall"] = sum(metrics[f"mean_recall@{k}"] for k in _FASHION_IQ_AT) / len(_FASHION_IQ_AT)
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "fashion_iq")
+        return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

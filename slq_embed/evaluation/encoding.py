@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
 from slq_embed.encoder import SLQEncoder
@@ -127,43 +125,3 @@ def _decoded(value: Any) -> Any:
             **({} if text is None else {"text": text}),
         }
     return value if isinstance(value, Image.Image) or not isinstance(value, Path | Mapping) else read_image(value)
-
-
-def finish(
-    evaluator: SentenceEvaluator,
-    model: SentenceTransformer,
-    metrics: dict[str, float],
-    options: EvaluatorOptions,
-    run: tuple[str | None, int, int],
-    kind: str,
-) -> dict[str, float]:
-    """Report metrics where the host expects them: in a CSV file, with the name as their prefix, in the model card.
-
-    Args:
-        evaluator: The evaluator.
-        model: The model.
-        metrics: Metrics by name.
-        options: The evaluator's options.
-        run: Output path, epoch and steps, as the host passes them.
-        kind: Beginning of the file's name.
-
-    Returns:
-        The metrics with their prefix.
-    """
-    output_path, epoch, steps = run
-    if output_path is not None and options.write_csv:
-        name = f"{kind}{'_' + options.name if options.name else ''}_results.csv"
-        _append(Path(output_path) / name, {"epoch": epoch, "steps": steps, **metrics})
-    metrics = evaluator.prefix_name_to_metrics(metrics, options.name)
-    evaluator.store_metrics_in_model_card_data(model, metrics, epoch, steps)
-    return metrics
-
-
-def _append(path: Path, row: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)

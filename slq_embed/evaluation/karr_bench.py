@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions
+from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.retrieval import RECALL_AT, both_ways, mean_recall
 
 
-class KARRBenchEvaluator(SentenceEvaluator):
+class KARRBenchEvaluator(Evaluator):
     """Recall at 1, 5 and 10, MRR at 10 and nDCG at 10 both ways, and recalls for each category.
 
     There is one query an image. A category's queries and images are ranked among all, so the categories' recalls,
@@ -34,10 +34,12 @@ class KARRBenchEvaluator(SentenceEvaluator):
         KARR-Bench of arXiv:2604.13710.
     """
 
+    kind, metric = "karr_bench", "mean_recall"
+
     def __init__(
         self, images: Sequence[Any], texts: Sequence[str], categories: Sequence[str] | None = None, **options: Any
     ) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(**options))
         counts = {len(images), len(texts), len(images if categories is None else categories)}
         if len(counts) > 1 or not images:
             raise ValueError(
@@ -47,19 +49,12 @@ class KARRBenchEvaluator(SentenceEvaluator):
             )
         self.images, self.texts = list(images), list(texts)
         self.categories = None if categories is None else [_slug(category) for category in categories]
-        self.options = EvaluatorOptions(**options)
-        self.name, self.primary_metric = self.options.name, "mean_recall"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and texts, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images and texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Metrics by name; those of a category begin with it: ``functional_text_to_image_recall@1``.
@@ -72,7 +67,7 @@ class KARRBenchEvaluator(SentenceEvaluator):
             for way in ("text_to_image", "image_to_text"):
                 for k in RECALL_AT:
                     metrics[f"{category}_{way}_recall@{k}"] = float(each[f"{way}_recall@{k}"][rows].mean())
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "karr_bench")
+        return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

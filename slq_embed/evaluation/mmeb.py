@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import order_own
 
 MMEB_GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -54,7 +54,7 @@ class MMEBTask:
     own: Sequence[Sequence[int] | NDArray[np.integer[Any]]]
 
 
-class MMEBEvaluator(SentenceEvaluator):
+class MMEBEvaluator(Evaluator):
     """Precision at 1 of each task, and the means of the leaderboard.
 
     A query is right if its first candidate scores highest among its own candidates. Each mean is one over tasks, not
@@ -72,8 +72,10 @@ class MMEBEvaluator(SentenceEvaluator):
         VLM2Vec and MMEB, arXiv:2410.05160.
     """
 
+    kind, metric = "mmeb", "mean"
+
     def __init__(self, tasks: Mapping[str, MMEBTask], **options: Any) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(**options))
         if not tasks or (unknown := set(tasks) - set(MMEB_TASKS)):
             raise ValueError(f"MMEB has no task {sorted(unknown) if tasks else ''}. It has: {', '.join(MMEB_TASKS)}.")
         for name, task in tasks.items():
@@ -86,19 +88,12 @@ class MMEBEvaluator(SentenceEvaluator):
             if any(min(row) < 0 or max(row) >= count for row in task.own):
                 raise ValueError(f"{name} has {count} candidates, but a row of `own` holds other indices.")
         self.tasks = dict(tasks)
-        self.options = EvaluatorOptions(**options)
-        self.name, self.primary_metric = self.options.name, "mean"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode each distinct query and candidate of each task once, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images with texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Precision at 1 by task, and means.
@@ -109,8 +104,7 @@ class MMEBEvaluator(SentenceEvaluator):
             candidates = embed(model, task.candidates, "document", self.options, f"{name}_candidates")
             orders = order_own(queries, candidates, task.own)
             scores[name] = sum(order[:1] == [0] for order in orders) / len(orders)
-        metrics = {f"{name}_precision@1": score for name, score in scores.items()} | mmeb_means(scores)
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "mmeb")
+        return {f"{name}_precision@1": score for name, score in scores.items()} | mmeb_means(scores)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed, finish
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import mrr_at, ndcg_at, recall_at, top_k
 
 RECALL_AT = (1, 5, 10)
 _DEPTH = 10
 
 
-class ImageTextRetrievalEvaluator(SentenceEvaluator):
+class ImageTextRetrievalEvaluator(Evaluator):
     """Recall at 1, 5 and 10, MRR at 10 and nDCG at 10, from text to image and back.
 
     From text to image, a hit is the text's image in the top k. From image to text, a hit is any of the image's texts
@@ -43,6 +43,8 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         The protocol of arXiv:2604.13710: any of an image's captions counts.
     """
 
+    kind, metric = "image_text_retrieval", "mean_recall"
+
     def __init__(
         self,
         images: Sequence[Any],
@@ -55,7 +57,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         write_csv: bool = True,
         embeddings_folder: str | Path | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder))
         if isinstance(texts, str):
             raise ValueError(f"texts is the str {reprlib.repr(texts)}, but a list of texts is needed.")
         indices = [operator.index(index) for index in image_of]
@@ -66,19 +68,12 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
                 "each image needs a text."
             )
         self.images, self.texts, self.image_of = list(images), list(texts), torch.tensor(indices)
-        self.options = EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder)
-        self.name, self.primary_metric = name, "mean_recall"
 
-    def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
+    def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and texts, and measure.
 
         Args:
             model: Any Sentence Transformer that encodes images and texts.
-            output_path: Folder of the CSV file.
-            epoch: For the CSV file.
-            steps: For the CSV file.
 
         Returns:
             Metrics by name.
@@ -86,7 +81,7 @@ class ImageTextRetrievalEvaluator(SentenceEvaluator):
         each = both_ways(model, self.images, self.texts, self.image_of, self.options)
         metrics = {name: float(values.mean()) for name, values in each.items()}
         metrics["mean_recall"] = mean_recall(metrics)
-        return finish(self, model, metrics, self.options, (output_path, epoch, steps), "image_text_retrieval")
+        return metrics
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
