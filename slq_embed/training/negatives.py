@@ -93,16 +93,15 @@ def mine_negatives(
     queries, bad_anchors = _encode(model, dataset, anchor, anchors, "query", **encoding)
     vectors, bad_candidates = _encode(model, dataset, positive, candidates, "document", **encoding)
     positives = _positives(anchor_of, candidate_of, labels)
-    good = np.flatnonzero(np.isfinite(queries).all(axis=1))
     readable = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     index = _index(factory, search_parameters, vectors, readable)
 
     chosen: dict[int, NDArray[np.int64]] = {}
-    for start in range(0, len(good), _ANCHORS_A_SEARCH):
-        chunk = good[start : start + _ANCHORS_A_SEARCH]
+    for start in range(0, len(anchors), _ANCHORS_A_SEARCH):
+        chunk = range(start, min(start + _ANCHORS_A_SEARCH, len(anchors)))
         own = [np.intersect1d(positives[number], readable) for number in chunk]
         k = max(1, min(len(readable), range_max + max(map(len, own))))
-        _, hits = index.search(queries[chunk], k)
+        _, hits = index.search(queries[chunk.start : chunk.stop], k)
         for number, mine, row in zip(chunk, own, hits, strict=True):
             found = readable[row[row >= 0]]
             found = found[~np.isin(found, mine)][range_min:range_max]
@@ -117,7 +116,7 @@ def mine_negatives(
                 if duplicate_score is not None:
                     keep &= to_positives.max(axis=1) <= duplicate_score
                 found = found[keep]
-            chosen[int(number)] = found[:num_negatives]
+            chosen[number] = found[:num_negatives]
 
     rows, negatives, skipped = [], [], []
     for row, (a, c) in enumerate(zip(anchor_of.tolist(), candidate_of.tolist(), strict=True)):

@@ -99,7 +99,7 @@ def test_equal_anchors_share_their_positives_with_labels_and_without():
 
 
 def test_rows_with_too_few_negatives_and_rows_that_cannot_be_read_are_named(caplog):
-    rows = [*ROWS, ("q 5", "bad", 6), ("bad", "d 15", 7), ("q 14", "d 16", 0)]
+    rows = [*ROWS, ("q 5", "bad", 6), ("bad", "d 15", 7), ("q 14", "d 16", 0), ("q 90", "bad", 3)]
     found = mine_negatives(None, pairs(*rows), num_negatives=2, range_max=2, duplicate_score=0.99)
     # cos(15 - 16) > 0.99: of the two nearest, the rows of label 0 lose one.
     short = "1 of 2 negatives found"
@@ -109,10 +109,11 @@ def test_rows_with_too_few_negatives_and_rows_that_cannot_be_read_are_named(capl
         ("row 5", "image: unreadable", 5),
         ("row 6", "text: unreadable", 6),
         ("row 7", short, 7),
+        ("row 8", "image: unreadable", 8),
     ]
-    assert list(found.dataset["anchor"]) == ["q 30", "q 60", "q 90"]
+    assert list(found.dataset["anchor"]) == ["q 30", "q 60", "q 90"], "q 90 has a positive that can be read"
     assert all(None not in row.values() and "bad" not in row.values() for row in found.dataset)
-    assert "5 of 8 rows are left out; the first is row 0 (1 of 2 negatives found)" in caplog.text
+    assert "6 of 9 rows are left out; the first is row 0 (1 of 2 negatives found)" in caplog.text
 
 
 def test_a_learning_index_is_taken_once_there_is_enough_to_learn_from(monkeypatch):
