@@ -73,6 +73,7 @@ def test_images_that_match_best_become_negatives(trained, pairs, mined):
     known = [np.asarray(image) for image in pictures]
     cosines = trained.similarity(trained.encode(list(pairs.dataset["text"])), trained.encode(list(pictures)))
     assert mined.report() == "nothing was skipped"
+    assert mined.dataset[:4]["anchor"] == list(pairs.dataset["text"][:4]), "a batch at once, as the trainer reads it"
     for number, row in enumerate(mined.dataset):
         order = [c for c in cosines[number].argsort(descending=True).tolist() if c != number // 2]
         assert row["anchor"] == pairs.dataset[number]["text"]
@@ -82,7 +83,8 @@ def test_images_that_match_best_become_negatives(trained, pairs, mined):
 
 def test_images_can_search_texts(trained, pairs):
     own = [set(captions(scene)[:2]) for scene in SCENES]
-    found = mine_negatives(trained, pairs, anchor="image", positive="text", num_negatives=3).dataset
+    formatted = pairs.dataset.with_format("numpy")  # would give arrays in place of images
+    found = mine_negatives(trained, formatted, anchor="image", positive="text", num_negatives=3).dataset
     assert len(found) == len(pairs.dataset)
     for row in found:
         assert row["anchor"].size == (64, 64)
