@@ -89,12 +89,14 @@ def mine_negatives(
     anchors, anchor_of = _distinct(dataset, anchor)
     candidates, candidate_of = _distinct(dataset, positive)
     labels = anchor_of if "label" not in dataset.column_names else np.asarray(dataset["label"])
+    # Before the long work: FAISS may be missing, or have no such type.
+    index = FaissIndex(factory, int(model.get_embedding_dimension() or 0), search_parameters)
     encoding: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     queries, bad_anchors = _encode(model, dataset, anchor, anchors, "query", **encoding)
     vectors, bad_candidates = _encode(model, dataset, positive, candidates, "document", **encoding)
     positives = _positives(anchor_of, candidate_of, labels)
     readable = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-    index = _index(factory, search_parameters, vectors, readable)
+    index = _filled(index, vectors, readable)
 
     chosen: dict[int, NDArray[np.int64]] = {}
     for start in range(0, len(anchors), _ANCHORS_A_SEARCH):
@@ -226,8 +228,7 @@ def _positives(
     return [np.array(sorted(candidates), np.int64) for candidates in own]
 
 
-def _index(factory: str, search_parameters: str, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> FaissIndex:
-    index = FaissIndex(factory, vectors.shape[1], search_parameters)
+def _filled(index: FaissIndex, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> FaissIndex:
     for start in range(0, len(rows), _ANCHORS_A_SEARCH):
         index.add(vectors[rows[start : start + _ANCHORS_A_SEARCH]])
     if index.can_learn_from(len(rows)):

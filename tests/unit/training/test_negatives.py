@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from slq_embed.data import ImageTextPairs
 from slq_embed.training import mine_negatives, negatives
 
 pytest.importorskip("faiss")
+
+MODEL: Any = SimpleNamespace(get_embedding_dimension=lambda: 2)
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +44,12 @@ def mined(rows: Any, **options: Any) -> dict[str, list[str]]:
     options = {"num_negatives": 1, "duplicate_score": None, **options}
     return {
         row["anchor"]: [value for name, value in row.items() if name.startswith("negative_")]
-        for row in mine_negatives(None, pairs(*rows), **options).dataset
+        for row in mine_negatives(MODEL, pairs(*rows), **options).dataset
     }
 
 
 def test_the_nearest_candidates_of_other_labels_come_first():
-    found = mine_negatives(None, pairs(*ROWS), num_negatives=2, duplicate_score=None)
+    found = mine_negatives(MODEL, pairs(*ROWS), num_negatives=2, duplicate_score=None)
     assert found.dataset.column_names == ["anchor", "positive", "negative_1", "negative_2", "label"]
     assert found.dataset[0] == {
         "anchor": "q 0",
@@ -93,14 +96,14 @@ def test_near_duplicates_of_any_positive_are_no_negatives():
 def test_equal_anchors_share_their_positives_with_labels_and_without():
     rows = [("q 0", "d 10", 0), ("q 0", "d 20", 1), ("q 50", "d 21", 1), ("q 60", "d 70", 2)]
     assert mined(rows)["q 0"] == ["d 70"], "d 21 is a sibling of the second row"
-    found = mine_negatives(None, pairs(*(row[:2] for row in rows)), num_negatives=1, duplicate_score=None).dataset
+    found = mine_negatives(MODEL, pairs(*(row[:2] for row in rows)), num_negatives=1, duplicate_score=None).dataset
     assert found["negative_1"][:2] == ["d 21", "d 21"]
     assert found["label"] == [0, 0, 1, 2], "rows with one anchor get one label"
 
 
 def test_rows_with_too_few_negatives_and_rows_that_cannot_be_read_are_named(caplog):
     rows = [*ROWS, ("q 5", "bad", 6), ("bad", "d 15", 7), ("q 14", "d 16", 0), ("q 90", "bad", 3)]
-    found = mine_negatives(None, pairs(*rows), num_negatives=2, range_max=2, duplicate_score=0.99)
+    found = mine_negatives(MODEL, pairs(*rows), num_negatives=2, range_max=2, duplicate_score=0.99)
     # cos(15 - 16) > 0.99: of the two nearest, the rows of label 0 lose one.
     short = "1 of 2 negatives found"
     assert [(row.name, row.reason, row.index) for row in found.skipped] == [
@@ -143,11 +146,17 @@ def test_streamed_and_empty_datasets_are_refused():
     streamed = IterableDataset.from_generator(lambda: iter([{"text": "q 0", "image": "d 0"}]))
     for source in (streamed, ImageTextPairs(streamed)):
         with pytest.raises(ValueError, match="are a IterableDataset, but negatives are chosen from all rows"):
-            mine_negatives(None, source)
+            mine_negatives(MODEL, source)
     with pytest.raises(ValueError, match="The dataset has no rows"):
-        mine_negatives(None, pairs(*ROWS).select([]))
+        mine_negatives(MODEL, pairs(*ROWS).select([]))
 
 
 def test_nothing_that_can_be_read_is_an_error_that_says_so():
     with pytest.raises(ValueError, match=r"row 0 \(image: unreadable\)"):
         mined([("q 0", "bad", 0), ("q 1", "bad", 1)])
+
+
+def test_an_unknown_index_type_is_refused_before_anything_is_encoded(monkeypatch):
+    monkeypatch.setattr(negatives, "_encode", lambda *args, **settings: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="FAISS makes no index of the type 'Tree'"):
+        mined(ROWS, factory="Tree")
