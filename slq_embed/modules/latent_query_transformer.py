@@ -17,7 +17,7 @@ from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.rows import Row, read_row
 from slq_embed.modules.deep_queries import add_before_layers, initial_deep_queries
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
-from slq_embed.prefix.features import Features, make_room, select_rows, strip_queries
+from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows, strip_queries
 from slq_embed.prefix.keys import keys_to_tensor, prefix_key
 from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
@@ -249,6 +249,7 @@ class LatentQueryTransformer(InputModule):
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
+        features.update(move_padding_left(features))
         if torch.is_grad_enabled() or self.training or self.source.store is not None or self._twin[0] is not None:
             states = self.query_states(self.prefix(features))
         else:  # there is nothing to keep, and whole sequences are a little faster for short texts

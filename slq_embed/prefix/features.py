@@ -105,6 +105,34 @@ def pad_left(rows: Sequence[Tensor], value: int = 0) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
+def move_padding_left(features: Features) -> Features:
+    """Put padding that follows a row's tokens before them.
+
+    Losses of Sentence Transformers join several columns of texts to one batch, and fill the shorter ones up on the right
+    (``base/losses/merged_forward.py`` in 6.0 to 6.2). There the queries would stand behind the padding.
+
+    Args:
+        features: Of the batch, padded on either side.
+
+    Returns:
+        The features. Without padding on the right they are returned as they are.
+
+    Example:
+        >>> rows = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> move_padding_left(rows)["input_ids"]
+        tensor([[0, 5, 6]])
+    """
+    mask = features["attention_mask"]
+    if mask[:, -1].all():
+        return features
+    trailing = mask.flip(1).argmax(dim=1, keepdim=True)
+    source = (torch.arange(mask.shape[1], device=mask.device) - trailing) % mask.shape[1]
+    return {
+        key: value.gather(1, source) if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for key, value in features.items()
+    }
+
+
 def strip_queries(features: Features, num_queries: int) -> Features:
     """Drop the query columns, which left padding puts last in every row, from all per-token features."""
     shape = features["input_ids"].shape

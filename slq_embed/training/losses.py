@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from sentence_transformers.util import all_gather_with_grad
@@ -14,6 +14,9 @@ from slq_embed.encoder import SLQEncoder
 
 INITIAL_TEMPERATURE = 0.07
 
+Positives: TypeAlias = Literal["own", "all"]
+"""Which rows of the other column are positives of a row: its own, or all with its label."""
+
 
 class SymmetricInfoNCELoss(nn.Module):
     """Cross-entropy over the batch, from the first column to the second and back.
@@ -22,18 +25,25 @@ class SymmetricInfoNCELoss(nn.Module):
     the learning rates of latent queries (2e-2), ``tau`` itself would cross its whole range in a few steps.
     The parameter is part of the model, and so of its checkpoints.
 
+    Columns after the second are hard negatives, such as :func:`slq_embed.training.mine_negatives` finds. A row of the
+    first column is compared with its own ones, not with those of other rows: among these may be its positives.
+
     Args:
         model: The encoder to train.
         temperature: Initial temperature; by default the temperature that the model was trained with, else 0.07.
         min_temperature: The temperature is clamped from below, which bounds the logits by its inverse.
         max_temperature: The temperature is clamped from above, too.
         gather_across_devices: Whether all processes share their negatives.
+        positives: What rows with the same label are to each other. ``"own"``: left out. ``"all"``: positives, each with
+            the same weight. A batch must then hold several rows of a label: ``batch_sampler="group_by_label"``.
 
     Raises:
-        ValueError: If the bounds are not ``0 < min <= max``, or the temperature is outside of them.
+        ValueError: If the bounds are not ``0 < min <= max``, the temperature is outside of them, or ``positives`` is
+            another word.
 
     Source:
-        arXiv:2604.13710, initial temperature 0.07; the logarithm as in CLIP, arXiv:2103.00020, section 2.3.
+        arXiv:2604.13710, initial temperature 0.07; the logarithm as in CLIP, arXiv:2103.00020, section 2.3. Several
+        positives: supervised contrastive learning, arXiv:2004.11362, equation 2, from column to column.
     """
 
     def __init__(
@@ -44,8 +54,11 @@ class SymmetricInfoNCELoss(nn.Module):
         min_temperature: float = 0.01,
         max_temperature: float = 1.0,
         gather_across_devices: bool = False,
+        positives: Positives = "own",
     ) -> None:
         super().__init__()
+        if positives not in get_args(Positives):
+            raise ValueError(f"positives is {positives!r}, but one of {get_args(Positives)} is needed.")
         if not 0 < min_temperature <= max_temperature:
             raise ValueError(
                 f"The temperature is bounded by {min_temperature} and {max_temperature}, but 0 < min_temperature <= "
@@ -68,6 +81,7 @@ class SymmetricInfoNCELoss(nn.Module):
             self._log_temperature[0].fill_(start)
         self.bounds = (min_temperature, max_temperature)
         self.gather_across_devices = gather_across_devices
+        self.positives = positives
 
     @property
     def temperature(self) -> float:
@@ -78,7 +92,7 @@ class SymmetricInfoNCELoss(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            sentence_features: Features of two columns, such as image and text.
+            sentence_features: Features of two columns, such as image and text, and of any number of hard negatives.
             labels: ``(batch,)``. Two rows with the same label (captions of one image) are not each other's negatives.
                 Without labels, all other rows are negatives.
 
@@ -86,20 +100,24 @@ class SymmetricInfoNCELoss(nn.Module):
             A scalar.
 
         Raises:
-            ValueError: If the batch does not have two columns.
+            ValueError: If the batch has fewer than two columns, or the positives need labels and there are none.
         """
         with torch.no_grad():
             # Clamp the value, outside of autograd: a clamp inside has no gradient at a bound, and would stay there.
             self._log_temperature[0].clamp_(*map(math.log, self.bounds))
         outputs = [self.model(features) for features in sentence_features]
-        if len(outputs) != 2:
+        if len(outputs) < 2:
             raise ValueError(
-                f"The loss compares two columns, but the batch has {len(outputs)}. Leave two columns in the dataset, or "
-                "use a loss of Sentence Transformers."
+                f"The loss compares two columns, but the batch has {len(outputs)}. The dataset needs an anchor and a "
+                "positive; columns after these are hard negatives."
             )
-        first, second = (nn.functional.normalize(output["sentence_embedding"], dim=-1) for output in outputs)
+        if self.positives == "all" and labels is None:
+            raise ValueError('positives="all" needs a column "label" in the dataset, but there is none.')
+        first, second, *negatives = (nn.functional.normalize(out["sentence_embedding"], dim=-1) for out in outputs)
         temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
-        return symmetric_info_nce(first, second, temperature, labels, self.gather_across_devices)
+        return symmetric_info_nce(
+            first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -107,6 +125,7 @@ class SymmetricInfoNCELoss(nn.Module):
             "temperature": round(self.temperature, 6),
             "bounds": self.bounds,
             "gather_across_devices": self.gather_across_devices,
+            "positives": self.positives,
         }
 
     @property
@@ -116,7 +135,13 @@ class SymmetricInfoNCELoss(nn.Module):
 
 
 def symmetric_info_nce(
-    first: Tensor, second: Tensor, temperature: Tensor, labels: Tensor | None = None, gather: bool = False
+    first: Tensor,
+    second: Tensor,
+    temperature: Tensor,
+    labels: Tensor | None = None,
+    gather: bool = False,
+    negatives: Sequence[Tensor] = (),
+    positives: Positives = "own",
 ) -> Tensor:
     """Symmetric InfoNCE of two normalised columns.
 
@@ -124,8 +149,10 @@ def symmetric_info_nce(
         first: ``(batch, H)``.
         second: ``(batch, H)``; row ``i`` belongs to row ``i`` of ``first``.
         temperature: A positive scalar.
-        labels: ``(batch,)`` or None. Pairs of two rows with equal labels are left out.
+        labels: ``(batch,)`` or None. Rows with equal labels are siblings.
         gather: Whether to compare with the rows of all processes.
+        negatives: Hard negatives, each ``(batch, H)``; row ``i`` is compared with row ``i`` of ``first`` only.
+        positives: Whether siblings are left out (``"own"``) or are positives (``"all"``).
 
     Returns:
         A scalar, averaged over this process's rows and both directions.
@@ -145,11 +172,18 @@ def symmetric_info_nce(
             all_labels = torch.cat(gathered)
     target = torch.arange(len(first), device=first.device) + offset
     loss = first.new_zeros(())
-    for rows, candidates in ((first, all_second), (second, all_first)):
-        logits = rows @ candidates.T / temperature
+    for rows, candidates, extra in ((first, all_second, negatives), (second, all_first, ())):
+        logits = rows @ candidates.T
+        siblings = torch.zeros_like(logits, dtype=torch.bool)
         if labels is not None and all_labels is not None:
             siblings = labels[:, None] == all_labels[None, :]
-            siblings[torch.arange(len(rows)), target] = False
-            logits = logits.masked_fill(siblings, -torch.inf)
-        loss = loss + nn.functional.cross_entropy(logits, target)
+        siblings[torch.arange(len(rows)), target] = positives == "all"  # as a positive, each is its own sibling
+        own = [(rows * negative).sum(dim=1, keepdim=True) for negative in extra]
+        logits = torch.cat([logits, *own], dim=1) / temperature
+        siblings = nn.functional.pad(siblings, (0, len(own)))
+        if positives == "all":
+            weights = siblings / siblings.sum(dim=1, keepdim=True)
+            loss = loss + nn.functional.cross_entropy(logits, weights.to(logits.dtype))
+        else:
+            loss = loss + nn.functional.cross_entropy(logits.masked_fill(siblings, -torch.inf), target)
     return loss / 2

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns
 from tokenizers import processors
 
 from slq_embed import SymmetricInfoNCELoss
@@ -42,3 +43,15 @@ def test_a_temperature_travels_in_the_state(encoder, trained):
 def test_queries_of_another_width_are_refused(encoder):
     with pytest.raises(ValueError, match=r"shape \(4, 16\), but \(number of queries, 32\) is needed"):
         encoder.with_queries(init=torch.zeros(4, 16))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_columns_that_a_loss_joins_are_embedded_as_alone(encoder, kept):
+    """The host fills the shorter texts up on the right; queries behind that padding were 0.3 off."""
+    columns = [["a", "a red circle"], ["b", "a much longer text about red circles"], ["a blue square", "c"]]
+    encoder.train(kept)
+    with torch.set_grad_enabled(kept):
+        joined = embed_columns(encoder, [encoder.preprocess(column) for column in columns], separate_first=False)
+        alone = [encoder(encoder.preprocess(column))["sentence_embedding"] for column in columns]
+    for ours, expected in zip(joined, alone, strict=True):
+        assert (ours - expected).abs().max() < 1e-5

@@ -80,9 +80,52 @@ def test_bounds_that_do_not_fit_are_refused(encoder, least, most):
         SymmetricInfoNCELoss(encoder, 0.2, min_temperature=least, max_temperature=most)
 
 
-def test_three_columns_are_refused(encoder):
-    with pytest.raises(ValueError, match="compares two columns, but the batch has 3"):
-        SymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"]) for _ in range(3)])
+def test_hard_negatives_join_the_candidates_of_their_own_row():
+    first, second, negative = normal([1, 0], [0, 1]), normal([1, 0], [1, 1]), normal([1, 1], [1, 0])
+    tau, root = 0.5, math.sqrt(0.5)
+
+    def cross_entropy(rows):
+        terms = [math.log(sum(math.exp(v / tau) for v in row)) - row[i] / tau for i, row in enumerate(rows)]
+        return sum(terms) / len(terms)
+
+    there = [[1.0, root, root], [0.0, root, 0.0]]  # the last: row 0 with negative 0, row 1 with negative 1
+    back = [[1.0, 0.0], [root, root]]
+    expected = (cross_entropy(there) + cross_entropy(back)) / 2
+    loss = symmetric_info_nce(first, second, torch.tensor(tau), negatives=[negative])
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    siblings = symmetric_info_nce(first, second, torch.tensor(tau), torch.tensor([7, 7]), negatives=[negative])
+    expected = (cross_entropy([[1.0, root]]) - math.log(1 / (1 + math.exp(-root / tau)))) / 2 / 2
+    assert siblings.item() == pytest.approx(expected, abs=1e-6), "siblings stay out, negatives stay in"
+
+
+def test_all_siblings_can_be_positives():
+    """Equation 2 of arXiv:2004.11362, from column to column: the mean over a row's positives, then over rows."""
+    first, second = normal([1.0, 0.1], [1.0, 0.2], [0.0, 1.0]), normal([1.0, 0.0], [0.9, 0.1], [0.1, 1.0])
+    negative, tau, positives = normal([1, 1], [1, 2], [1, 3]), 0.1, [[0, 1], [0, 1], [2]]
+
+    def supervised(similarities, extra):
+        total = 0.0
+        for i, row in enumerate(similarities.tolist()):
+            log_sum = math.log(sum(math.exp(v / tau) for v in [*row, *extra[i]]))
+            total -= sum(row[p] / tau - log_sum for p in positives[i]) / len(positives[i])
+        return total / len(similarities)
+
+    own = (first * negative).sum(dim=1, keepdim=True).tolist()
+    expected = (supervised(first @ second.T, own) + supervised(second @ first.T, [[]] * 3)) / 2
+    loss = symmetric_info_nce(first, second, torch.tensor(tau), torch.tensor([7, 7, 8]), False, [negative], "all")
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    alone = symmetric_info_nce(first, second, torch.tensor(tau), torch.arange(3), positives="all")
+    assert alone.item() == pytest.approx(symmetric_info_nce(first, second, torch.tensor(tau)).item(), abs=1e-6)
+
+
+def test_columns_and_positives_that_do_not_fit_are_refused(encoder):
+    with pytest.raises(ValueError, match="compares two columns, but the batch has 1"):
+        SymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"])])
+    with pytest.raises(ValueError, match="positives is 'some', but one of"):
+        SymmetricInfoNCELoss(encoder, positives="some")
+    with pytest.raises(ValueError, match='needs a column "label" in the dataset'):
+        SymmetricInfoNCELoss(encoder, positives="all")([encoder.preprocess(["a"]) for _ in range(2)])
+    assert SymmetricInfoNCELoss(encoder, positives="all").get_config_dict()["positives"] == "all"
 
 
 def test_the_last_query_can_be_pooled_alone():
