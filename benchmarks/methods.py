@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import get_cosine_schedule_with_warmup
 
-from slq_embed import SLQEncoder
+from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.training import learning_rate_mapping
 from slq_embed.training.losses import symmetric_info_nce
 
@@ -24,6 +24,7 @@ OURS: dict[str, dict[str, Any]] = {
     "slq_adapters": {"query_adapter": True},
 }
 METHODS = ("zero_shot", *OURS, "lora", "full_finetuning")
+FROZEN = ("zero_shot", *OURS)
 READOUTS = ("mean", "last", "one_word")
 ONE_WORD = {"text": "{text}\nThe text above in one word:", "image": "The image above in one word:"}
 
@@ -37,12 +38,14 @@ class Retriever:
         embed: From features to embeddings ``(batch, H)``, normalised.
         backbone: The multimodal LLM that it uses, with its head.
         trained: What is trained, by learning rate.
+        precision: Of the computations: that of the frozen weights, or that of autocast where weights are trained.
     """
 
     reader: SLQEncoder
     embed: Callable[[dict[str, Any]], Tensor]
     backbone: Any
     trained: dict[float, list[nn.Parameter]]
+    precision: torch.dtype
 
     @property
     def numbers(self) -> int:
@@ -52,17 +55,34 @@ class Retriever:
     @torch.no_grad()
     def encode(self, inputs: list[Any], batch: int = 50) -> Tensor:
         """Embeddings of inputs, ``(inputs, H)``."""
-        parts = (inputs[start : start + batch] for start in range(0, len(inputs), batch))
-        return torch.cat([self.embed(self.features(part)) for part in parts])
+        order = sorted(
+            range(len(inputs)), key=lambda index: len(inputs[index]) if isinstance(inputs[index], str) else 0
+        )
+        parts = (order[start : start + batch] for start in range(0, len(inputs), batch))  # little padding
+        rows = torch.cat([self([inputs[index] for index in part]) for part in parts])
+        return rows[torch.tensor(order, device=rows.device).argsort()]
 
-    def features(self, inputs: list[Any]) -> dict[str, Any]:
-        """The features of inputs, on the model's device."""
+    def __call__(self, inputs: list[Any]) -> Tensor:
+        """Embeddings of a batch, ``(batch, H)`` float32, with autograd."""
         device = self.backbone.device
-        features = self.reader.preprocess(inputs)
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+        features = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in self.reader.preprocess(inputs).items()
+        }
+        with torch.autocast(device.type, self.precision, enabled=self.precision != self.backbone.dtype):
+            return self.embed(features).float()
 
 
-def build(method: str, readout: str, backbone: Any, processor: Any, rate: float, seed: int) -> Retriever:
+def build(
+    method: str,
+    readout: str,
+    backbone: Any,
+    processor: Any,
+    rate: float,
+    seed: int,
+    precision: torch.dtype = torch.float32,
+    store: PrefixStore | None = None,
+) -> Retriever:
     """A retriever that is to be trained.
 
     Args:
@@ -72,8 +92,12 @@ def build(method: str, readout: str, backbone: Any, processor: Any, rate: float,
         processor: Its processor.
         rate: The learning rate: of the queries for ours, and else of all that is trained.
         seed: Of what is drawn.
+        precision: Of the computations. Frozen weights are rounded to it.
+        store: Where latent queries find prefixes that were computed before.
     """
     torch.manual_seed(seed)
+    if method in FROZEN:
+        backbone.to(precision)
     instructions = ONE_WORD if readout == "one_word" else None
     reader = SLQEncoder.from_backbone(
         backbone, processor, num_queries=QUERIES, seed=seed, instructions=instructions, **OURS.get(method, {})
@@ -83,7 +107,8 @@ def build(method: str, readout: str, backbone: Any, processor: Any, rate: float,
         for pattern, value in learning_rate_mapping(reader).items():
             weights = [weight for name, weight in reader.named_parameters() if re.search(pattern, name)]
             groups[value] = [*groups.get(value, []), *weights]
-        return Retriever(reader, lambda features: reader(features)["sentence_embedding"], backbone, groups)
+        reader.prefix_store = store
+        return Retriever(reader, lambda features: reader(features)["sentence_embedding"], backbone, groups, precision)
     decoder = backbone.base_model
     if method == "lora":
         from peft import LoraConfig, inject_adapter_in_model
@@ -105,7 +130,7 @@ def build(method: str, readout: str, backbone: Any, processor: Any, rate: float,
         return normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
     trained = [weight for weight in decoder.parameters() if weight.requires_grad]
-    return Retriever(reader, embed, backbone, {rate: trained} if trained else {})
+    return Retriever(reader, embed, backbone, {rate: trained} if trained else {}, precision)
 
 
 def train(retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], steps: int, rate: float) -> None:
@@ -123,7 +148,7 @@ def train(retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], 
     schedule = get_cosine_schedule_with_warmup(optimizer, min(10, steps // 4), steps)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for images, texts in batches:
-        first, second = (retriever.embed(retriever.features(column)) for column in (images, texts))
+        first, second = retriever(images), retriever(texts)
         symmetric_info_nce(first, second, temperature.exp().clamp(0.01, 1.0)).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

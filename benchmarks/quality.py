@@ -1,17 +1,19 @@
 """Does a frozen backbone with latent queries retrieve as well as LoRA and full fine-tuning, and what does each forget?
 
     python benchmarks/quality.py [--world toy] [--seeds 0 1 2 3 4] [--output FOLDER] [--json FILE]
+    python benchmarks/quality.py --world photos --seeds 0 1 2 [--prefixes FOLDER]
     python benchmarks/quality.py --quick --json FILE
 
 The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rate of each is chosen on
-the validation split with the first seed, out of RATES; all seeds are then measured on the test split. Methods without latent
+the validation split with the first seed, out of RATES; what is reported comes from the test split. Methods without latent
 queries read the embedding from the last token, and from the others in READOUTS where nothing is trained; the best is chosen on
 validation, too. Each run has a process of its own and writes a file into the output folder: a run that was killed goes on.
 
-Columns: text-to-image recall at 1 by kind of query, answers_kept (the share of answers that are the same as before the
+Columns: text-to-image recall by kind of query, answers_kept (the share of answers that are the same as before the
 training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training.
 
---quick: one seed, few steps, the learning rates in QUICK.
+--quick: one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
+and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from typing import Any
 
 import torch
 from common import machine, parser, peak_above_weights, quiet, write
-from methods import METHODS, OURS, READOUTS, build, train
-from worlds import WORLDS
+from methods import METHODS, OURS, READOUTS, Retriever, build, train
+from photo_world import PhotoWorld
+from worlds import ToyWorld
 
+from slq_embed import PrefixStore
 from slq_embed.evaluation import best_ranks
 
 RATES: dict[str, tuple[float, ...]] = {
@@ -41,28 +45,74 @@ RATES: dict[str, tuple[float, ...]] = {
 QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
 TEMPERATURE_RATE = 4e-2
 RECALL_AT = (1, 5, 10)
+WORLDS: dict[str, Any] = {"toy": ToyWorld, "photos": PhotoWorld}
+SIZES = {"toy": (400, 64, torch.float32), "photos": (64, 32, torch.bfloat16)}  # steps, pairs a step, precision
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Train one retriever and measure it."""
+def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
+    """Train one retriever and measure it on both splits."""
     world = WORLDS[options["world"]](**options["sizes"])
     backbone, processor = world.load()
     backbone = backbone.to(options["device"]).eval()
-    before = world.knowledge(backbone, processor) if options["split"] == "test" else None
+    precision = SIZES[options["world"]][2]
+    store = PrefixStore(prefixes) if prefixes and options["method"] in OURS else None
+    names = ("method", "readout")
     retriever = build(
-        options["method"], options["readout"], backbone, processor, options["rate"] or 0.0, options["seed"]
+        *(options[name] for name in names),
+        backbone,
+        processor,
+        options["rate"] or 0.0,
+        options["seed"],
+        precision,
+        store,
     )
+    before = world.knowledge(backbone, processor)
     seconds, peak = 0.0, 0
     if retriever.trained:
-        batches = world.batches(options["seed"], options["steps"], options["batch"])
+        draw = (options["seed"], options["steps"], options["batch"])
+        if store is not None and prefixes is not None:
+            seconds = fill(retriever, world.batches(*draw), prefixes / f"{'-'.join(map(str, draw))}.json")
         started = time.perf_counter()
         peak = peak_above_weights(
-            lambda: train(retriever, batches, options["steps"], TEMPERATURE_RATE), options["device"], times=1
+            lambda: train(retriever, world.batches(*draw), options["steps"], TEMPERATURE_RATE),
+            options["device"],
+            times=1,
         )
-        seconds = time.perf_counter() - started
-    result: dict[str, Any] = {"trained_numbers": retriever.numbers, "seconds": seconds, "peak_bytes": peak}
+        seconds += time.perf_counter() - started
+    after = world.knowledge(backbone, processor)
+    kept = [one == other for one, other in zip(before.answers, after.answers, strict=True)]
+    result: dict[str, Any] = {
+        "trained_numbers": retriever.numbers,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "answers_kept": sum(kept) / len(kept),
+        "same_bits": before.bits == after.bits,
+        "answers_right": after.right,
+        "answers_right_before": before.right,
+    }
+    if after.perplexity is not None:
+        result |= {"perplexity": after.perplexity, "perplexity_before": before.perplexity}
+    return result | {split: recalls(retriever, world, split) for split in ("validation", "test")}
+
+
+def fill(retriever: Retriever, batches: Any, record: Path) -> float:
+    """Compute the prefixes of all batches, or read how many seconds that took in an earlier run."""
+    if not record.exists():
+        started = time.perf_counter()
+        with torch.no_grad():
+            for columns in batches:
+                for column in columns:
+                    retriever(column)
+        record.write_text(json.dumps(time.perf_counter() - started))
+    seconds: float = json.loads(record.read_text())
+    return seconds
+
+
+def recalls(retriever: Retriever, world: Any, split: str) -> dict[str, float]:
+    """Recall both ways for each kind of query; under the kind's own name, the one that is compared."""
+    result: dict[str, float] = {}
     encoded: dict[int, torch.Tensor] = {}
-    for kind, held_out in world.retrieval(options["split"]).items():
+    for kind, held_out in world.retrieval(split).items():
         if (images := encoded.get(id(held_out.images))) is None:
             images = encoded[id(held_out.images)] = retriever.encode(held_out.images)
         texts = retriever.encode(held_out.texts)
@@ -70,23 +120,19 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         ways = {"": best_ranks(texts, images, owner, order), "image_to_text_": best_ranks(images, texts, order, owner)}
         for way, ranks in ways.items():
             result |= {f"{way}{kind}@{k}": float((ranks < k).double().mean()) for k in RECALL_AT}
-        result[kind] = result[f"{kind}@1"]
-    if before is not None:
-        after = world.knowledge(backbone, processor)
-        kept = sum(one == other for one, other in zip(before.answers, after.answers, strict=True))
-        result |= {"answers_kept": kept / len(before.answers), "same_bits": before.bits == after.bits}
-        result |= {"answers_right": after.right, "answers_right_before": before.right}
+        result[kind] = result[f"{kind}@{world.recall_at}"]
     return result
 
 
-def result_of(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+def result_of(folder: Path, options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
     """The result of a run: of an earlier one with the same options, or else of a process of its own."""
-    name = "-".join(str(options[key]) for key in ("split", "method", "readout", "rate", "seed"))
+    name = "-".join(str(options[key]) for key in ("method", "readout", "rate", "seed"))
     path = folder / f"{name}.json"
     if path.exists() and (done := json.loads(path.read_text()))["options"] == options:
         return done["result"]
     print(f"{name} ...", flush=True, file=sys.stderr)
     command = [sys.executable, "-W", "ignore", __file__, "--run", json.dumps(options)]
+    command += ["--prefixes", str(prefixes)] if prefixes else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     if done.returncode:
         raise RuntimeError(f"The run {name} failed: {done.stderr[-3000:]}")
@@ -98,14 +144,14 @@ def result_of(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str, ...], prefixes: Path | None) -> Any:
     """The read-out or the learning rate that is best on the validation split with the first seed."""
     readouts = READOUTS if method == "zero_shot" else ("last",)
     tried = []
     for readout in readouts:
         for rate in RATES.get(method, (None,)):
             setting = {"method": method, "readout": readout, "rate": rate}
-            found = result_of(folder, {**options, **setting, "split": "validation"})
+            found = result_of(folder, {**options, **setting}, prefixes)["validation"]
             tried.append((sum(found[kind] for kind in kinds), setting))
     return max(tried, key=lambda pair: pair[0])[1]
 
@@ -118,40 +164,52 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=None)
     options.add_argument("--batch", type=int, default=None)
     options.add_argument("--output", type=Path, default=Path("output/quality"), help="folder of the finished runs")
+    options.add_argument("--prefixes", type=Path, help="folder in which runs with latent queries share prefixes")
     options.add_argument("--run", help=argparse.SUPPRESS)
     args = options.parse_args()
     quiet()
     if args.run:
-        print(json.dumps(run(json.loads(args.run))))
+        print(json.dumps(run(json.loads(args.run), args.prefixes)))
         return
     seeds = args.seeds[:1] if args.quick else args.seeds
     sizes = {"held_out": 200, "asked": 40} if args.quick else {}
+    steps, batch, _ = (40, 32, None) if args.quick else SIZES[args.world]
     common = {"world": args.world, "sizes": sizes, "device": args.device}
-    common |= {"steps": args.steps or (40 if args.quick else 400), "batch": args.batch or (32 if args.quick else 64)}
+    common |= {"steps": args.steps or steps, "batch": args.batch or batch}
     folder = args.output / ("quick" if args.quick else args.world)
     kinds = WORLDS[args.world].kinds
     table: dict[str, dict[str, Any]] = {}
     for method in args.methods:
         setting = {"method": method, "readout": "last", "rate": QUICK.get(method)}
         if not args.quick:
-            setting = choose(folder, {**common, "seed": seeds[0]}, method, kinds)
+            setting = choose(folder, {**common, "seed": seeds[0]}, method, kinds, args.prefixes)
         drawn = seeds[:1] if method == "zero_shot" else seeds
-        runs = [result_of(folder, {**common, **setting, "split": "test", "seed": seed}) for seed in drawn]
-        middle = {key: statistics.median(float(result[key]) for result in runs) for key in runs[0]}
+        runs = [result_of(folder, {**common, **setting, "seed": seed}, args.prefixes) for seed in drawn]
+        runs = [{**result, **result["test"]} for result in runs]
+        middle = {
+            key: statistics.median(float(result[key]) for result in runs)
+            for key in runs[0]
+            if key not in ("validation", "test")
+        }
         spread = {key: [result[key] for result in runs] for key in kinds}
         table[method] = {**middle, "same_bits": all(result["same_bits"] for result in runs), "setting": setting}
         table[method]["seeds"] = spread
-    print(
-        f"{'method':>16} {' '.join(f'{kind:>18}' for kind in kinds)} answers kept  bits {'numbers':>10} seconds  peak MB"
-    )
+    print_table(table, kinds, WORLDS[args.world].recall_at)
+    write(args.json, machine(args) | {"search_space": RATES, "common": common, "seeds": seeds, **table})
+
+
+def print_table(table: dict[str, dict[str, Any]], kinds: tuple[str, ...], recall_at: int) -> None:
+    """Medians over seeds; recalls with the smallest and the largest."""
+    columns = " ".join(f"{f'{kind} R@{recall_at}':>20}" for kind in kinds)
+    print(f"{'method':>16} {columns} answers kept  bits {'numbers':>11} seconds  peak MB  perplexity")
     for method, row in table.items():
-        recalls = " ".join(
-            f"{row[kind]:6.1%} {min(row['seeds'][kind]):5.1%}..{max(row['seeds'][kind]):5.1%}" for kind in kinds
+        recall = " ".join(
+            f"{row[kind]:7.1%} {min(row['seeds'][kind]):5.1%}..{max(row['seeds'][kind]):5.1%}" for kind in kinds
         )
         bits = "same" if row["same_bits"] else "other"
-        print(f"{method:>16} {recalls} {row['answers_kept']:12.1%} {bits:>5} ", end="")
-        print(f"{int(row['trained_numbers']):10,} {row['seconds']:7.0f} {row['peak_bytes'] / 1e6:8.0f}")
-    write(args.json, machine(args) | {"search_space": RATES, "common": common, "seeds": seeds, **table})
+        print(f"{method:>16} {recall} {row['answers_kept']:12.1%} {bits:>5} ", end="")
+        print(f"{int(row['trained_numbers']):11,} {row['seconds']:7.0f} {row['peak_bytes'] / 1e6:8.0f}", end="  ")
+        print(f"{row['perplexity_before']:.1f} -> {row['perplexity']:.1f}" if "perplexity" in row else "")
 
 
 if __name__ == "__main__":

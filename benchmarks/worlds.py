@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,13 +45,15 @@ class Knowledge:
 
     Args:
         answers: Its answers.
-        right: Share of them that is right.
+        right: Share of the questions with a right answer that it answers right.
         bits: A digest of the logits: equal digests are equal bits.
+        perplexity: Of plain text, where the world has some.
     """
 
     answers: tuple[str, ...]
     right: float
     bits: str
+    perplexity: float | None = None
 
 
 class ToyWorld:
@@ -62,6 +65,7 @@ class ToyWorld:
     """
 
     kinds = ("literal", "implicit")
+    recall_at = 1
 
     def __init__(self, held_out: int = 500, asked: int = 100) -> None:
         self.held_out, self.asked = held_out, asked
@@ -90,7 +94,7 @@ class ToyWorld:
     def knowledge(self, model: Any, processor: Any) -> Knowledge:
         """Descriptions of scenes, answers to questions on them, and answers without an image."""
         rng = Random(0)
-        chats: list[tuple[Any, str, str]] = []
+        chats: list[Chat] = []
         for scene in sample_scenes(self.asked, "test"):
             image = render(scene, 7)
             question, answer = rng.choice(questions(scene, rng))
@@ -98,14 +102,19 @@ class ToyWorld:
         return ask(model, processor, [*chats, *((None, *fact) for fact in facts())])
 
 
+Chat = tuple[Any, str, str | None]
+"""An image or None, a question, and the right answer, if one is right."""
+
+
 @torch.inference_mode()
-def ask(model: Any, processor: Any, chats: list[tuple[Any, str, str]]) -> Knowledge:
-    """Ask a model, greedily.
+def ask(model: Any, processor: Any, chats: list[Chat], perplexity: float | None = None) -> Knowledge:
+    """Ask a model, greedily. An answer is right if it holds the words of the right one, one after the other.
 
     Args:
         model: A multimodal LLM with its head.
         processor: Its processor.
-        chats: An image or None, a question, and the right answer.
+        chats: What to ask.
+        perplexity: Of plain text, as measured before.
     """
     processor.tokenizer.padding_side = "left"
     digest, answers = hashlib.sha256(), dict.fromkeys(range(len(chats)), "")
@@ -126,8 +135,9 @@ def ask(model: Any, processor: Any, chats: list[tuple[Any, str, str]]) -> Knowle
             ids = output.sequences[:, inputs["input_ids"].shape[1] :]
             for index, text in zip(part, processor.batch_decode(ids, skip_special_tokens=True), strict=True):
                 answers[index] = text.strip()
-    right = sum(answers[index] == answer for index, (_, _, answer) in enumerate(chats)) / len(chats)
-    return Knowledge(tuple(answers.values()), right, digest.hexdigest())
-
-
-WORLDS = {"toy": ToyWorld}
+    rated = [
+        bool(re.search(rf"\b{re.escape(right)}\b", answers[index], re.IGNORECASE))
+        for index, (_, _, right) in enumerate(chats)
+        if right is not None
+    ]
+    return Knowledge(tuple(answers.values()), sum(rated) / len(rated), digest.hexdigest(), perplexity)

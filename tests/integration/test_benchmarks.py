@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from slq_embed import pretrained
+from tests.published import write_picture
 from tests.scripts import run_script
 
 
@@ -65,3 +67,48 @@ def test_quality_compares_methods_and_goes_on(tmp_path):
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}
     run_script("benchmarks/quality.py", *options, folder=tmp_path)  # every run is read, none is made again
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Folders in the schema of the photo world, and a backbone that reads them."""
+    rows = {
+        "flickr8k": [
+            {"split": split, "captions": [f"a circle {n}"] * 5} for n, split in enumerate(["train", "val"] * 4)
+        ],
+        "noto_emoji": [{"kind": "emoji", "name": f"ring {n}", "keywords": ["a big ring", "coin"]} for n in range(4)],
+    }
+    for name, records in rows.items():
+        for number, record in enumerate(records):
+            record["image"] = f"images/{number}.png"
+            write_picture(tmp_path / "data" / name / record["image"], number)
+        (tmp_path / "data" / name / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.setenv("SLQ_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SLQ_PHOTO_MLLM", pretrained("mllm-tiny"))
+
+
+@pytest.mark.slow
+def test_quality_reads_photos_and_emoji(photos, tmp_path):
+    options = ["--world", "photos", "--steps", 1, "--batch", 4, "--seeds", 0, "--output", tmp_path / "runs"]
+    options += ["--methods", "zero_shot", "slq", "full_finetuning", "--prefixes", tmp_path / "prefixes"]
+    run_script("benchmarks/quality.py", *options, "--json", tmp_path / "photos.json", folder=tmp_path)
+    table = json.loads((tmp_path / "photos.json").read_text())
+    assert table["slq"]["same_bits"]
+    assert table["slq"]["perplexity"] == table["slq"]["perplexity_before"]
+    assert table["full_finetuning"]["perplexity"] != table["full_finetuning"]["perplexity_before"]
+    assert {"photos", "photos@1", "image_to_text_photos@10", "knowledge"} <= table["zero_shot"].keys()
+    assert list((tmp_path / "prefixes").glob("0-1-4.json"))  # how long computing the prefixes took
+
+
+@pytest.mark.slow
+def test_ablations_go_on(tmp_path):
+    options = ["--steps", 1, "--batch", 4, "--seeds", 0, "--groups", "pooling", "prompt", "--output", tmp_path / "runs"]
+    run_script("benchmarks/ablations.py", *options, "--json", tmp_path / "first.json", folder=tmp_path)
+    groups = json.loads((tmp_path / "first.json").read_text())["groups"]
+    assert [len(rows) for rows in groups.values()] == [6, 3]
+    literal = [row["seeds"]["literal"][0] for row in groups["pooling"]]
+    assert len(set(literal)) > 1  # the pooling was replaced
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "toy").iterdir()}
+    assert set(written) == {"pooling-0.json", "prompt-0.json"}
+    run_script("benchmarks/ablations.py", *options, folder=tmp_path)  # every group is read, none is trained again
+    assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "toy").iterdir()}
