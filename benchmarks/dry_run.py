@@ -2,7 +2,7 @@
 
     python benchmarks/dry_run.py benchmarks/results/*-dry-run-*.json
 
-prints a table of dry runs whose results were written with --json.
+prints a table of dry runs whose results were written with --json; --again estimates anew from what they have counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from common import build_inputs, machine, peak_above_weights, quiet
 from datasets import Dataset, Features, Image, Value
-from run_cost import CARDS, RESERVE, Card, count, estimate
+from run_cost import CARDS, RESERVE, Card, Cost, count, estimate
 from shapes import SHAPES, build_config, build_processor
 from transformers import (
     AutoConfig,
@@ -182,15 +182,25 @@ def dry_run(
         if result["layers"]["measured"] == depth:
             seconds = result["measured"]["seconds_a_step"] / result["measured"]["batch"] * args.batch
             result["measured"]["hours_at_this_speed"] = seconds * steps / 3600
-    result["estimated"] = {}
-    for card in chosen:
-        guess = estimate(costs, result["parameters"], card, args.batch, steps, args.utilisation)
-        result["estimated"][card.name] = {"card": asdict(card), **asdict(guess)}
+    result["estimated"] = estimates(result, chosen)
     print(describe(result))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n", "utf8")
         print(f"written to {args.json}")
+
+
+def estimates(result: dict[str, Any], chosen: list[Card]) -> dict[str, Any]:
+    """Estimates for cards, from what a dry run has counted."""
+    costs, run = [Cost(**cost) for cost in result["counted"].values()], result["run"]
+    used = result["assumed"]["utilisation"]
+    return {
+        card.name: {
+            "card": asdict(card),
+            **asdict(estimate(costs, result["parameters"], card, run["batch"], run["queries"], run["steps"], used)),
+        }
+        for card in chosen
+    }
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -255,7 +265,13 @@ def table(results: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("results", type=Path, nargs="+", help="files of --dry-run --json")
-    results = [json.loads(path.read_text("utf8")) for path in options.parse_args(argv).results]
+    options.add_argument("--again", action="store_true", help="estimate anew, for the same cards, and write the files")
+    args = options.parse_args(argv)
+    results = [json.loads(path.read_text("utf8")) for path in args.results]
+    for path, result in zip(args.results, results, strict=True):
+        if args.again:
+            result["estimated"] = estimates(result, [Card(**guess["card"]) for guess in result["estimated"].values()])
+            path.write_text(json.dumps(result, indent=1) + "\n", "utf8")
     made = sorted({f"{row['date']} with {', '.join(map(' '.join, row['versions'].items()))}" for row in results})
     used = sorted({f"{row['assumed']['utilisation']:.0%}" for row in results})
     print(table(results))

@@ -33,7 +33,7 @@ class Cost:
         query_flops: Of the queries' pass.
         backward_flops: Of the backward pass through it.
         prefix_bytes: Of its keys and values.
-        chunk_bytes: The most that it takes while its chunk is embedded or differentiated.
+        chunk_bytes: The most that it takes while its chunk is embedded or differentiated, without the cache of the query pass.
     """
 
     tokens: int
@@ -182,7 +182,9 @@ def count(model: SLQEncoder, full: nn.Module, inputs: list[Any]) -> Cost:
     )
 
 
-def estimate(costs: list[Cost], parameters: int, card: Card, batch: int, steps: int, used: float) -> Estimate:
+def estimate(
+    costs: list[Cost], parameters: int, card: Card, batch: int, queries: int, steps: int, used: float
+) -> Estimate:
     """A run on a card, by the formulas of docs/guides/recipes.md.
 
     Args:
@@ -190,6 +192,7 @@ def estimate(costs: list[Cost], parameters: int, card: Card, batch: int, steps: 
         parameters: Of the backbone.
         card: The card.
         batch: Pairs a step.
+        queries: Of the model.
         steps: Of the run.
         used: Share of the card's peak that the run reaches: an assumption.
     """
@@ -197,7 +200,9 @@ def estimate(costs: list[Cost], parameters: int, card: Card, batch: int, steps: 
     free = card.nbytes - weights - inputs - RESERVE
     prefixes = batch * sum(cost.prefix_bytes for cost in costs)
     kept = min(max(free, 0) / 2, prefixes)  # a step keeps prefixes in half of what is free; see StepMemory
-    largest = int(max(free - kept, 0) // max(cost.chunk_bytes for cost in costs))
+    # While the queries run, a cache holds another copy of keys and values, with those of the queries behind them.
+    row = max(cost.chunk_bytes + cost.prefix_bytes * (cost.tokens + queries) / cost.tokens for cost in costs)
+    largest = int(max(free - kept, 0) // row)
     share = kept / prefixes
     # First pass: prefix and queries. Second pass: what was not kept, the queries again, and back.
     flops = sum((2 - share) * cost.prefix_flops + 2 * cost.query_flops + cost.backward_flops for cost in costs)

@@ -54,10 +54,13 @@ def test_coco_from_files_to_a_saved_model_that_goes_on_where_it_was(run_example,
     assert 0 <= metrics["mean_recall"] <= 1
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+    written = (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     output = run_example("train_recipe", *options, "--steps", 3, "--save-steps", 1)
     assert f"going on from {tmp_path / 'out' / 'checkpoint-2'}" in output
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+    again = (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    assert again == written, "the second step was taken once"
     saved = SLQEncoder(tmp_path / "out" / "model", device="cpu")
     assert saved.temperature != pytest.approx(0.07, abs=1e-6)
     assert saved.encode("a red circle").shape == (192,)
@@ -73,6 +76,8 @@ def test_captions_of_one_image_are_siblings_and_restval_is_trained_on(script, tm
     assert rows["label"] == [number for number in range(6) for _ in range(5)]
     limited, _ = script("train_recipe").read_coco(tmp_path, None, 5)
     assert max(limited["label"]) == 4
+    of_train_alone, _ = script("train_recipe").read_coco(tmp_path, None, 4)
+    assert max(of_train_alone["label"]) == 3
 
 
 def test_mmeb_trains_on_its_twenty_sets(run_example, script, tmp_path):
@@ -194,6 +199,12 @@ def test_two_layers_tell_what_torchs_counter_counts_with_all(script, checkpoint,
     assert few.prefix_bytes == every.prefix_bytes
     assert few.tokens == prefix.attention_mask.shape[1]
     assert few.chunk_bytes == pytest.approx(every.chunk_bytes, rel=0.2)
+    held = [*model.backbone.parameters(), *model.backbone.buffers(), *model.parameters()]
+    held += [value for value in features.values() if isinstance(value, torch.Tensor)]
+    with script("run_cost").LiveBytes(held) as memory:
+        model.transformer.query_states(model.transformer.prefix(features)).sum().backward()
+    row = every.chunk_bytes + every.prefix_bytes * (every.tokens + 4) / every.tokens
+    assert 0.7 * row <= memory.peak / 2 <= row
 
 
 def test_the_flops_of_a_text_are_those_of_the_formula(script, checkpoint):
@@ -233,13 +244,13 @@ def test_live_bytes_are_those_of_the_tensors_that_are_held(script):
 def test_an_estimate_by_hand(script):
     """8 GB of weights, 1 GB of inputs, 1.5 GB set aside: 9.5 GB are free, and half of them keep half of the prefixes."""
     cost = script("run_cost")
-    column = cost.Cost(10, 5e8, 3e12, 1e12, 2e12, 4.75e9, 1e9)
-    guess = cost.estimate([column], 4_000_000_000, cost.Card("x", 20e9, 1e14), batch=2, steps=900, used=0.5)
-    assert guess == cost.Estimate(8e9, 1e9, 2, 0.5, 2 * 8.5e12, 900 * 2 * 8.5e12 / 5e13 / 3600)
-    small = cost.estimate([column], 4_000_000_000, cost.Card("x", 10e9, 1e14), batch=2, steps=1, used=0.5)
+    column = cost.Cost(10, 2.5e8, 3e12, 1e12, 2e12, 2.375e9, 0)
+    guess = cost.estimate([column], 4_000_000_000, cost.Card("x", 20e9, 1e14), batch=4, queries=10, steps=900, used=0.5)
+    assert guess == cost.Estimate(8e9, 1e9, 1, 0.5, 4 * 8.5e12, 900 * 4 * 8.5e12 / 5e13 / 3600)
+    small = cost.estimate([column], 4_000_000_000, cost.Card("x", 10e9, 1e14), batch=4, queries=10, steps=1, used=0.5)
     assert (small.largest_chunk, small.kept) == (0, 0)
-    wide = cost.estimate([column], 4_000_000_000, cost.Card("x", 80e9, 1e14), batch=2, steps=1, used=0.5)
-    assert (wide.largest_chunk, wide.kept) == (2, 1)
+    wide = cost.estimate([column], 4_000_000_000, cost.Card("x", 80e9, 1e14), batch=4, queries=10, steps=1, used=0.5)
+    assert (wide.largest_chunk, wide.kept) == (4, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -287,6 +298,8 @@ def test_the_page_shows_the_table_of_the_kept_results(script, capsys):
     assert made in page
     recipe = script("train_recipe")
     results = [json.loads(file.read_text()) for file in files]
+    again = [script("dry_run").estimates(row, list(script("run_cost").CARDS)) for row in results]
+    assert [row["estimated"] for row in results] == again, "estimated by other formulas: use --again"
     assert {(row["data"], row["shape"]) for row in results} == {(d, b) for d in recipe.DATA for b in recipe.BACKBONES}
     for row in results:
         args = recipe.parse(["--data", row["data"], "--backbone", row["shape"]])
