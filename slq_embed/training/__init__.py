@@ -1,5 +1,6 @@
 """Training: the paper's loss, hard negatives, a teacher's scores, learning rates, a plan, several query sets in one run."""
 
+from slq_embed.training.cached_loss import CachedSymmetricInfoNCELoss
 from slq_embed.training.learning_rates import learning_rate_mapping
 from slq_embed.training.losses import SymmetricInfoNCELoss
 from slq_embed.training.negatives import mine_negatives
@@ -9,6 +10,7 @@ from slq_embed.training.teacher import teacher_scores
 from slq_embed.training.training_set import TrainingSet
 
 __all__ = [
+    "CachedSymmetricInfoNCELoss",
     "Option",
     "Plan",
     "Sweep",

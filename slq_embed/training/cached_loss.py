@@ -1,0 +1,142 @@
+"""The paper's loss on batches that do not fit: embeddings of the whole batch, gradients chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from torch import Tensor, nn
+
+from slq_embed.encoder import SLQEncoder
+from slq_embed.training.losses import SymmetricInfoNCELoss, symmetric_info_nce
+
+
+@dataclass
+class _Step:
+    """The temperature in one step: a copy of its logarithm, the chunks that share its gradient, how the loss is scaled."""
+
+    log_temperature: Tensor
+    chunks: int = 0
+    scale: float | Tensor = 1.0
+
+    def set_scale(self, gradient: Tensor) -> None:
+        self.scale = gradient
+
+
+class _Attach(torch.autograd.Function):
+    """Embeddings as they are; in the backward pass, a parameter gets a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradients[0], ctx.saved_tensors[0], None
+
+
+class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
+    """:class:`SymmetricInfoNCELoss` with the memory of a chunk: the same value and gradients for any batch.
+
+    The batch is embedded chunk by chunk without gradients. The loss over all its embeddings gives their gradients. Then
+    each chunk is embedded again with gradients. Only one chunk of keys and values is differentiated at a time. Prefixes of
+    the first pass serve the second one as far as memory allows; see :class:`~slq_embed.prefix.memory.StepMemory`.
+
+    Args:
+        model: As for :class:`SymmetricInfoNCELoss`.
+        temperature: As for :class:`SymmetricInfoNCELoss`.
+        mini_batch_size: Rows of a chunk. It changes memory and time, and not what is learned.
+        show_progress_bar: Whether to show the chunks of each step.
+        **options: ``min_temperature``, ``max_temperature``, ``gather_across_devices``; see :class:`SymmetricInfoNCELoss`.
+
+    Raises:
+        ValueError: If ``mini_batch_size`` is below 1, or a temperature does not fit.
+
+    Source:
+        GradCache, arXiv:2101.06983, as Sentence Transformers has it; the loss of arXiv:2604.13710.
+    """
+
+    def __init__(
+        self,
+        model: SLQEncoder,
+        temperature: float | None = None,
+        *,
+        mini_batch_size: int = 32,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> None:
+        if mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size is {mini_batch_size}, but at least 1 is needed.")
+        super().__init__(model, temperature, **options)
+        self.mini_batch_size, self.show_progress_bar = mini_batch_size, show_progress_bar
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of a batch; arguments and errors as in :meth:`SymmetricInfoNCELoss.forward`."""
+        columns = list(sentence_features)
+        if len(columns) != 2:
+            raise ValueError(
+                f"The loss compares two columns, but the batch has {len(columns)}. Leave two columns in the dataset, or "
+                "use a loss of Sentence Transformers."
+            )
+        (trained,) = self._log_temperature
+        with torch.no_grad():
+            trained.clamp_(*map(math.log, self.bounds))
+        # The host takes gradients of the embeddings before the outer backward pass. This loss does the same with that of the
+        # temperature, from a copy, and hands it to the parameter in the second pass: see embed_minibatch.
+        self._step = _Step(trained.detach().clone().requires_grad_())
+        loss: Tensor = super().forward_cached(columns, labels)
+        if not torch.is_grad_enabled():
+            return loss
+        scaled = loss * 1.0  # a node before the host's, which learns first how the loss is scaled
+        scaled.register_hook(self._step.set_scale)
+        return scaled
+
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Embed a chunk; called by the host. In the second pass each chunk takes its share of the temperature's gradient.
+
+        The share goes to the temperature as the model gave it out: in several processes, DDP waits for it there.
+        """
+        outputs: list[dict[str, Tensor]] = []
+        handle = self.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            embeddings, random_state = super().embed_minibatch(*args, **kwargs)
+        finally:
+            handle.remove()
+        if not embeddings.requires_grad:
+            self._step.chunks += 1
+            return embeddings, random_state
+        gradient = self._step.log_temperature.grad
+        assert gradient is not None
+        share = self._step.scale * gradient / self._step.chunks
+        embeddings = _Attach.apply(embeddings, outputs[0]["log_temperature"], share)
+        return embeddings, random_state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of all embeddings; called by the host between its two passes.
+
+        Args:
+            reps: For each column its embeddings, ``(chunk, H)`` a chunk.
+            labels: As for ``forward``.
+            with_backward: Whether to backpropagate to the embeddings.
+
+        Returns:
+            A scalar.
+        """
+        first, second = (nn.functional.normalize(torch.cat(chunks), dim=-1) for chunks in reps)
+        temperature = self._step.log_temperature.exp()
+        loss = symmetric_info_nce(first, second, temperature, labels, self.gather_across_devices)
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """For the model card."""
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}

@@ -1,0 +1,81 @@
+"""The cached loss: what it gives is what the plain one gives, with the memory of a chunk."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slq_embed import SymmetricInfoNCELoss
+from slq_embed.training import CachedSymmetricInfoNCELoss
+from tests.training import toy_pairs, toy_train
+
+TEXTS = ["a", "bb", "ccc", "dd d", "e"]
+
+
+def step(encoder, loss, images, labels=None, scale=1.0) -> tuple[float, torch.Tensor, float]:
+    """Value and gradients of one step, its loss scaled as gradient accumulation does."""
+    encoder.train()
+    encoder.zero_grad()
+    value = loss([encoder.preprocess([*images, "x"]), encoder.preprocess(TEXTS)], labels)
+    (value * scale).backward()
+    return value.item(), encoder.queries.grad.clone(), encoder.transformer.log_temperature.grad.item()
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 2, 2])])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_value_and_gradients_are_those_of_the_plain_loss(encoder, images, chunk, labels):
+    """Those of the temperature too, and both scaled with the loss."""
+    plain = step(encoder, SymmetricInfoNCELoss(encoder), images, labels, scale=0.25)
+    cached = step(encoder, CachedSymmetricInfoNCELoss(encoder, mini_batch_size=chunk), images, labels, scale=0.25)
+    assert cached[0] == pytest.approx(plain[0], rel=1e-5)
+    assert (plain[1] - cached[1]).norm() < 1e-4 * plain[1].norm()
+    assert cached[2] == pytest.approx(plain[2], rel=1e-3)
+    assert abs(plain[2]) > 1e-3
+
+
+def test_an_evaluation_has_the_same_value_and_no_gradient(encoder, images):
+    loss = CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2)
+    expected = step(encoder, loss, images)[0]
+    with torch.no_grad():
+        value = loss([encoder.preprocess([*images, "x"]), encoder.preprocess(TEXTS)])
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert not value.requires_grad
+
+
+def test_only_a_chunk_is_differentiated_at_a_time(encoder, images):
+    batches = []
+    hook = encoder.backbone.base_model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    step(encoder, CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2), images)
+    hook.remove()
+    queries = [rows for rows, length in batches if length == 4]
+    assert queries == 2 * [2, 2, 1, 2, 2, 1]
+
+
+def test_the_trainer_learns_with_it_and_the_temperature_moves(encoder, tmp_path):
+    loss = CachedSymmetricInfoNCELoss(encoder, mini_batch_size=3)
+    trainer = toy_train(
+        encoder, toy_pairs(), tmp_path, loss=loss, max_steps=20, learning_rate=0.1, per_device_train_batch_size=8
+    )
+    values = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert values[-1] < 0.75 * values[0]
+    assert abs(math.log(encoder.temperature / 0.07)) > 0.05
+    assert loss.get_config_dict()["mini_batch_size"] == 3
+
+
+def test_a_clamped_temperature_can_come_back(encoder, images):
+    loss = CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2)
+    with torch.no_grad():
+        encoder.transformer.log_temperature.fill_(-30)
+    assert step(encoder, loss, images)[2] != 0
+    assert loss.temperature == pytest.approx(0.01)
+
+
+def test_what_does_not_fit_is_refused(encoder):
+    with pytest.raises(ValueError, match="mini_batch_size is 0, but at least 1"):
+        CachedSymmetricInfoNCELoss(encoder, mini_batch_size=0)
+    with pytest.raises(ValueError, match="compares two columns, but the batch has 3"):
+        CachedSymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"]) for _ in range(3)])
