@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +51,8 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         temperature: As for :class:`SymmetricInfoNCELoss`.
         mini_batch_size: Rows of a chunk. It changes memory and time, and not what is learned.
         show_progress_bar: Whether to show the chunks of each step.
-        **options: ``min_temperature``, ``max_temperature``, ``gather_across_devices``; see :class:`SymmetricInfoNCELoss`.
+        **options: ``min_temperature``, ``max_temperature``, ``gather_across_devices`` and ``positives``, as for
+            :class:`SymmetricInfoNCELoss`.
 
     Raises:
         ValueError: If ``mini_batch_size`` is below 1, or a temperature does not fit.
@@ -77,18 +77,10 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of a batch; arguments and errors as in :meth:`SymmetricInfoNCELoss.forward`."""
-        columns = list(sentence_features)
-        if len(columns) != 2:
-            raise ValueError(
-                f"The loss compares two columns, but the batch has {len(columns)}. Leave two columns in the dataset, or "
-                "use a loss of Sentence Transformers."
-            )
-        (trained,) = self._log_temperature
-        with torch.no_grad():
-            trained.clamp_(*map(math.log, self.bounds))
+        columns = self.checked(sentence_features, labels)
         # The host takes gradients of the embeddings before the outer backward pass. This loss does the same with that of the
         # temperature, from a copy, and hands it to the parameter in the second pass: see embed_minibatch.
-        self._step = _Step(trained.detach().clone().requires_grad_())
+        self._step = _Step(self._log_temperature[0].detach().clone().requires_grad_())
         loss: Tensor = super().forward_cached(columns, labels)
         if not torch.is_grad_enabled():
             return loss
@@ -129,9 +121,11 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         Returns:
             A scalar.
         """
-        first, second = (nn.functional.normalize(torch.cat(chunks), dim=-1) for chunks in reps)
+        first, second, *negatives = (nn.functional.normalize(torch.cat(chunks), dim=-1) for chunks in reps)
         temperature = self._step.log_temperature.exp()
-        loss = symmetric_info_nce(first, second, temperature, labels, self.gather_across_devices)
+        loss = symmetric_info_nce(
+            first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
+        )
         if not with_backward:
             return loss
         loss.backward()

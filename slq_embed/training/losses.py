@@ -102,22 +102,28 @@ class SymmetricInfoNCELoss(nn.Module):
         Raises:
             ValueError: If the batch has fewer than two columns, or the positives need labels and there are none.
         """
-        with torch.no_grad():
-            # Clamp the value, outside of autograd: a clamp inside has no gradient at a bound, and would stay there.
-            self._log_temperature[0].clamp_(*map(math.log, self.bounds))
-        outputs = [self.model(features) for features in sentence_features]
-        if len(outputs) < 2:
-            raise ValueError(
-                f"The loss compares two columns, but the batch has {len(outputs)}. The dataset needs an anchor and a "
-                "positive; columns after these are hard negatives."
-            )
-        if self.positives == "all" and labels is None:
-            raise ValueError('positives="all" needs a column "label" in the dataset, but there is none.')
+        columns = self.checked(sentence_features, labels)
+        outputs = [self.model(features) for features in columns]
         first, second, *negatives = (nn.functional.normalize(out["sentence_embedding"], dim=-1) for out in outputs)
         temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
         return symmetric_info_nce(
             first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
         )
+
+    def checked(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> list[dict[str, Tensor]]:
+        """Check a batch and clamp the temperature; arguments and errors as for :meth:`forward`."""
+        columns = list(sentence_features)
+        if len(columns) < 2:
+            raise ValueError(
+                f"The loss compares two columns, but the batch has {len(columns)}. The dataset needs an anchor and a "
+                "positive; columns after these are hard negatives."
+            )
+        if self.positives == "all" and labels is None:
+            raise ValueError('positives="all" needs a column "label" in the dataset, but there is none.')
+        with torch.no_grad():
+            # Clamp the value, outside of autograd: a clamp inside has no gradient at a bound, and would stay there.
+            self._log_temperature[0].clamp_(*map(math.log, self.bounds))
+        return columns
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

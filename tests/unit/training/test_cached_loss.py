@@ -14,11 +14,12 @@ from tests.training import toy_pairs, toy_train
 TEXTS = ["a", "bb", "ccc", "dd d", "e"]
 
 
-def step(encoder, loss, images, labels=None, scale=1.0) -> tuple[float, torch.Tensor, float]:
+def step(encoder, loss, images, labels=None, scale=1.0, negatives=()) -> tuple[float, torch.Tensor, float]:
     """Value and gradients of one step, its loss scaled as gradient accumulation does."""
     encoder.train()
     encoder.zero_grad()
-    value = loss([encoder.preprocess([*images, "x"]), encoder.preprocess(TEXTS)], labels)
+    columns = [encoder.preprocess(column) for column in ([*images, "x"], TEXTS, *negatives)]
+    value = loss(columns, labels)
     (value * scale).backward()
     return value.item(), encoder.queries.grad.clone(), encoder.transformer.log_temperature.grad.item()
 
@@ -33,6 +34,20 @@ def test_value_and_gradients_are_those_of_the_plain_loss(encoder, images, chunk,
     assert (plain[1] - cached[1]).norm() < 1e-4 * plain[1].norm()
     assert cached[2] == pytest.approx(plain[2], rel=1e-3)
     assert abs(plain[2]) > 1e-3
+
+
+def test_hard_negatives_and_several_positives_are_those_of_the_plain_loss(encoder, images):
+    labels, negatives = torch.tensor([0, 0, 1, 2, 2]), [TEXTS[::-1], ["f", "g g", "h", "i i i", "j"]]
+    options = {"labels": labels, "negatives": negatives}
+    plain = step(encoder, SymmetricInfoNCELoss(encoder, positives="all"), images, **options)
+    cached = step(encoder, CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2, positives="all"), images, **options)
+    assert cached[0] == pytest.approx(plain[0], rel=1e-5)
+    assert (plain[1] - cached[1]).norm() < 1e-4 * plain[1].norm()
+    others = [
+        step(encoder, SymmetricInfoNCELoss(encoder, positives="all"), images, labels=labels)[0],
+        step(encoder, SymmetricInfoNCELoss(encoder), images, **options)[0],
+    ]
+    assert all(abs(plain[0] - other) > 1e-3 for other in others)
 
 
 def test_an_evaluation_has_the_same_value_and_no_gradient(encoder, images):
@@ -77,5 +92,7 @@ def test_a_clamped_temperature_can_come_back(encoder, images):
 def test_what_does_not_fit_is_refused(encoder):
     with pytest.raises(ValueError, match="mini_batch_size is 0, but at least 1"):
         CachedSymmetricInfoNCELoss(encoder, mini_batch_size=0)
-    with pytest.raises(ValueError, match="compares two columns, but the batch has 3"):
-        CachedSymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"]) for _ in range(3)])
+    with pytest.raises(ValueError, match="compares two columns, but the batch has 1"):
+        CachedSymmetricInfoNCELoss(encoder)([encoder.preprocess(["a"])])
+    with pytest.raises(ValueError, match='needs a column "label"'):
+        CachedSymmetricInfoNCELoss(encoder, positives="all")([encoder.preprocess(["a"]) for _ in range(2)])
