@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from common import machine, parser, quiet, write
 from datasets import Dataset
 from methods import Retriever
-from quality import SIZES, TEMPERATURE_RATE, WORLDS, recalls
+from quality import SIZES, WORLDS, recalls
 from sentence_transformers import SentenceTransformerTrainingArguments
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -84,11 +86,41 @@ def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> Ba
     return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
 
-def pairs_of(world: Any, seed: int, steps: int, batch: int) -> Dataset:
-    """The batches of a world, one after the other."""
-    columns = world.batches(seed, steps, batch)
+def pairs_of(world: Any, seed: int, steps: int, batch: int, siblings: int = 1) -> Dataset:
+    """The batches of a world, one after the other; so many rows in a row belong to one scene or photo."""
+    columns = world.batches(seed, steps, batch, siblings)
     rows = (pair for images, texts in columns for pair in zip(images, texts, strict=True))
-    return from_records(((str(number), *pair) for number, pair in enumerate(rows)), verify=False).dataset
+    pairs = from_records(((str(number), *pair) for number, pair in enumerate(rows)), verify=False).dataset
+    labels = [number // siblings for number in range(len(pairs))]
+    return pairs.remove_columns("label").add_column("label", labels)
+
+
+def arguments_of(args: argparse.Namespace, seed: int, steps: int, batch: int) -> SentenceTransformerTrainingArguments:
+    """For the host's trainer: the same for all."""
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(args.output / "training"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(10, steps // 4),
+        batch_sampler=in_order,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=steps,
+        disable_tqdm=True,
+        use_cpu=args.device == "cpu",
+        seed=seed,
+    )
+
+
+def measured(encoder: SLQEncoder, world: Any, precision: torch.dtype) -> dict[str, float]:
+    """Recall on the validation split."""
+    encoder.eval()
+    retriever = Retriever(
+        encoder, lambda features: encoder(features)["sentence_embedding"], encoder.backbone, {}, precision
+    )
+    return recalls(retriever, world, "validation")
 
 
 def run(args: argparse.Namespace, group: str, seed: int) -> list[dict[str, float]]:
@@ -99,21 +131,7 @@ def run(args: argparse.Namespace, group: str, seed: int) -> list[dict[str, float
     backbone, processor = world.load()
     backbone = backbone.to(args.device, precision).eval()
     pairs = pairs_of(world, seed, steps, batch)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(args.output / "training"),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=RATE,
-        learning_rate_mapping={"log_temperature": TEMPERATURE_RATE},
-        lr_scheduler_type="cosine",
-        warmup_steps=min(10, steps // 4),
-        batch_sampler=in_order,
-        report_to="none",
-        logging_steps=steps,
-        disable_tqdm=True,
-        use_cpu=args.device == "cpu",
-        seed=seed,
-    )
+    arguments = arguments_of(args, seed, steps, batch)
     results = []
     for instructions in dict.fromkeys(variant.get("instructions", "plain") for variant in GROUPS[group]):
         torch.manual_seed(seed)
@@ -126,27 +144,40 @@ def run(args: argparse.Namespace, group: str, seed: int) -> list[dict[str, float
             if variant.get("instructions", "plain") == instructions
         ]
         for variant in sweep(model, arguments, pairs, settings, loss=loss_of).variants:
-            encoder = variant.encoder.eval()
-            retriever = Retriever(
-                encoder,
-                lambda features, encoder=encoder: encoder(features)["sentence_embedding"],
-                backbone,
-                {},
-                precision,
-            )
-            results.append(recalls(retriever, world, "validation"))
+            results.append(measured(variant.encoder, world, precision))
     return results
 
 
-def main() -> None:
-    options = parser(__doc__)
+def options_of(description: str | None, output: Path) -> argparse.ArgumentParser:
+    """The options of a script that trains variants on a world."""
+    options = parser(description)
     options.add_argument("--world", default="toy", choices=WORLDS)
-    options.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--steps", type=int, default=None)
     options.add_argument("--batch", type=int, default=None)
-    options.add_argument("--output", type=Path, default=Path("output/ablations"), help="folder of the finished groups")
-    options.add_argument("--prefixes", type=Path, help="folder in which the groups share prefixes; tens of GB")
+    options.add_argument("--output", type=Path, default=output, help="folder of what is finished")
+    options.add_argument("--prefixes", type=Path, help="folder in which the variants share prefixes; tens of GB")
+    return options
+
+
+def kept(path: Path, options: dict[str, Any], train: Callable[[], Any]) -> Any:
+    """The results in a file that was written with the same options, or new ones, which are written there."""
+    done = json.loads(path.read_text()) if path.exists() else {}
+    if done.get("options") != options:
+        done = {"options": options, "results": train()}
+        write(path, done)
+    return done["results"]
+
+
+def print_row(name: str, seeds: dict[str, list[float]]) -> None:
+    """Medians over seeds, with the smallest and the largest."""
+    cells = (f"{statistics.median(row):7.1%} {min(row):5.1%}..{max(row):5.1%}" for row in seeds.values())
+    print(f"{name:>40} {' '.join(cells)}", flush=True)
+
+
+def main() -> None:
+    options = options_of(__doc__, Path("output/ablations"))
+    options.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
     args = options.parse_args()
     quiet()
     world = WORLDS[args.world]
@@ -156,18 +187,12 @@ def main() -> None:
         runs = []
         for seed in args.seeds:
             path = args.output / args.world / f"{group}-{seed}.json"
-            done = json.loads(path.read_text()) if path.exists() else {}
-            if done.get("options") != {**sizes, "variants": GROUPS[group]}:
-                done = {"options": {**sizes, "variants": GROUPS[group]}, "results": run(args, group, seed)}
-                write(path, done)
-            runs.append(done["results"])
+            runs.append(kept(path, {**sizes, "variants": GROUPS[group]}, partial(run, args, group, seed)))
         print(f"\n{group:>40} " + " ".join(f"{f'{kind} R@{world.recall_at}':>20}" for kind in world.kinds))
         table[group] = []
         for variant, *results in zip(GROUPS[group], *runs, strict=True):
             seeds = {kind: [result[kind] for result in results] for kind in world.kinds}
-            name = ", ".join(f"{key} {value}" for key, value in variant.items()) or "default"
-            cells = (f"{statistics.median(row):7.1%} {min(row):5.1%}..{max(row):5.1%}" for row in seeds.values())
-            print(f"{name:>40} {' '.join(cells)}", flush=True)
+            print_row(", ".join(f"{key} {value}" for key, value in variant.items()) or "default", seeds)
             table[group].append({"variant": variant, "seeds": seeds})
     write(args.json, machine(args) | {"sizes": sizes, "seeds": args.seeds, "groups": table})
 

@@ -119,17 +119,19 @@ class PhotoWorld:
             )
         return AutoModelForImageTextToText.from_pretrained(BACKBONE), AutoProcessor.from_pretrained(BACKBONE)
 
-    def batches(self, seed: int, steps: int, size: int) -> Iterator[tuple[list[Any], list[str]]]:
-        """Images and texts of each training step: a photo with one of its captions, an emoji with its name."""
+    def batches(self, seed: int, steps: int, size: int, siblings: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
+        """Images and texts of each training step: photos with some of their captions, emoji with their names."""
         rng = Random(seed)
         photos = rng.sample(self.rows["train"], len(self.rows["train"]))
         emoji = rng.sample(self.rows["emoji"], len(self.rows["emoji"]))
-        few = size // EMOJI_SHARE
+        few = size // EMOJI_SHARE // siblings
+        many = size // siblings - few
         for step in range(steps):
-            part = [photos[(step * (size - few) + index) % len(photos)] for index in range(size - few)]
-            texts = [rng.choice(row["captions"]) for row in part]
+            part = [photos[(step * many + index) % len(photos)] for index in range(many)]
             named = [emoji[(step * few + index) % len(emoji)] for index in range(few)]
-            yield [read_image(row["path"]) for row in [*part, *named]], texts + [row["name"] for row in named]
+            texts = [caption for row in part for caption in rng.sample(row["captions"], siblings)]
+            images = [read_image(row["path"]) for row in [*part, *named] for _ in range(siblings)]
+            yield images, texts + [row["name"] for row in named for _ in range(siblings)]
 
     def retrieval(self, split: Split) -> dict[str, Retrieval]:
         """Captions of photos that were held out, and keywords of emoji."""

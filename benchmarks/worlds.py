@@ -75,12 +75,12 @@ class ToyWorld:
         folder = pretrained("mllm-tiny")
         return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
-    def batches(self, seed: int, steps: int, size: int) -> Iterator[tuple[list[Any], list[str]]]:
-        """Images and texts of each training step: scenes that are hard to tell apart."""
+    def batches(self, seed: int, steps: int, size: int, siblings: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
+        """Images and texts of each training step: scenes that are hard to tell apart, so many pairs of each scene."""
         rng = Random(seed)
         scenes = near_twins(steps, size, rng)
         for start in range(0, len(scenes), size):
-            part = scenes[start : start + size]
+            part = [scene for scene in scenes[start : start + size // siblings] for _ in range(siblings)]
             images = [render(scene, 100_000 + start + number) for number, scene in enumerate(part)]
             yield images, [captions(scene)[rng.randrange(5)] for scene in part]
 

@@ -102,7 +102,7 @@ def test_quality_reads_photos_and_emoji(photos, tmp_path):
 
 @pytest.mark.slow
 def test_ablations_go_on(tmp_path):
-    options = ["--steps", 1, "--batch", 4, "--seeds", 0, "--groups", "pooling", "prompt", "--output", tmp_path / "runs"]
+    options = ["--steps", 1, "--batch", 8, "--seeds", 0, "--groups", "pooling", "prompt", "--output", tmp_path / "runs"]
     run_script("benchmarks/ablations.py", *options, "--json", tmp_path / "first.json", folder=tmp_path)
     groups = json.loads((tmp_path / "first.json").read_text())["groups"]
     assert [len(rows) for rows in groups.values()] == [6, 3]
@@ -112,3 +112,13 @@ def test_ablations_go_on(tmp_path):
     assert set(written) == {"pooling-0.json", "prompt-0.json"}
     run_script("benchmarks/ablations.py", *options, folder=tmp_path)  # every group is read, none is trained again
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "toy").iterdir()}
+
+
+@pytest.mark.slow
+def test_objectives_train_on_mined_and_scored_rows(tmp_path):
+    names = ["the paper's loss", "three hard negatives", "two captions, both positives", "distillation of lists"]
+    options = ["--steps", 2, "--batch", 8, "--seeds", 0, "--only", *names, "--output", tmp_path / "runs"]
+    run_script("benchmarks/objectives.py", *options, "--json", tmp_path / "result.json", folder=tmp_path)
+    rows = json.loads((tmp_path / "result.json").read_text())["objectives"]
+    assert set(rows) == set(names)
+    assert len({tuple(row["literal"]) for row in rows.values()}) == len(names)  # each trained something else
