@@ -3,5 +3,6 @@
 from slq_embed.backbone.chat_template import DEFAULT_INSTRUCTIONS
 from slq_embed.backbone.families import FAMILIES, Family
 from slq_embed.backbone.lock import lock_of
+from slq_embed.backbone.self_check import Finding, Report, check
 
-__all__ = ["DEFAULT_INSTRUCTIONS", "FAMILIES", "Family", "lock_of"]
+__all__ = ["DEFAULT_INSTRUCTIONS", "FAMILIES", "Family", "Finding", "Report", "check", "lock_of"]

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
+
+from slq_embed.backbone.families import tokenizer_of
 
 DEFAULT_INSTRUCTIONS = {
     "text": "{text}",
@@ -45,7 +48,7 @@ def control_strings(processor: Any) -> list[str]:
     Returns:
         Added tokens that are not white space, and placeholder strings such as ``image_token``.
     """
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     strings = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     strings |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
     return sorted(token for token in strings if token.strip())
@@ -129,17 +132,18 @@ def build_chat_template(
         pieces = re.split(f"({_TEXT}|{_SYSTEM})", _render_turn(processor, marked, image, with_system))
         return "".join({_TEXT: text, _SYSTEM: system}.get(piece, _literal(piece)) for piece in pieces)
 
+    conditions = [("slq.system", (False, True, True))]
+    if tokenizer_of(processor) is not processor:  # a tokenizer alone reads no images
+        conditions = [
+            ("slq.image and slq.text is not none and slq.system", (True, True, True)),
+            ("slq.image and slq.text is not none", (True, True, False)),
+            ("slq.image and slq.system", (True, False, True)),
+            ("slq.image", (True, False, False)),
+            *conditions,
+        ]
     cases = [
         f"{{%- {'if' if number == 0 else 'elif'} {condition} -%}}{turn(*flags)}"
-        for number, (condition, flags) in enumerate(
-            [
-                ("slq.image and slq.text is not none and slq.system", (True, True, True)),
-                ("slq.image and slq.text is not none", (True, True, False)),
-                ("slq.image and slq.system", (True, False, True)),
-                ("slq.image", (True, False, False)),
-                ("slq.system", (False, True, True)),
-            ]
-        )
+        for number, (condition, flags) in enumerate(conditions)
     ]
     queries = _literal("".join(query_tokens))
     return f"{_BODY}{''.join(cases)}{{%- else -%}}{turn(False, True, False)}{{%- endif -%}}{queries}"
@@ -168,20 +172,31 @@ def _literal(text: str) -> str:
 
 
 def _render_turn(processor: Any, text: str, image: bool, system: bool) -> str:
-    content: list[dict[str, str]] = [{"type": "image"}] if image else []
-    if text:
-        content.append({"type": "text", "text": text})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    expected = (_TEXT in text) + system
+
+    def render(text: str, system: bool) -> str:
+        content: list[dict[str, str]] = [{"type": "image"}] if image else []
+        if text:
+            content.append({"type": "text", "text": text})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]})
+        if tokenizer_of(processor) is processor:  # templates of text models expect strings
+            messages = [{"role": message["role"], "content": message["content"][0]["text"]} for message in messages]
+        return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
     if system:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]})
+        with suppress(Exception):  # of a template that knows no system role
+            if (rendered := render(text, True)).count("\ue000") == 2 * expected:
+                return rendered
+        text = f"{_SYSTEM}\n\n{text}"
     try:
-        rendered = str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        rendered = render(text, False)
     except Exception as error:
         raise ValueError(
             f"The chat template of {type(processor).__name__} cannot render a user turn: {error}. "
             "Give the processor of an instruction-tuned checkpoint."
         ) from error
-    expected = (_TEXT in text) + system
     if rendered.count("\ue000") != 2 * expected:
         raise ValueError(
             f"The chat template of {type(processor).__name__} does not write its text and system prompt once each. "

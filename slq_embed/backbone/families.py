@@ -1,15 +1,17 @@
-"""Model families: a row for each, and one clear error for everything else. No other file knows them."""
+"""Model families: what is special about some of them, and what no latent query can work on. No other file knows them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 
@@ -23,46 +25,72 @@ class Family:
             ``max_pixels`` means something.
         image_kwargs: How its image processor is called unless the user says otherwise.
         package: A package that its code needs and transformers does not require. It is an extra of slq-embed.
+        batches_images: Whether its processor reads a batch at once and gives each row pixels by its image tokens. Of
+            other families, each row with an image is processed alone.
+        query_token_type: Token type of the queries, where its processor gives token types.
+        pixels_axis: The axis of ``pixel_values`` along which its processor puts one image after the other.
+        patch_indices: A feature that numbers the patches of a row's own images; in a batch, the model counts them all.
     """
 
-    example: str
+    example: str = ""
     resizes_by_area: bool = False
     image_kwargs: Mapping[str, Any] = field(default_factory=dict)
     package: str | None = None
+    batches_images: bool = False
+    query_token_type: int = 0
+    pixels_axis: int = 0
+    patch_indices: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen3_vl": Family("Qwen/Qwen3-VL-2B-Instruct", resizes_by_area=True),
-    "qwen2_5_vl": Family("Qwen/Qwen2.5-VL-3B-Instruct", resizes_by_area=True),
-    "qwen2_vl": Family("Qwen/Qwen2-VL-2B-Instruct", resizes_by_area=True),
+    "qwen3_vl": Family("Qwen/Qwen3-VL-2B-Instruct", resizes_by_area=True, batches_images=True),
+    "qwen2_5_vl": Family("Qwen/Qwen2.5-VL-3B-Instruct", resizes_by_area=True, batches_images=True),
+    "qwen2_vl": Family("Qwen/Qwen2-VL-2B-Instruct", resizes_by_area=True, batches_images=True),
     # One tile of 448 px (256 visual tokens) an image, as in the paper; the processor's own default cuts up to 12.
-    "internvl": Family("OpenGVLab/InternVL3-1B-hf", image_kwargs={"crop_to_patches": False}),
-    "fast_vlm": Family("KamilaMila/FastVLM-0.5B", package="timm"),
+    "internvl": Family("OpenGVLab/InternVL3-1B-hf", image_kwargs={"crop_to_patches": False}, batches_images=True),
+    "fast_vlm": Family("KamilaMila/FastVLM-0.5B", package="timm", batches_images=True),
 }
-"""Families by the ``model_type`` of their configuration. A row stands here when the contract tests pass on it."""
+"""Families by the ``model_type`` of their configuration. The contract tests prove these, so nothing is checked on loading."""
+
+QUIRKS: dict[str, Family] = {
+    # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
+    "paligemma": Family(query_token_type=1),
+    "minicpmv4_6": Family(pixels_axis=3),
+    "molmo2": Family(patch_indices="image_token_pooling"),
+    # One tile: its processor cannot read images with different numbers of tiles at once.
+    "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),
+    "gemma3n": Family(package="timm"),
+    "smolvlm": Family(package="num2words"),
+}
+"""What is special about other families. Of those, :func:`slq_embed.backbone.check` decides."""
 
 _CROSS_ATTENTION = {"mllama", "flamingo", "idefics"}
 
 
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why latent queries cannot work on a backbone of this architecture, or None if they may."""
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder, whose decoder does not hold the input in its own sequence"
+    if config.model_type in _CROSS_ATTENTION:
+        return "sees images through cross-attention, outside of the token sequence that queries are appended to"
+    if config.model_type == "phi4_multimodal":
+        return "has a processor that loses its chat template on loading (in transformers 5.23), so a saved model is unreadable"
+    if getattr(config, "thinker_config", None) is not None:
+        return "holds a thinker and a talker; only the thinker reads: save it alone (model.thinker.save_pretrained)"
+    return None
+
+
 def family_of(config: PretrainedConfig) -> Family:
-    """Look up the family of a backbone.
+    """What is special about the family of a backbone.
 
     Raises:
-        ValueError: If latent queries cannot work on it, or it is not in the table; the message says which.
+        ValueError: If latent queries cannot work on it; the message says why.
     """
     kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    choices = ", ".join(f"{name} ({row.example})" for name, row in FAMILIES.items())
-    if config.is_encoder_decoder:
-        reason = "is an encoder-decoder, whose decoder does not hold the input in its own sequence"
-    elif kind in _CROSS_ATTENTION:
-        reason = "sees images through cross-attention, outside of the token sequence that queries are appended to"
-    elif getattr(config, "vision_config", None) is None:
-        reason = "takes no images"
-    else:
-        reason = "is not in the table of tested families"
-    raise ValueError(f"The backbone's model_type {kind!r} {reason}. Use one of these families: {choices}.")
+    if (reason := refusal(config)) is not None:
+        choices = ", ".join(f"{name} ({row.example})" for name, row in FAMILIES.items())
+        raise ValueError(f"The backbone's model_type {kind!r} {reason}. Use one of these families: {choices}.")
+    return FAMILIES.get(kind) or QUIRKS.get(kind) or Family()
 
 
 def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -73,7 +101,7 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: For ``from_pretrained``: ``revision``, ``dtype``, ``device_map``, ``quantization_config``, ...
 
     Raises:
-        ValueError: If the family is not supported.
+        ValueError: If latent queries cannot work on the architecture.
         ImportError: If the family needs a package that is not installed.
         OSError: If nothing can be loaded from there.
     """
@@ -86,8 +114,15 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
             f"{package}, which is not installed. Install it: pip install 'slq-embed[{package}]'."
         )
     kwargs.setdefault("dtype", "auto")
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+    model: PreTrainedModel = _auto_class(config).from_pretrained(name, **kwargs)
     return model
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class that loads a model with its head."""
+    names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+    choices = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]
+    return next((kind for kind in choices if type(config) in kind._model_mapping), choices[0])
 
 
 def commit_of(name: str, **hub: Any) -> str | None:
@@ -102,14 +137,35 @@ def commit_of(name: str, **hub: Any) -> str | None:
 
 
 def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The part that ends in the last hidden states: the model without its language head."""
+    """The part that ends in the last hidden states: the model without its language head, where it is a part."""
     base: PreTrainedModel = backbone.base_model
     return base
 
 
-def text_config(backbone: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model."""
-    return backbone.config.get_text_config()
+def reads_ids(backbone: PreTrainedModel) -> bool:
+    """Whether a backbone must see token ids, because embeddings alone do not tell it all that it uses of a token."""
+    decoder = decoder_of(backbone)
+    return decoder is backbone or "per_layer_inputs" in inspect.signature(decoder.forward).parameters
+
+
+def image_token_of(backbone: PreTrainedModel, processor: Any) -> int | None:
+    """Id of the token that stands for a piece of an image; None where no image is read."""
+    for owner in (backbone.config, processor):
+        for name in ("image_token_id", "image_token_index", "image_patch_id"):
+            if isinstance(number := getattr(owner, name, None), int):
+                return number
+    return None
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, which is one itself where only text is read."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def image_settings(processor: Any) -> dict[str, Any] | None:
+    """The settings of a processor's image part, or None where only text is read."""
+    part = getattr(processor, "image_processor", None)
+    return None if part is None else part.to_dict()
 
 
 def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
@@ -121,6 +177,35 @@ def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
             "Give the backbone without adapters."
         )
     return table.weight
+
+
+def embedding_scale(backbone: PreTrainedModel) -> float:
+    """What the embedding layer multiplies a row of its table by: 1, and in Gemma the square root of ``H``."""
+    layer, table = backbone.get_input_embeddings(), embedding_table(backbone)
+    if type(layer) is nn.Embedding:
+        return 1.0
+    ids = torch.arange(min(64, len(table)), device=table.device)
+    with torch.no_grad():
+        rows, given = table[ids].float(), layer(ids).float()
+        scale = float((rows * given).sum() / (rows * rows).sum())
+    if not torch.allclose(given, rows * scale, rtol=0.02, atol=1e-3 * float(given.abs().max())):
+        raise ValueError(
+            f"The input embeddings are a {type(layer).__name__}, which does more than scale rows of a table, so no row of it "
+            "can be a latent query. Use another backbone."
+        )
+    return scale
+
+
+def usable_rows(backbone: PreTrainedModel) -> int:
+    """How many rows of the embedding table a token id reaches; the rest of Gemma 3n's belongs to its towers."""
+    offset = getattr(getattr(backbone.config, "vision_config", None), "vocab_offset", None)
+    return min(len(embedding_table(backbone)), offset or len(embedding_table(backbone)))
+
+
+def can_grow(backbone: PreTrainedModel) -> bool:
+    """Whether rows can be added to the embedding table: no other table goes by token ids, and one number is its length."""
+    rows: int = backbone.config.get_text_config().vocab_size
+    return not reads_ids(backbone) and rows == len(embedding_table(backbone))
 
 
 def is_placed(backbone: PreTrainedModel) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import embedding_table
+from slq_embed.backbone.families import embedding_table, image_settings
 from slq_embed.backbone.query_tokens import OWN_TOKEN
 
 # What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
@@ -99,7 +99,7 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
     settings = [
         str(embedding_table(backbone).dtype),
         str(backbone.config._attn_implementation),
-        processor.image_processor.to_dict(),
+        image_settings(processor),
         dict(image_kwargs),
     ]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()

@@ -34,13 +34,34 @@ class QueryTokens:
 
 def private_processor(processor: ProcessorMixin) -> ProcessorMixin:
     """A copy with its own tokenizer and image processor, so that the caller's stay as they are."""
+    if getattr(processor, "tokenizer", None) is None:  # a tokenizer: only text is read
+        return copy.deepcopy(processor)
     own = copy.copy(processor)
     own.tokenizer = copy.deepcopy(processor.tokenizer)
     own.image_processor = copy.deepcopy(processor.image_processor)
     return own
 
 
-def allocate(tokenizer: Any, table_rows: int, count: int, form: Form) -> QueryTokens:
+def free_rows(tokenizer: Any, table_rows: int) -> tuple[int, int]:
+    """How many rows of an embedding table no text uses: those past the tokenizer's last id, and reserved tokens.
+
+    Args:
+        tokenizer: The tokenizer; query tokens that it knows already do not count as used.
+        table_rows: Rows of the embedding table.
+    """
+    vocabulary = tokenizer.get_vocab()
+    taught = sum(OWN_TOKEN.fullmatch(token) is not None for token in vocabulary)  # on another query set's tokenizer
+    used = max(len(tokenizer), max(vocabulary.values()) + 1) - taught
+    return max(table_rows - used, 0), len(_reserved(tokenizer, table_rows))
+
+
+def _reserved(tokenizer: Any, table_rows: int) -> list[tuple[int, str]]:
+    return sorted(
+        (row, token) for token, row in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token) and row < table_rows
+    )
+
+
+def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: bool = True) -> QueryTokens:
     """Choose tokens for the queries and teach them to a tokenizer.
 
     The rule: spare rows past the tokenizer's last id; else the highest tokens that the tokenizer's makers
@@ -52,26 +73,25 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form) -> QueryTo
         table_rows: Rows of the backbone's embedding table.
         count: How many queries.
         form: The form in which the model will be saved.
+        can_grow: Whether the merged form can add rows.
 
     Raises:
-        ValueError: If the adapter form is asked for and there are too few rows that no text uses.
+        ValueError: If no rows can be added and there are too few rows that no text uses.
     """
     strings = tuple(f"<|slq_{number}|>" for number in range(count))
-    vocabulary = tokenizer.get_vocab()
-    taught = sum(OWN_TOKEN.fullmatch(token) is not None for token in vocabulary)  # on another query set's tokenizer
-    used = max(len(tokenizer), max(vocabulary.values()) + 1) - taught
-    spare = table_rows - used
-    if spare >= count or form == "merged":
+    spare, _ = free_rows(tokenizer, table_rows)
+    merged = form == "merged" and can_grow
+    if spare >= count or merged:
         tokenizer.add_special_tokens({"additional_special_tokens": strings}, replace_extra_special_tokens=False)
         ids = tuple(int(number) for number in tokenizer.convert_tokens_to_ids(list(strings)))
         return QueryTokens(strings, ids, "spare" if max(ids) < table_rows else "resized")
-    reserved = sorted((row, token) for token, row in vocabulary.items() if _RESERVED.fullmatch(token))
-    reserved = [(row, token) for row, token in reserved if row < table_rows][-count:]
+    reserved = _reserved(tokenizer, table_rows)[-count:]
     if len(reserved) < count:
         raise ValueError(
             f"{count} latent queries need as many rows of the embedding table that no text uses, but this backbone "
-            f"has {max(spare, 0)} spare rows and {len(reserved)} reserved tokens. Use form='merged', which saves "
-            "the whole model with rows of its own, or fewer queries."
+            f"has {spare} spare rows and {len(reserved)} reserved tokens. Use "
+            + ("form='merged', which saves the whole model with rows of its own, or fewer queries." if can_grow else "")
+            + ("" if can_grow else "fewer queries, or another backbone: no rows can be added to its table.")
         )
     strings = tuple(token for _, token in reserved)
     # Being special makes them one token each, whatever stands beside them.

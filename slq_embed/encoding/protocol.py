@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slq_embed.backbone.families import image_settings
 from slq_embed.backbone.fingerprint import Fingerprint
 from slq_embed.prefix.store import PrefixStore
 
@@ -75,7 +76,7 @@ def encoder_digest(model: Encoder) -> str:
     config = model.slq_config
     settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, config.pooling, config.instructions]
     settings += [config.max_text_chars, model.truncate_dim, config.image_kwargs]
-    settings += [model.processor.image_processor.to_dict()]
+    settings += [image_settings(model.processor)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slq_embed.backbone.chat_template import replace_queries
+from slq_embed.backbone.families import image_settings
 from slq_embed.encoding.protocol import Encoder
 from slq_embed.encoding.stream import collect, stream
 
@@ -62,8 +63,7 @@ def check_query_sets(model: Encoder, query_sets: Mapping[str, Encoder]) -> None:
             "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
             "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
             "another chat template": _template(encoder) == _template(model),
-            "other image sizes": encoder.processor.image_processor.to_dict()
-            == model.processor.image_processor.to_dict(),
+            "other image sizes": image_settings(encoder.processor) == image_settings(model.processor),
         }
         for difference, equal in same.items():
             if not equal:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from slq_embed.backbone.families import tokenizer_of
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.generation.conversation import read_named, speaking_processor, to_features, user_turn
@@ -54,5 +55,7 @@ def answer(
     with lock_of(model.backbone):
         features = to_features(model, processor, [chat]).to(model.backbone.device)
         tokens = model.backbone.generate(**features, max_new_tokens=max_new_tokens, **generate_kwargs)
-        text: str = processor.tokenizer.decode(tokens[0, features["input_ids"].shape[1] :], skip_special_tokens=True)
+        text: str = tokenizer_of(processor).decode(
+            tokens[0, features["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return text.strip()

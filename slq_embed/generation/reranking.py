@@ -18,7 +18,8 @@ from slq_embed.backbone.families import decoder_of
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.generation.conversation import read_named, speaking_processor, to_features, user_turn
-from slq_embed.prefix.passes import backbone_inputs, token_positions
+from slq_embed.prefix.features import backbone_inputs
+from slq_embed.prefix.passes import token_positions
 
 RERANK_INSTRUCTION = (
     "Query: {query}\nDocument: {document}\nDoes the document match the query? Answer with yes or no only."

@@ -11,15 +11,25 @@ from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
+from slq_embed.backbone.families import (
+    decoder_of,
+    embedding_scale,
+    embedding_table,
+    family_of,
+    is_placed,
+    reads_ids,
+    tokenizer_of,
+)
 from slq_embed.backbone.fingerprint import settings_digest
+from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
+from slq_embed.inputs.processing import process_one_by_one, process_together
 from slq_embed.inputs.rows import Row, read_row
 from slq_embed.modules.deep_queries import add_before_layers, initial_deep_queries
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
-from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows, strip_queries
+from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
 from slq_embed.prefix.keys import keys_to_tensor, prefix_key
-from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
+from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
 
 
@@ -41,6 +51,7 @@ class LatentQueryTransformer(InputModule):
         adapter: An adapter that acts at the queries only.
         deep: Whether vectors are added to the queries' states before each layer.
         seed: Seed of the adapter's initialisation.
+        schedule: How input and queries run.
 
     Raises:
         ValueError: If the queries' width is not that of the backbone's token embeddings, or the adapter does not fit.
@@ -59,6 +70,7 @@ class LatentQueryTransformer(InputModule):
         adapter: QueryAdapter | None = None,
         deep: bool = False,
         seed: int | None = None,
+        schedule: Schedule = "prefix",
     ) -> None:
         super().__init__()
         width = embedding_table(backbone).shape[1]
@@ -69,10 +81,12 @@ class LatentQueryTransformer(InputModule):
             )
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.processor = processor
-        self.processor.tokenizer.padding_side = "left"
+        self.tokenizer.padding_side = "left"
         self.query_text = "".join(query_tokens)
+        self._query_ids = self.tokenizer.convert_tokens_to_ids(list(query_tokens))
         self.image_kwargs = dict(image_kwargs or {})
-        self.source = PrefixSource(backbone, self.processor.tokenizer)
+        self.source = PrefixSource(backbone, processor, schedule)
+        self.schedule = schedule
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
@@ -85,6 +99,12 @@ class LatentQueryTransformer(InputModule):
             twin = twin_of(decoder_of(backbone)) if twin is None else twin
             self.bias["deep_queries"] = nn.Parameter(initial_deep_queries(twin, len(queries)))
             add_before_layers(twin, self.bias)
+        self._scale = embedding_scale(backbone)
+        self._ids: Tensor | None = None
+        if reads_ids(backbone):
+            twin = twin_of(decoder_of(backbone)) if twin is None else twin
+            embed_query_tokens(twin, self.bias, self._query_ids, self._scale)
+            self._ids = torch.tensor(self._query_ids)
         self._twin = (twin,)
 
     @property
@@ -119,12 +139,17 @@ class LatentQueryTransformer(InputModule):
     @property
     def modalities(self) -> list[Any]:
         """What can be encoded."""
-        return ["text", "image", ("image", "text"), "message"]
+        return ["text", "image", ("image", "text"), "message"] if self.reads_images else ["text", "message"]
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the backbone has a processor, not a tokenizer alone."""
+        return self.tokenizer is not self.processor
 
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
-        return self.processor.tokenizer
+        return tokenizer_of(self.processor)
 
     @property
     def max_seq_length(self) -> int:
@@ -199,33 +224,28 @@ class LatentQueryTransformer(InputModule):
         images = []
         for index in indices:
             with _naming(index, len(rows)):
-                images.append([] if rows[index].image is None else [rows[index].image])
-        chosen = [texts[index] for index in indices]
-        # As apply_chat_template calls the processor, but the text is rendered already.
-        text_kwargs: dict[str, Any] = {"padding": True}
-        if (bos := self.tokenizer.bos_token) is not None and chosen[0].startswith(bos):
-            text_kwargs["add_special_tokens"] = False
-        features: Features = dict(
-            self.processor(
-                text=chosen,
-                images=images if any(images) else None,
-                text_kwargs=text_kwargs,
-                images_kwargs={**self.image_kwargs, **changes},
-                common_kwargs={"return_tensors": "pt"},
-            )
-        )
-        if "pixel_values" in features:
-            # GradCache losses cut the pixels of a batch by this.
-            features["num_images_per_sample"] = torch.tensor([len(image) for image in images])
-        return strip_queries(features, len(self.queries))
+                if rows[index].source is not None and not self.reads_images:
+                    raise ValueError(f"There is an image, but a {self.backbone.config.model_type} reads texts only.")
+                images.append(rows[index].image)
+        family = family_of(self.backbone.config)
+        read = self.processor, [texts[index] for index in indices], images, {**self.image_kwargs, **changes}
+        if family.batches_images:
+            return process_together(*read, len(self.queries))
+        return process_one_by_one(*read, self._query_ids, family.pixels_axis)
 
-    def prefix(self, features: Features) -> Prefix:
-        """Everything before the queries, without autograd: kept, or computed once for each distinct input."""
-        return self.source.prefix(features, self.training)
+    def prefix(self, features: Features) -> Prefix | Features:
+        """Everything before the queries, without autograd: kept, or computed once for each distinct input.
 
-    def query_states(self, prefix: Prefix) -> Tensor:
+        Where only all positions at once are exact, the features themselves.
+        """
+        return features if self.schedule == "all_positions" else self.source.prefix(features, self.training)
+
+    def query_states(self, prefix: Prefix | Features) -> Tensor:
         """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device."""
-        states = run_queries(self.query_decoder, prefix, self._cast_queries())
+        if isinstance(prefix, Prefix):
+            states = run_queries(self.query_decoder, prefix, self.cast_queries(), self.query_ids())
+        else:
+            states = self.source.all_positions(prefix, self.all_positions)
         return states.to(self.queries.device, torch.float32)
 
     def all_positions(self, features: Features) -> Tensor:
@@ -233,12 +253,17 @@ class LatentQueryTransformer(InputModule):
         decoder = self.query_decoder
         if self.query_adapter:
             decoder = at_the_end(decoder, len(self.queries))
-        return run_all_positions(decoder, features, self._cast_queries())
+        return run_all_positions(decoder, features, self.cast_queries(), self.query_ids())
 
-    def _cast_queries(self) -> Tensor:
+    def query_ids(self) -> Tensor | None:
+        """Ids of the query tokens, ``(Q,)``, where the backbone must see them; else None."""
+        return None if self._ids is None else self._ids.to(embedding_table(self.backbone).device)
+
+    def cast_queries(self) -> Tensor:
+        """The queries as they enter the backbone, ``(Q, H)`` in its dtype."""
         # Master weights stay float32 for the optimizer; only this copy is cast.
         table = embedding_table(self.backbone)
-        return self.queries.to(table.device, table.dtype)
+        return (self.queries * self._scale).to(table.device, table.dtype)
 
     def train(self, mode: bool = True) -> LatentQueryTransformer:
         """Set the mode; leaving training forgets the last step."""
@@ -250,10 +275,11 @@ class LatentQueryTransformer(InputModule):
     def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
         features.update(move_padding_left(features))
-        if torch.is_grad_enabled() or self.training or self.source.store is not None or self._twin[0] is not None:
+        known = self.schedule == "all_positions" or self._twin[0] is not None
+        if torch.is_grad_enabled() or self.training or self.source.store is not None or known:
             states = self.query_states(self.prefix(features))
         else:  # there is nothing to keep, and whole sequences are a little faster for short texts
-            states = self.source.all_positions(features, self._cast_queries())
+            states = self.source.all_positions(features, self.cast_queries())
         if self.log_temperature is not None and torch.is_grad_enabled():
             # As an output of the forward pass, so that DDP knows it is used.
             features["log_temperature"] = self.log_temperature.clone()

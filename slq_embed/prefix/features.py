@@ -9,6 +9,8 @@ Features are a dict, as Sentence Transformers hands them from module to module. 
 | ``token_type_ids``, ``mm_token_type_ids`` | ``(batch, seq)`` int64 | only of families whose processor gives them |
 | ``pixel_values`` | ``(patches or tiles, ...)`` float | pixels of all images, one image after the other |
 | ``image_grid_thw``, other ``image_*`` | ``(images, ...)`` | a row for each image |
+| other features of images | ``(pieces, ...)`` | of families whose rows are processed one by one |
+| ``row_pieces`` | ``(batch, features)`` int64 | there: how many of them each row has, in the order of their names |
 | ``num_images_per_sample`` | ``(batch,)`` int64 | images of each row, 0 or 1 |
 | ``prefix_key`` | ``(batch, 2)`` int64 | the 128-bit key of each row's prefix |
 | ``prefix_stored`` | ``(batch,)`` bool | true where a prefix is kept: of such a row there is the length and nothing else |
@@ -29,10 +31,26 @@ from torch import Tensor
 Features = dict[str, Any]
 """See the table of this module."""
 
+_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "prefix_key", "task", "row_pieces"}
+_BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
+
 TOKENS_PER_PASS = {"cpu": 2048}
 """Padded tokens that go through the backbone at once. On a CPU more of them leave its caches: 32 images of 208 tokens took
 7 % longer in passes of 8192 tokens than in passes of 2048 (benchmarks/scaling.py)."""
 DEFAULT_TOKENS_PER_PASS = 32768
+
+
+def backbone_inputs(features: Features) -> Features:
+    """The features that a backbone reads in addition to tokens and mask: pixels, grids, token types."""
+    return {key: value for key, value in features.items() if key not in _BOOKKEEPING}
+
+
+def image_features(features: Features) -> list[str]:
+    """Names of the features that are laid out by images or their pieces, not by rows."""
+    shape = features["input_ids"].shape
+    return sorted(
+        key for key, value in backbone_inputs(features).items() if isinstance(value, Tensor) and value.shape != shape
+    )
 
 
 def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Features:
@@ -52,9 +70,19 @@ def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Fe
     mask = features["attention_mask"][index]
     first = int(mask.any(dim=0).int().argmax())
     chosen: Features = {}
+    pieces_of: dict[str, Tensor] = {}
+    if (counts := features.get("row_pieces")) is not None:
+        pieces_of = dict(zip(image_features(features), counts.T, strict=True))
+        if any(len(features[key]) != int(pieces.sum()) for key, pieces in pieces_of.items()):
+            raise ValueError(
+                "A batch was cut so that its images are not those of its rows. This backbone's images cannot be cut by "
+                "Cached losses: use a loss without mini-batches."
+            )
     for key, value in features.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             chosen[key] = value
+        elif key in pieces_of:
+            chosen[key] = _ranges(value, pieces_of[key], rows)
         elif key == "pixel_values":
             pieces = (ids == image_token).sum(dim=1)
             total = max(1, int(pieces.sum()))
@@ -68,7 +96,9 @@ def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Fe
             chosen[key] = _ranges(value, features["num_images_per_sample"], rows)
         else:
             chosen[key] = value[index][:, first:] if value.shape == ids.shape else value[index]
-    if "pixel_values" in chosen and not len(chosen["pixel_values"]):
+    if pieces_of and not any(len(chosen[key]) for key in pieces_of):
+        chosen = {key: value for key, value in chosen.items() if key not in pieces_of and key != "row_pieces"}
+    elif "pixel_values" in chosen and not len(chosen["pixel_values"]):
         chosen = {key: value for key, value in chosen.items() if not key.startswith(("pixel_", "image_"))}
     return chosen
 
@@ -165,8 +195,9 @@ def make_room(features: Features, lengths: Sequence[int | None], pad_token: int)
     for index, length in enumerate(lengths):
         if length is not None:
             joined["attention_mask"][index, longest - length :] = 1
-    if (images := features.get("num_images_per_sample")) is not None:
-        joined["num_images_per_sample"] = images.new_zeros(len(lengths))
-        joined["num_images_per_sample"][present] = images
+    for key in ("num_images_per_sample", "row_pieces"):
+        if (counts := features.get(key)) is not None:
+            joined[key] = counts.new_zeros(len(lengths), *counts.shape[1:])
+            joined[key][present] = counts
     joined["prefix_stored"] = torch.tensor([length is not None for length in lengths])
     return joined

@@ -110,7 +110,7 @@ class StepMemory:
         """Keep rows until one does not fit the budget."""
         for key, row in rows.items():
             if self.budget is None:
-                device = row.layers[0][0].device
+                device = next(layer for layer in row.layers if layer)[0].device
                 self.budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else free_bytes(None)
             if self.nbytes + row.nbytes > self.budget:
                 return

@@ -13,8 +13,11 @@ from slq_embed.prefix.passes import PrefixRow
 Precision = Literal["exact", "bfloat16", "int8"]
 Entry = dict[str, Tensor]
 """A packed prefix. Keys and values: ``states`` ``(layers, 2, heads, seq, head_dim)`` and ``position`` ``(2,)`` int64, the
-last position and the number of axes. Vision features: what :func:`slq_embed.prefix.vision.run_vision` gives for a row.
+last position and the number of axes. Where not every layer has keys, ``has_keys`` ``(layers,)`` bool says which; states of fixed
+size are under ``fixed.`` and their name, always exact. Vision features: what :func:`slq_embed.prefix.vision.run_vision` gives for a row.
 With int8, each tensor of states has its scales beside it, under its name and ``.scale``."""
+
+_FIXED = "fixed."
 
 
 def entry_length(entry: Entry) -> int:
@@ -40,15 +43,21 @@ def pack_row(row: PrefixRow, precision: Precision) -> Entry:
     Raises:
         ValueError: If the layers' keys and values differ in shape.
     """
-    shapes = {part.shape for layer in row.layers for part in layer}
+    keys_and_values = [layer for layer in row.layers if layer]
+    shapes = {part.shape for layer in keys_and_values for part in layer}
     if len(shapes) > 1:
         raise ValueError(
             f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
             'level="keys_values" cannot store. Use PrefixStore(level="vision").'
         )
-    device = row.layers[0][0].device  # one copy to main memory, not two for each layer
-    whole = torch.stack([torch.stack([keys.to(device), values.to(device)]) for keys, values in row.layers])
-    return {"position": torch.tensor([row.last_position, row.axes]), **_pack_states("states", whole, precision)}
+    device = keys_and_values[0][0].device  # one copy to main memory, not two for each layer
+    whole = torch.stack([torch.stack([part.to(device) for part in layer]) for layer in keys_and_values])
+    entry = {"position": torch.tensor([row.last_position, row.axes]), **_pack_states("states", whole, precision)}
+    if len(keys_and_values) < len(row.layers):
+        entry["has_keys"] = torch.tensor([bool(layer) for layer in row.layers])
+    for name, state in row.states.items():  # few numbers, and each token that follows adds to their error
+        entry[f"{_FIXED}{name}"] = state.to("cpu", copy=True)
+    return entry
 
 
 def unpack_row(entry: Entry, dtype: torch.dtype, device: torch.device) -> PrefixRow:
@@ -61,7 +70,11 @@ def unpack_row(entry: Entry, dtype: torch.dtype, device: torch.device) -> Prefix
     """
     whole = _unpack_states("states", entry, dtype, device)
     last_position, axes = entry["position"].tolist()
-    return PrefixRow(tuple((layer[0], layer[1]) for layer in whole), last_position, axes)
+    keys_and_values = iter(whole)
+    has_keys = entry["has_keys"].tolist() if "has_keys" in entry else [True] * len(whole)
+    layers = tuple(tuple(next(keys_and_values)) if present else () for present in has_keys)
+    states = {name.removeprefix(_FIXED): part.to(device) for name, part in entry.items() if name.startswith(_FIXED)}
+    return PrefixRow(layers, last_position, axes, states)
 
 
 def pack_vision_row(row: Mapping[str, Tensor], precision: Precision) -> Entry:

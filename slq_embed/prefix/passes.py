@@ -3,75 +3,65 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import text_config
-from slq_embed.prefix.features import Features
-
-_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "prefix_key", "task"}
-_BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
-
-Layers = tuple[tuple[Tensor, Tensor], ...]
+from slq_embed.backbone.families import family_of
+from slq_embed.prefix.cache import Layers, PrefixReadyError, States, empty_cache, filled_cache, read_cache
+from slq_embed.prefix.features import Features, backbone_inputs, image_features
 
 
 @dataclass(frozen=True)
 class PrefixRow:
-    """Keys and values of one input, without padding.
+    """What the backbone keeps of one input, without padding.
 
     Args:
-        layers: For each layer its keys and values, each ``(heads, seq, head_dim)``.
+        layers: For each layer its keys and values, each ``(heads, seq, head_dim)``, or nothing.
         last_position: The largest position of its tokens.
         axes: How many axes positions have: 3 where the backbone has time, height and width, else 1.
+        states: States of fixed size, by name; see :data:`slq_embed.prefix.cache.States`.
     """
 
     layers: Layers
     last_position: int
     axes: int
+    states: States = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """How many tokens the input has."""
-        return int(self.layers[0][0].shape[1])
+        return int(next(layer for layer in self.layers if layer)[0].shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return sum(part.numel() * part.element_size() for layer in self.layers for part in layer)
+        """Bytes of keys, values and states."""
+        parts = [*(part for layer in self.layers for part in layer), *self.states.values()]
+        return sum(part.numel() * part.element_size() for part in parts)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a left-padded batch of inputs. Queries do not change it: it can be used again.
+    """What the backbone keeps of a left-padded batch of inputs. Queries do not change it: it can be used again.
 
     Args:
-        layers: For each layer its keys and values, each ``(batch, heads, seq, head_dim)``.
+        layers: For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing.
         attention_mask: ``(batch, seq)``, 1 for real tokens.
         last_position: ``(batch,)``, the largest position of each row's real tokens.
         axes: As in :class:`PrefixRow`.
+        states: States of fixed size, ``(batch, ...)``, by name.
     """
 
     layers: Layers
     attention_mask: Tensor
     last_position: Tensor
     axes: int
-
-    def cache(self) -> DynamicCache:
-        """A cache that the backbone can extend; what it appends is not seen here."""
-        cache = DynamicCache()
-        for keys, values in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        return cache
+    states: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype) -> Prefix:
@@ -97,37 +87,15 @@ def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype)
             row[:, padding:].copy_(part, non_blocking=True)
         return joined
 
-    depth = range(len(rows[0].layers))
-    layers = tuple((join([row.layers[n][0] for row in rows]), join([row.layers[n][1] for row in rows])) for n in depth)
+    layers = tuple(
+        tuple(join([row.layers[number][part] for row in rows]) for part in range(len(layer)))
+        for number, layer in enumerate(rows[0].layers)
+    )
+    states = {name: torch.stack([row.states[name].to(device) for row in rows]) for name in rows[0].states}
     lengths = torch.tensor([row.length for row in rows], device=device)
     mask = torch.arange(longest, device=device)[None] >= longest - lengths[:, None]
     last = torch.tensor([row.last_position for row in rows], device=device)
-    return Prefix(layers, mask.long(), last, rows[0].axes)
-
-
-class _PrefixReadyError(Exception):
-    """The last layer has its keys and values. Nothing that the backbone computes after them reaches the queries."""
-
-
-class _PrefixCache(DynamicCache):
-    """Stops the forward pass once the last layer has its keys and values: before its attention, its MLP and the norm."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self._last = layers - 1
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == self._last:
-            raise _PrefixReadyError
-        return updated
-
-
-def backbone_inputs(features: Features) -> Features:
-    """The features that a backbone reads in addition to tokens and mask: pixels, grids, token types."""
-    return {key: value for key, value in features.items() if key not in _BOOKKEEPING}
+    return Prefix(layers, mask.long(), last, rows[0].axes, states)
 
 
 def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
@@ -149,7 +117,8 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
     if not {"pixel_values", "mm_encoder_outputs"} & features.keys():
         return positions.expand(3, -1, -1)
     known = inspect.signature(rope_index).parameters
-    return rope_index(**{key: value for key, value in features.items() if key in known})[0]
+    found = rope_index(**{key: value for key, value in features.items() if key in known})[0]
+    return found.long()  # whole numbers, which Qwen-Omni gives as floats
 
 
 def continue_positions(last_position: Tensor, count: int, axes: int) -> Tensor:
@@ -186,51 +155,78 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     """
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
-    cache = _PrefixCache(text_config(decoder).num_hidden_layers)
-    with suppress(_PrefixReadyError):
+    cache = empty_cache(decoder.config)
+    with suppress(PrefixReadyError):
         decoder(
             input_ids=features["input_ids"],
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
-            **backbone_inputs(features),
+            **_prepared_inputs(decoder, features),
         )
     axes = 3 if positions.ndim == 3 else 1
     last = last_positions(positions, mask).tolist()
     starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    layers, states = read_cache(cache)
     return [
-        PrefixRow(tuple((keys[row, :, start:], values[row, :, start:]) for keys, values in layers), last[row], axes)
+        PrefixRow(
+            tuple(tuple(part[row, :, start:] for part in layer) for layer in layers),
+            last[row],
+            axes,
+            {name: state[row] for name, state in states.items()},
+        )
         for row, start in enumerate(starts)
     ]
 
 
-def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Tensor:
+def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Sequence[int], scale: float) -> None:
+    """Let the embedding layer of a twin give the queries for the ids of the query tokens.
+
+    Args:
+        twin: From :func:`slq_embed.backbone.twin.twin_of`.
+        vectors: Holds ``queries``, ``(Q, H)``; read at each call.
+        ids: Ids of the query tokens, ``Q`` of them, rows of the table.
+        scale: What the layer multiplies rows by.
+    """
+    tokens = torch.tensor(ids)
+
+    def replace(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        matches = args[0][..., None] == tokens.to(args[0].device)
+        rows = (vectors["queries"] * scale).to(output.device, output.dtype)[matches.int().argmax(dim=-1)]
+        return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
+
+    twin.get_input_embeddings().register_forward_hook(replace)
+
+
+def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor, ids: Tensor | None = None) -> Tensor:
     """Run the queries, and nothing else, after a prefix. Autograd sees only the queries.
 
     Args:
         decoder: The backbone without its head.
         prefix: From :func:`collate`.
         queries: ``(Q, H)`` in the backbone's dtype.
+        ids: Ids of the query tokens, ``(Q,)``, for a decoder of :func:`embed_query_tokens`.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
     """
     batch, count = len(prefix.attention_mask), len(queries)
     mask = torch.cat([prefix.attention_mask, prefix.attention_mask.new_ones(batch, count)], dim=1)
-    output = decoder(
-        inputs_embeds=queries.expand(batch, -1, -1),
+    tokens = {"inputs_embeds": queries.expand(batch, -1, -1)} if ids is None else {"input_ids": ids.expand(batch, -1)}
+    return _last_states(
+        decoder,
+        **tokens,
         attention_mask=mask,
         position_ids=continue_positions(prefix.last_position, count, prefix.axes),
-        past_key_values=prefix.cache(),
+        past_key_values=filled_cache(decoder.config, prefix.layers, prefix.states),
         use_cache=True,
     )
-    states: Tensor = output.last_hidden_state
-    return states
 
 
-def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Tensor) -> Tensor:
+def run_all_positions(
+    decoder: PreTrainedModel, features: Features, queries: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Run prefix and queries as one sequence: the reference for the prefix path, and faster for short texts.
 
     The queries enter as embeddings. So the shared backbone needs no new row in its table and no hook.
@@ -239,6 +235,7 @@ def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Ten
         decoder: The backbone without its head.
         features: See :mod:`slq_embed.prefix.features`.
         queries: ``(Q, H)`` in the backbone's dtype.
+        ids: As for :func:`run_queries`.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
@@ -248,17 +245,46 @@ def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Ten
     batch, count = len(mask), len(queries)
     axes = 3 if positions.ndim == 3 else 1
     continued = continue_positions(last_positions(positions, mask), count, axes)
-    tokens = decoder.get_input_embeddings()(features["input_ids"])
-    extra = backbone_inputs(features)
+    if ids is None:
+        embeddings = decoder.get_input_embeddings()(features["input_ids"])
+        tokens = {"inputs_embeds": torch.cat([embeddings, queries.expand(batch, -1, -1)], dim=1)}
+    else:
+        tokens = {"input_ids": torch.cat([features["input_ids"], ids.expand(batch, -1)], dim=1)}
+    extra = _prepared_inputs(decoder, features)
     for key, value in extra.items():
-        if isinstance(value, Tensor) and value.shape == mask.shape:  # token types: queries are text
-            extra[key] = torch.cat([value, value.new_zeros(batch, count)], dim=1)
-    output = decoder(
-        inputs_embeds=torch.cat([tokens, queries.expand(batch, -1, -1)], dim=1),
+        if isinstance(value, Tensor) and value.shape == mask.shape:  # token types
+            types = value.new_full((batch, count), family_of(decoder.config).query_token_type)
+            extra[key] = torch.cat([value, types], dim=1)
+    states = _last_states(
+        decoder,
+        **tokens,
         attention_mask=torch.cat([mask, mask.new_ones(batch, count)], dim=1),
         position_ids=torch.cat([positions, continued], dim=-1),
         use_cache=False,
         **extra,
     )
-    states: Tensor = output.last_hidden_state
     return states[:, -count:]
+
+
+def _last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
+    if decoder.get_output_embeddings() is None:
+        return decoder(**inputs).last_hidden_state
+    return decoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+
+
+def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
+    """The features that a backbone reads beside the tokens, in a form in which it reads them right."""
+    extra, family = backbone_inputs(features), family_of(decoder.config)
+    if family.batches_images:
+        return extra
+    for key, value in extra.items():
+        if isinstance(value, Tensor) and value.is_floating_point():  # not every model casts its pixels
+            extra[key] = value.to(decoder.dtype)
+    if (name := family.patch_indices) is not None and name in extra:
+        pieces = dict(zip(image_features(features), features["row_pieces"].T, strict=True))
+        before = (pieces["pixel_values"].cumsum(0) - pieces["pixel_values"]) * extra["pixel_values"].shape[1]
+        shift = before.repeat_interleave(pieces[name]).view(-1, *[1] * (extra[name].ndim - 1))
+        extra[name] = torch.where(extra[name] >= 0, extra[name] + shift, extra[name])
+    if family.pixels_axis and "pixel_values" in extra:
+        extra["pixel_values"] = extra["pixel_values"].movedim(0, family.pixels_axis)
+    return extra

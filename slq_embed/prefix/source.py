@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import decoder_of, embedding_table
+from slq_embed.backbone.families import decoder_of, embedding_table, family_of, image_token_of, tokenizer_of
 from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
+from slq_embed.backbone.self_check import Schedule
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor
 from slq_embed.prefix.memory import StepMemory
@@ -29,14 +30,17 @@ class PrefixSource:
 
     Args:
         backbone: The frozen multimodal LLM.
-        tokenizer: The tokenizer of its inputs.
+        processor: The processor of its inputs.
+        schedule: How input and queries run.
     """
 
-    def __init__(self, backbone: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, backbone: PreTrainedModel, processor: Any, schedule: Schedule = "prefix") -> None:
+        self._schedule = schedule
         self._backbone = (backbone,)
-        self._tokenizer = tokenizer
-        self.pad_token = int(tokenizer.pad_token_id or 0)
-        self.image_token = int(backbone.config.image_token_id)
+        self._tokenizer = tokenizer_of(processor)
+        self.pad_token = int(self._tokenizer.pad_token_id or 0)
+        image_token = image_token_of(backbone, processor)
+        self.image_token = -1 if image_token is None else image_token
         self.store: PrefixStore | None = None
         self.namespace = b""
         self.memory = StepMemory()
@@ -50,9 +54,19 @@ class PrefixSource:
             store: Where to look prefixes up and to keep them.
 
         Raises:
-            ValueError: If the store keeps keys and values and the backbone's weights are on several devices.
+            ValueError: If nothing of this backbone can be kept at the store's level.
         """
         backbone = self._backbone[0]
+        kind = backbone.config.model_type
+        if store is not None and self._schedule == "all_positions":
+            raise ValueError(
+                f"A {kind} has no prefixes: its inputs run together with the queries. Train without a store."
+            )
+        if store is not None and store.level == "vision" and not family_of(backbone.config).batches_images:
+            raise ValueError(
+                f'The features of the vision tower of a {kind} cannot be kept. Use PrefixStore(level="keys_values"), or no '
+                "store where its layers differ in shape."
+            )
         devices = {str(weight.device) for weight in backbone.parameters()}
         if store is not None and store.level == "keys_values" and len(devices) > 1:
             raise ValueError(
@@ -114,13 +128,19 @@ class PrefixSource:
             memory.keep({key: rows[key] for key in missing})
         return collate([rows[key] for key in keys], table.device, table.dtype)
 
-    def all_positions(self, features: Features, queries: Tensor) -> Tensor:
-        """States of the queries from passes over whole sequences, ``(batch, Q, H)``."""
-        lengths = (features["attention_mask"].sum(dim=1) + len(queries)).tolist()
+    def all_positions(self, features: Features, queries: Tensor | Callable[[Features], Tensor]) -> Tensor:
+        """States of the queries from passes over whole sequences, ``(batch, Q, H)``.
+
+        Args:
+            features: See :mod:`slq_embed.prefix.features`.
+            queries: ``(Q, H)`` in the backbone's dtype, or what runs a pass.
+        """
+        lengths = (features["attention_mask"].sum(dim=1) + len(queries if isinstance(queries, Tensor) else ())).tolist()
         decoder = decoder_of(self._backbone[0])
         states: dict[int, Tensor] = {}
         for group in split_into_passes(lengths, features["input_ids"].device):
-            rows = run_all_positions(decoder, select_rows(features, group, self.image_token), queries)
+            part = select_rows(features, group, self.image_token)
+            rows = run_all_positions(decoder, part, queries) if isinstance(queries, Tensor) else queries(part)
             states |= dict(zip(group, rows, strict=True))
         return torch.stack([states[index] for index in range(len(lengths))])
 

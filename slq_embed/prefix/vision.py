@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slq_embed.prefix.features import pad_left
-from slq_embed.prefix.passes import backbone_inputs
+from slq_embed.prefix.features import backbone_inputs, pad_left
 
 
 def takes_vision_features(decoder: PreTrainedModel) -> bool:

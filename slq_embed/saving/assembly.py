@@ -7,12 +7,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.util import get_device_name
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import DEFAULT_INSTRUCTIONS, build_chat_template, replace_queries
-from slq_embed.backbone.families import embedding_table, family_of, limit_pixels
-from slq_embed.backbone.query_tokens import Form, allocate, private_processor
+from slq_embed.backbone.families import (
+    FAMILIES,
+    can_grow,
+    embedding_table,
+    family_of,
+    is_placed,
+    limit_pixels,
+    tokenizer_of,
+    usable_rows,
+)
+from slq_embed.backbone.query_tokens import Form, QueryTokens, allocate, private_processor
+from slq_embed.backbone.self_check import examine
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead, QueryAdapter
 from slq_embed.modules.initialisation import Initialisation, initial_queries
 from slq_embed.modules.latent_query_pooling import PoolingMode
@@ -62,6 +73,11 @@ class QuerySet:
             slq_config.query_adapter = adapter or None
         if self.deep_queries is not None:
             slq_config.deep_queries = bool(self.deep_queries)
+        if slq_config.query_token_type and (slq_config.query_adapter is not None or slq_config.deep_queries):
+            raise ValueError(
+                "This backbone's queries have a token type of their own, which cannot be saved together with a query adapter or "
+                "deep queries. Use a projection head."
+            )
         if slq_config.form == "merged":
             slq_config.require_mergeable()
 
@@ -74,6 +90,7 @@ def build_modules(
     max_text_chars: int,
     max_pixels: int | None,
     image_kwargs: Mapping[str, Any] | None,
+    checked: bool = False,
 ) -> tuple[list[nn.Module], SLQConfig]:
     """Put latent queries on a backbone; see :meth:`slq_embed.SLQEncoder.from_backbone`.
 
@@ -85,26 +102,43 @@ def build_modules(
         max_text_chars: As for ``from_backbone``.
         max_pixels: As for ``from_backbone``.
         image_kwargs: As for ``from_backbone``.
+        checked: Whether the caller checks the backbone.
 
     Returns:
         The modules, and what is to be recorded of them.
+
+    Raises:
+        ValueError: If no schedule is exact on the backbone.
     """
     backbone, processor = loaded.model, private_processor(loaded.processor)
-    image_kwargs = {**family_of(backbone.config).image_kwargs, **(image_kwargs or {})}
+    family = family_of(backbone.config)
+    image_kwargs = {**family.image_kwargs, **(image_kwargs or {})}
     if max_pixels is not None:
         limit_pixels(processor, backbone, max_pixels)
     queries = query_set.queries(backbone)
-    tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), form)
+    tokens = _allocate(processor, backbone, len(queries), form)
     texts = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
     processor.chat_template = build_chat_template(
         processor, tokens.strings, max_text_chars=max_text_chars, instructions=texts
     )
     # Saving writes what the tokenizer was created with; attributes that are set later are lost.
-    processor.tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
-    processor.tokenizer.model_max_length = NO_LIMIT
+    tokenizer = tokenizer_of(processor)
+    tokenizer.init_kwargs.update(padding_side="left", model_max_length=NO_LIMIT)
+    tokenizer.model_max_length = NO_LIMIT
     slq_config = SLQConfig(loaded.name, loaded.commit, tokens, "mean", form, max_text_chars, texts, image_kwargs)
+    slq_config.query_token_type = family.query_token_type
     query_set.record(slq_config, queries.shape[1])
+    if not checked and backbone.config.model_type not in FAMILIES:
+        plain = replace(slq_config, projection=None, query_adapter=None, deep_queries=False)
+        (transformer, *_) = join_modules(backbone, processor, queries, plain)
+        if not is_placed(backbone):  # where it is to compute
+            transformer.to(loaded.device or get_device_name())
+        slq_config.schedule = examine(transformer).require()
     return join_modules(backbone, processor, queries, slq_config, query_set.seed), slq_config
+
+
+def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
+    return allocate(tokenizer_of(processor), usable_rows(backbone), count, form, can_grow(backbone))
 
 
 def rebuild_modules(
@@ -122,7 +156,7 @@ def rebuild_modules(
     """
     backbone, processor = transformer.backbone, private_processor(transformer.processor)
     queries = query_set.queries(backbone)
-    tokens = allocate(processor.tokenizer, len(embedding_table(backbone)), len(queries), slq_config.form)
+    tokens = _allocate(processor, backbone, len(queries), slq_config.form)
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
     new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
     query_set.record(new_config, queries.shape[1])
@@ -148,6 +182,7 @@ def join_modules(
         config.query_adapter,
         config.deep_queries,
         seed,
+        config.schedule or "prefix",
     )
     return [transformer, LatentQueryPooling(width, config.pooling), *head, Normalize()]
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from slq_embed.backbone.fingerprint import Fingerprint
 from slq_embed.backbone.query_tokens import Form, QueryTokens
+from slq_embed.backbone.self_check import Schedule
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.query_adapter import QueryAdapter
 
 FORMAT_VERSION = 2
 """What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-_SINCE_2 = ("projection", "query_adapter", "deep_queries")
+_SINCE_2 = ("projection", "query_adapter", "deep_queries", "schedule", "query_token_type")
 
 
 @dataclass
@@ -38,6 +39,8 @@ class SLQConfig:
         projection: Width of the projection head, if there is one.
         query_adapter: The adapter that acts at the queries, if there is one.
         deep_queries: Whether vectors are added to the queries' states before each layer.
+        schedule: How input and queries run, where the self-check found it out; else the prefix path.
+        query_token_type: Token type of the queries, where the backbone has types and the processor would give another.
     """
 
     backbone: str
@@ -54,6 +57,8 @@ class SLQConfig:
     projection: int | None = None
     query_adapter: QueryAdapter | None = None
     deep_queries: bool = False
+    schedule: Schedule | None = None
+    query_token_type: int = 0
 
     @classmethod
     def read(cls, find: Callable[[str], str | None]) -> SLQConfig | None:
@@ -82,7 +87,7 @@ class SLQConfig:
     @property
     def is_stock(self) -> bool:
         """Whether stock modules alone give the embeddings."""
-        return self.query_adapter is None and not self.deep_queries
+        return self.query_adapter is None and not self.deep_queries and not self.query_token_type
 
     def require_mergeable(self) -> None:
         """Raise a ValueError if the merged form cannot hold the model."""
@@ -95,6 +100,6 @@ class SLQConfig:
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
         values = asdict(self)
-        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) not in (None, False)}
+        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) not in (None, False, 0)}
         values |= since_2 | {"format_version": 2 if since_2 else 1}
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -10,8 +10,8 @@
 The head stands before the pooling, because ``WordWeights`` gives float32 in half precision too, which a ``Dense`` after it
 refuses. A linear map of the mean is the mean of the mapped states.
 
-With a query adapter or deep queries, piece 0 is a class whose source is in the folder, because stock loading would leave
-them out without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
+With a query adapter, deep queries or a token type of the queries, piece 0 is a class whose source is in the folder, because
+stock loading would leave them out without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
 
 Beside them, ``slq_config.json`` records what :class:`slq_embed.SLQEncoder` needs to load it again and to refuse
 another backbone.
@@ -33,7 +33,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import decoder_of, embedding_table, is_placed
+from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, tokenizer_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import (
@@ -48,6 +48,7 @@ from slq_embed.saving.weights import (
 )
 
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
+_TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
 
 def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None:
@@ -104,13 +105,16 @@ def write_folder(
     if slq_config.deep_queries:
         save_file({"deep_queries": weights[DEEP].detach().float().cpu().contiguous()}, folder / DEEP_NAME)
     if not slq_config.is_stock:
-        source, reference = Path(__file__).with_name("slq_query_adapter.py"), _ADAPTER_CLASS
+        reference = _TYPES_CLASS if slq_config.query_token_type else _ADAPTER_CLASS
+        source = Path(__file__).with_name(f"{reference.partition('.')[0]}.py")
         shutil.copyfile(source, folder / source.name)
     processor.save_pretrained(folder)
-    kept = {"method": "forward", "method_output_name": "last_hidden_state"}
+    whole = decoder_of(backbone) is backbone  # then what stock loading gives ends in logits
+    kept = {"method": "forward", "method_output_name": ["hidden_states", -1] if whole else "last_hidden_state"}
+    modalities = {"text": kept} | ({} if tokenizer_of(processor) is processor else {"image": kept})
     transformer = {
         "transformer_task": "feature-extraction",
-        "modality_config": {"text": kept, "image": kept, "message": {**kept, "format": "structured"}},
+        "modality_config": {**modalities, "message": {**kept, "format": "structured"}},
         "module_output_name": "token_embeddings",
         # Flattened batches have no attention mask, which WordWeights needs.
         "unpad_inputs": False,
@@ -214,7 +218,8 @@ def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
     backbone.save_pretrained(folder, state_dict=state)
-    _edit_json(folder / "config.json", lambda values: _set_vocabulary(values, len(merged)))
+    if grown:
+        _edit_json(folder / "config.json", lambda values: _set_vocabulary(values, len(merged)))
     # A query token must never be an answer.
     suppressed = {"suppress_tokens": list(slq_config.tokens.ids)}
     if (folder / "generation_config.json").exists():

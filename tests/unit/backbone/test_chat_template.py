@@ -5,6 +5,7 @@ from jinja2 import Environment
 from transformers import AutoProcessor
 
 from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters
+from tests.families import others
 
 
 def clean(text: str, controls: list[str]) -> str:
@@ -91,3 +92,13 @@ def test_a_template_that_hides_its_text_is_refused(processor):
     processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="instruction-tuned"):
         build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+
+
+def test_without_a_system_role_the_prompt_stands_before_the_text():
+    """Gemma's templates raise an error for one."""
+    tokenizer = others.gemma().processor
+    tokenizer.chat_template = build_chat_template(tokenizer, ["<|slq_0|>"], max_text_chars=50)
+    chat = [{"role": "system", "content": "find"}, {"role": "user", "content": "hi"}]
+    said = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert "<|im_start|>user\nfind\n\nhi<|im_end|>" in said
+    assert said.endswith("<|slq_0|>")

@@ -1,0 +1,275 @@
+"""The self-check: which schedules are exact on a backbone, found by running it.
+
+A backbone that no table knows is tried on a few small inputs. The reference runs each input alone, prefix and queries as one
+sequence. The prefix path must agree with it in value and gradient, alone and in a left-padded batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slq_embed.backbone.families import embedding_table, refusal, tokenizer_of, usable_rows
+from slq_embed.backbone.lock import lock_of
+from slq_embed.backbone.query_tokens import free_rows
+from slq_embed.backbone.twin import twin_of
+
+Schedule = Literal["prefix", "all_positions"]
+"""``"prefix"``: the input runs once, without autograd, and the queries continue it. ``"all_positions"``: input and queries run as
+one sequence, with autograd, which costs several times as much."""
+
+VALUE, GRADIENT = 1e-5, 1e-4
+"""What unit vectors may always differ by, and gradients by their size."""
+_MOST = (0.1, 0.5)  # a difference of this size is none of rounding, whatever the precision
+_QUERIES = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was compared.
+
+    Args:
+        name: What it is.
+        ok: Whether it holds.
+        difference: What was measured, or None where the backbone raised an error.
+        allowed: Most (or, where something must matter, least) that it may be.
+        error: The error that the backbone raised.
+    """
+
+    name: str
+    ok: bool
+    difference: float | None
+    allowed: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the self-check found; ``print`` shows it as a table.
+
+    Args:
+        model_type: The backbone's.
+        dtype: The precision it was checked in.
+        schedule: The fastest schedule that is exact, or None.
+        reason: Why there is none: one sentence that starts with a verb.
+        free_rows: Rows of the embedding table that no text uses: so many queries fit the adapter form.
+        seconds: Time of the check.
+        findings: What was compared.
+    """
+
+    model_type: str
+    dtype: str
+    schedule: Schedule | None
+    reason: str | None
+    free_rows: int
+    seconds: float
+    findings: tuple[Finding, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_type} ({self.dtype}): " + (self.schedule or f"refused, because it {self.reason}")]
+        for finding in self.findings:
+            measured = finding.error or f"{finding.difference:.1e} (limit {finding.allowed:.1e})"
+            lines.append(f"  {'ok  ' if finding.ok else 'FAIL'} {finding.name:<44} {measured}")
+        return "\n".join([*lines, f"  {self.free_rows} free rows for queries; {self.seconds:.1f} s"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+    def require(self) -> Schedule:
+        """The schedule.
+
+        Raises:
+            ValueError: If none is exact.
+        """
+        if self.schedule is None:
+            raise ValueError(
+                f"Latent queries cannot work on this {self.model_type}: it {self.reason}. Use another backbone; "
+                "slq_embed.backbone.check(model, processor) shows what was compared."
+            )
+        return self.schedule
+
+
+def check(model: PreTrainedModel, processor: Any) -> Report:
+    """Find out by running it whether latent queries work on a backbone, and how fast they can be trained.
+
+    Args:
+        model: A multimodal LLM, or a language model.
+        processor: Its processor, or its tokenizer; copied.
+
+    Returns:
+        The report. Nothing is raised where the backbone cannot work: the report says why.
+    """
+    from slq_embed.saving.assembly import QuerySet, build_modules
+    from slq_embed.saving.loading import LoadedBackbone
+
+    started = time.monotonic()
+    rows = sum(free_rows(tokenizer_of(processor), usable_rows(model))) if refusal(model.config) is None else 0
+    try:
+        loaded = LoadedBackbone(model, processor, model.name_or_path, None, model.device)
+        form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
+        modules, _ = build_modules(loaded, QuerySet(_QUERIES, seed=0), form, None, 8192, None, None, checked=True)
+        return examine(modules[0])
+    except ValueError as error:  # of the architecture, the chat template, the embedding table
+        reason = refusal(model.config) or f"gives an error: {error}"
+        seconds = time.monotonic() - started
+        return Report(model.config.model_type, _dtype(model), None, reason, rows, seconds)
+
+
+def examine(transformer: Any) -> Report:
+    """Compare the schedules of a :class:`slq_embed.modules.LatentQueryTransformer` on a few inputs.
+
+    What agrees up to the precision's own error is the same. That is estimated: how far the embedding of a text moves if each
+    number that enters the backbone moves by one rounding, times twice the square root of the number of layers.
+    """
+    started = time.monotonic()
+    with lock_of(transformer.backbone):
+        findings, schedule, reason = _compare(transformer)
+    backbone = transformer.backbone
+    rows = sum(free_rows(transformer.tokenizer, usable_rows(backbone)))
+    kind, seconds = backbone.config.model_type, time.monotonic() - started
+    return Report(kind, _dtype(backbone), schedule, reason, rows, seconds, tuple(findings))
+
+
+def samples(reads_images: bool) -> list[Any]:
+    """Inputs of different lengths and shapes: texts, and where it reads them images, alone and with a text."""
+    texts = ["hello", "a much longer text about red circles and blue squares, so that there is padding"]
+    if not reads_images:
+        return [*texts, "x"]
+    generator = torch.Generator().manual_seed(0)
+
+    def image(height: int, width: int) -> Image.Image:
+        return Image.fromarray(torch.randint(256, (height, width, 3), generator=generator).byte().numpy())
+
+    first, second = image(64, 48), image(40, 72)
+    return [*texts, first, second, {"image": second, "text": "now in blue"}]
+
+
+def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | None]:
+    findings: list[Finding] = []
+
+    def note(name: str, ok: bool, difference: float | None, allowed: float, error: str | None = None) -> bool:
+        findings.append(Finding(name, ok, difference, allowed, error))
+        return ok
+
+    inputs = samples(transformer.reads_images)
+    try:
+        alone = [_features(transformer, [value]) for value in inputs]
+        together = _features(transformer, inputs)
+        reference = [_run(transformer, one, transformer.all_positions) for one in alone]
+    except Exception as error:
+        note("input and queries as one sequence", False, None, 0.0, _first_line(error))
+        return findings, None, f"fails on a sample input ({_first_line(error)})"
+    values = torch.cat([value for value, _ in reference])
+    gradient = sum((gradient for _, gradient in reference), torch.zeros(()))
+    moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in alone[:2]]
+    roundings = 2 * math.sqrt(transformer.backbone.config.get_text_config().num_hidden_layers)
+    own = roundings * float((torch.cat([value for value, _ in moved]) - values[:2]).abs().max())
+    grown = roundings * max(_relative(part[1], one[1]) for part, one in zip(moved, reference, strict=False))
+    limits = (min(max(VALUE, own), _MOST[0]), min(max(GRADIENT, grown), _MOST[1]))
+
+    seen = max(_influence_of_later_tokens(transformer, one) for one in (alone[0], alone[-1]))
+    if not note("earlier tokens do not see later ones", seen == 0.0, seen, 0.0):
+        return findings, None, "lets earlier tokens see later ones, so its inputs would see the queries"
+    size = float(gradient.norm())
+    if not note("the queries act", math.isfinite(size) and size > 0, size, 0.0):
+        return findings, None, "does not let the rows of its embedding table act as queries"
+    pairs = [(0, 1)] + ([(2, 3)] if transformer.reads_images else [])
+    apart = min(float((values[a] - values[b]).abs().max()) for a, b in pairs)
+    if not note("different inputs differ", apart > VALUE, apart, VALUE):
+        return (
+            findings,
+            None,
+            "gives different inputs the same embedding: the processor may be that of another backbone",
+        )
+
+    def agrees(name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
+        try:
+            results = [_run(transformer, one, run) for one in features]
+        except Exception as error:
+            return note(name, False, None, 0.0, _first_line(error))
+        difference = float((torch.cat([value for value, _ in results]) - values).abs().max())
+        total = sum((part for _, part in results), torch.zeros(()))
+        grown = _relative(total, gradient)
+        ok = note(f"{name}: value", difference <= limits[0], difference, limits[0])
+        return note(f"{name}: gradient", grown <= limits[1], grown, limits[1]) and ok
+
+    def prefix(features: Any) -> Tensor:
+        states: Tensor = transformer.query_states(transformer.source.prefix(features))
+        return states
+
+    if agrees("prefix path alone", alone, prefix) and agrees("prefix path in a batch", [together], prefix):
+        return findings, "prefix", None
+    if agrees("all positions in a batch", [together], transformer.all_positions):
+        return findings, "all_positions", None
+    failed = next(finding for finding in findings if not finding.ok and finding.name.startswith("all positions"))
+    measured = failed.error or f"{failed.difference:.1e}, and at most {failed.allowed:.1e} is exact"
+    return findings, None, f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})"
+
+
+def _features(transformer: Any, inputs: list[Any]) -> Any:
+    device = embedding_table(transformer.backbone).device
+    features = transformer.preprocess(inputs, keyed=False)
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+
+
+def _run(transformer: Any, features: Any, run: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    """Unit vectors ``(batch, H)``, and the gradient ``(Q, H)`` of a weighted sum of them."""
+    queries: nn.Parameter = transformer.queries
+    with torch.enable_grad():
+        states = run(features).float()
+        vectors = torch.nn.functional.normalize(states.mean(dim=1), dim=-1)
+        weights = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(1)).to(vectors.device)
+        (gradient,) = torch.autograd.grad((vectors @ weights).sum(), queries)
+    return vectors.detach().cpu(), gradient.cpu()
+
+
+def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
+    """How much the state of one vector after an input changes with the vector that follows it."""
+    from slq_embed.prefix.passes import run_all_positions
+
+    with torch.enable_grad():
+        if transformer.query_ids() is None:
+            vectors = transformer.cast_queries().detach().repeat(2, 1)[:2].requires_grad_()
+            states = run_all_positions(transformer.query_decoder, features, vectors)
+        else:  # token ids give the vectors, so there are as many as there are queries
+            vectors, states = transformer.queries, transformer.all_positions(features)
+        (gradient,) = torch.autograd.grad(states[:, 0].float().sum(), vectors)
+    return float(gradient[1:].abs().sum())
+
+
+def _rounded(transformer: Any, features: Any) -> Tensor:
+    """States of the queries where each token embedding is off by a rounding of its precision."""
+    from slq_embed.prefix.passes import run_all_positions
+
+    decoder = twin_of(transformer.query_decoder)
+    step = torch.finfo(embedding_table(transformer.backbone).dtype).eps / 2
+    generator = torch.Generator().manual_seed(2)
+
+    def off(values: Tensor) -> Tensor:
+        signs = torch.randint(2, values.shape, generator=generator) * 2 - 1
+        return (values.float() * (1 + 2 * step * signs.to(values.device))).to(values.dtype)
+
+    decoder.get_input_embeddings().register_forward_hook(lambda layer, args, output: off(output))
+    queries = transformer.cast_queries()
+    return run_all_positions(decoder, features, queries, transformer.query_ids())
+
+
+def _relative(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm().clamp(min=1e-30))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -1,0 +1,140 @@
+"""Rendered chats and images become features: a batch at once, or row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PaliGemmaProcessor
+
+from slq_embed.backbone.families import tokenizer_of
+from slq_embed.prefix.features import Features, image_features, pad_left, strip_queries
+
+_NOT_READ = ("labels", "num_crops", "rows", "cols")
+"""What some processors add for losses and for their own use."""
+
+
+def process_together(
+    processor: Any, texts: Sequence[str], images: Sequence[Any | None], image_kwargs: Mapping[str, Any], queries: int
+) -> Features:
+    """Call a processor on a whole batch.
+
+    Args:
+        processor: A processor whose tokenizer pads left, or a tokenizer.
+        texts: The chats as the chat template renders them, with the query tokens at their ends.
+        images: The image of each row, or None.
+        image_kwargs: How the image processor is called.
+        queries: How many query tokens each text ends with; they are cut off.
+
+    Returns:
+        Features; see :mod:`slq_embed.prefix.features`.
+    """
+    nested = [[] if image is None else [image] for image in images]
+    features = _call(processor, texts, nested if any(nested) else None, image_kwargs)
+    if "pixel_values" in features:
+        # GradCache losses cut the pixels of a batch by this.
+        features["num_images_per_sample"] = torch.tensor([len(image) for image in nested])
+    return strip_queries(features, queries)
+
+
+def process_one_by_one(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Any | None],
+    image_kwargs: Mapping[str, Any],
+    query_ids: Sequence[int],
+    pixels_axis: int = 0,
+) -> Features:
+    """Call a processor on each row that has an image, and once on all others.
+
+    Processors lay images out in many ways: by image, by tile, by patch, padded to the largest. A row that is alone shows
+    which pixels are its own, so batches can be cut and joined without knowing the way.
+
+    Args:
+        processor: As for :func:`process_together`, and so are the next three.
+        texts: As there.
+        images: As there.
+        image_kwargs: As there.
+        query_ids: Ids of the query tokens. What follows the first one is cut off.
+        pixels_axis: See :class:`slq_embed.backbone.families.Family`; in the result the axis is the first.
+
+    Returns:
+        Features with ``row_pieces``, where there are images; see :mod:`slq_embed.prefix.features`.
+    """
+    groups = [[row] for row, image in enumerate(images) if image is not None]
+    if without := [row for row, image in enumerate(images) if image is None]:
+        groups.append(without)
+    parts: list[tuple[list[int], Features]] = []
+    for group in groups:
+        image = images[group[0]]
+        called = _call(processor, [texts[row] for row in group], None if image is None else [[image]], image_kwargs)
+        is_query = torch.isin(called["input_ids"], torch.tensor(query_ids))
+        start = int(is_query.any(dim=0).int().argmax())  # the same in all rows: they end alike and pad left
+        if "pixel_values" in called:
+            called["pixel_values"] = called["pixel_values"].movedim(pixels_axis, 0)
+        shape = called["input_ids"].shape
+        cut = {key: value[:, :start] if value.shape == shape else value for key, value in called.items()}
+        parts.append((group, cut))
+    return _join(parts, len(texts), int(tokenizer_of(processor).pad_token_id or 0))
+
+
+def _call(processor: Any, texts: Sequence[str], images: Any, image_kwargs: Mapping[str, Any]) -> Features:
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is processor or (images is None and isinstance(processor, PaliGemmaProcessor)):
+        called = tokenizer(list(texts), padding=True, return_tensors="pt", add_special_tokens=False)
+        features = {key: called[key] for key in ("input_ids", "attention_mask")}
+        if tokenizer is not processor:  # this one processor refuses texts alone, and its model needs types
+            features["token_type_ids"] = torch.zeros_like(called["input_ids"])
+        return features
+    # As apply_chat_template calls the processor, but the text is rendered already.
+    text_kwargs: dict[str, Any] = {"padding": True}
+    if (bos := tokenizer.bos_token) is not None and texts[0].startswith(bos):
+        text_kwargs["add_special_tokens"] = False
+    called = processor(
+        text=list(texts),
+        images=images,
+        text_kwargs=text_kwargs,
+        images_kwargs=dict(image_kwargs),
+        common_kwargs={"return_tensors": "pt"},
+    )
+    return {key: value for key, value in called.items() if isinstance(value, Tensor) and key not in _NOT_READ}
+
+
+def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: int) -> Features:
+    first = parts[0][1]
+    if len(parts) == 1 and not image_features(first):
+        return first
+    per_token = [key for part in parts for key, value in part[1].items() if value.shape == part[1]["input_ids"].shape]
+    joined: Features = {}
+    for key in dict.fromkeys(per_token):
+        rows: list[Tensor] = [torch.empty(0)] * count
+        for group, part in parts:
+            for index, row in enumerate(group):
+                kept = part["attention_mask"][index].bool()
+                value = part.get(key, torch.zeros_like(part["input_ids"]))  # types, which some give for images only
+                rows[row] = value[index][kept]
+        joined[key] = pad_left(rows, pad_token if key == "input_ids" else 0)
+    with_image = [(group[0], part) for group, part in parts if image_features(part)]
+    names = sorted({name for _, part in with_image for name in image_features(part)})
+    pieces = torch.zeros(count, len(names), dtype=torch.long)
+    for number, name in enumerate(names):
+        values = [part[name] for _, part in with_image]
+        pieces[[row for row, _ in with_image], number] = torch.tensor([len(value) for value in values])
+        joined[name] = _concatenate(values)
+    joined["row_pieces"] = pieces
+    joined["num_images_per_sample"] = torch.zeros(count, dtype=torch.long)
+    joined["num_images_per_sample"][[row for row, _ in with_image]] = 1
+    return joined
+
+
+def _concatenate(values: Sequence[Tensor]) -> Tensor:
+    """Join along the first axis; the others are padded with zeros to the largest, as processors pad images."""
+    sizes = [max(value.shape[axis] for value in values) for axis in range(1, values[0].ndim)]
+    padded = []
+    for value in values:
+        widths = [(0, size - have) for size, have in zip(sizes, value.shape[1:], strict=True)]
+        padded.append(pad(value, [width for pair in reversed(widths) for width in pair]))
+    return torch.cat(padded)

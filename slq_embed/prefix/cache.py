@@ -1,0 +1,132 @@
+"""The backbone's cache: what a pass over a prefix leaves in it, and a cache that starts from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+Layers = tuple[tuple[Tensor, ...], ...]
+"""For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing where it keeps none of its own."""
+States = Mapping[str, Tensor]
+"""States of fixed size, ``(batch, ...)``, of convolutions and linear attention, by layer, kind and number: ``"0.conv.0"``."""
+
+_NONE: tuple[type, ...] = tuple(
+    kind for name in ("DummyLayer",) if (kind := getattr(cache_utils, name, None)) is not None
+)
+"""Layers that keep nothing: they use the keys of an earlier layer, or have no attention."""
+_KINDS = ("conv", "recurrent")
+
+
+class PrefixReadyError(Exception):
+    """The last layer has its keys and values. Nothing that the backbone computes after them reaches the queries."""
+
+
+class UnknownStateError(ValueError):
+    """A layer of the backbone keeps a state of another kind than keys, values and linear attention."""
+
+
+class _LinearLayer(LinearAttentionLayer):
+    """Keeps its state out of place: the backward pass needs the state that a query saw."""
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+
+class _BackboneCache(DynamicCache):
+    """A cache whose layers grow only.
+
+    A layer with a sliding window keeps all positions here, and its mask hides the old ones. So rows of different lengths
+    can be joined.
+
+    Args:
+        config: The backbone's configuration.
+        stop: Whether to stop the forward pass once the last layer has its keys and values: before its attention, its MLP
+            and the norm.
+
+    Raises:
+        UnknownStateError: If a layer keeps another kind of state.
+    """
+
+    def __init__(self, config: PreTrainedConfig, stop: bool = False) -> None:
+        super().__init__(config=config)
+        kept = range(0)
+        for number, layer in enumerate(self.layers):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                self.layers[number] = DynamicLayer()
+            elif type(layer) is LinearAttentionLayer:
+                self.layers[number] = _LinearLayer(layer.number_of_states)
+            elif type(layer) not in _NONE:
+                raise UnknownStateError(
+                    f"Layer {number} of {config.model_type} keeps its state in a {type(layer).__name__}, which no prefix "
+                    "can hold."
+                )
+            if type(layer) not in _NONE:
+                kept = range(number + 1)
+        if not any(isinstance(layer, DynamicLayer) for layer in self.layers):
+            raise UnknownStateError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
+        self._last = len(kept) - 1 if stop else None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self._last:
+            raise PrefixReadyError
+        return updated
+
+
+def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache for the pass over a prefix, which it ends with a :class:`PrefixReadyError` as soon as it can.
+
+    Args:
+        config: The backbone's configuration.
+
+    Raises:
+        UnknownStateError: If a layer keeps a state that a prefix cannot hold.
+    """
+    return _BackboneCache(config, stop=True)
+
+
+def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
+    """What a pass left in a cache of :func:`empty_cache`."""
+    layers: list[tuple[Tensor, ...]] = []
+    states: dict[str, Tensor] = {}
+    for number, layer in enumerate(cache.layers):
+        has_keys = isinstance(layer, DynamicLayer) and layer.is_initialized  # not where it uses an earlier layer's
+        layers.append((layer.keys, layer.values) if has_keys else ())
+        if isinstance(layer, _LinearLayer):
+            for kind in _KINDS:
+                found = getattr(layer, f"{kind}_states")
+                states |= {f"{number}.{kind}.{n}": state for n, state in found.items() if state is not None}
+    return tuple(layers), states
+
+
+def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> DynamicCache:
+    """A cache that the backbone can extend; what it appends is not seen in ``layers`` and ``states``.
+
+    Args:
+        config: The backbone's configuration.
+        layers: Of a batch, from :func:`read_cache`.
+        states: Likewise.
+    """
+    cache = _BackboneCache(config)
+    for layer, part in zip(cache.layers, layers, strict=True):
+        if part:
+            layer.lazy_initialization(*part)
+            layer.keys, layer.values = part
+    for name, state in states.items():
+        number, kind, n = name.split(".")
+        layer, index = cache.layers[int(number)], int(n)
+        if kind == "conv":
+            layer.lazy_initialization(conv_states=state, state_idx=index)
+            layer.has_previous_state[index] = True
+        state = state.clone() if kind == "conv" else state  # a pass over one query writes into it
+        getattr(layer, f"{kind}_states")[index] = state
+        getattr(layer, f"is_{kind}_states_initialized")[index] = True
+    return cache

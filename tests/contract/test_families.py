@@ -1,0 +1,87 @@
+"""Every family: what holds on a tiny backbone of its real configuration and processor classes.
+
+The plain run measures two families of each kind of attention, ``make test-slow`` all of them and more of each. With
+``SLQ_BACKBONES=FILE`` in the environment, the slow run writes what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from packaging.version import Version
+
+from slq_embed.backbone.families import QUIRKS
+from tests.families import FAMILIES, REPRESENTATIVES
+from tests.families.building import write
+from tests.families.measure import FULL, LIMITS, measure
+from tests.families.table import PAGE, RESULTS, page_with_table
+
+# Older versions lay these out in other ways, or do not have them; see docs/backbones.md.
+pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
+
+
+def require_packages(name: str) -> None:
+    package = QUIRKS[name].package if name in QUIRKS else None
+    if package is not None and find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+
+
+def limits_hold(name: str, differences: dict[str, float | None]) -> None:
+    beyond = {key: value for key, value in differences.items() if value is not None and not value <= LIMITS[key]}
+    assert not beyond, f"{name}: {beyond}"
+
+
+@pytest.fixture(scope="module")
+def written() -> Any:
+    """What the slow run measured; goes into the file that the environment names."""
+    results: dict[str, Any] = {}
+    yield results
+    if (path := os.environ.get("SLQ_BACKBONES")) and results:
+        before = json.loads(Path(path).read_text("utf8"))["families"] if Path(path).exists() else {}
+        families = {name: {**before, **results}[name] for name in FAMILIES if name in {**before, **results}}
+        found = {"transformers": transformers.__version__, "limits": LIMITS, "families": families}
+        Path(path).write_text(json.dumps(found, indent=2) + "\n", "utf8")
+
+
+@pytest.mark.parametrize("name", sorted(REPRESENTATIVES))
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of processors, with NumPy 2
+def test_representatives(name, tmp_path, monkeypatch):
+    require_packages(name)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
+    result = measure(name, write(tmp_path / "backbone", FAMILIES[name][1]()), tmp_path, full=False)
+    assert result["schedule"] == "prefix"
+    assert set(result["differences"]) == set(LIMITS) - set(FULL)
+    limits_hold(name, result["differences"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_family(name, tmp_path, monkeypatch, written):
+    require_packages(name)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
+    kind, build = FAMILIES[name]
+    result = measure(name, write(tmp_path / "backbone", build()), tmp_path)
+    assert set(result["differences"]) == set(LIMITS)
+    written[name] = {"kind": kind, **result}
+    assert result["schedule"] == "prefix"
+    limits_hold(name, result["differences"])
+
+
+def test_the_page_shows_what_was_measured():
+    """After a change: measure again, then ``python -m tests.families.table``."""
+    results = json.loads(RESULTS.read_text("utf8"))
+    assert list(results["families"]) == list(FAMILIES)
+    assert results["limits"] == LIMITS
+    page = PAGE.read_text("utf8")
+    assert page_with_table(page, results) == page
+    for name, row in results["families"].items():
+        assert row["schedule"] == "prefix"
+        assert set(row["differences"]) == set(LIMITS)
+        limits_hold(name, row["differences"])

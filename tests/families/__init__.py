@@ -1,0 +1,44 @@
+"""Tiny backbones of many model families: each with its real configuration and processor classes, weights drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.families import llava, others, qwen
+from tests.families.building import Parts
+
+KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
+    "causal": (
+        llava.llava,
+        llava.mistral3,
+        llava.llava_next,
+        llava.llava_onevision,
+        llava.granite_vision,
+        llava.granite4_vision,
+        llava.idefics3,
+        llava.smolvlm,
+        llava.pixtral,
+        llava.internvl3_5,
+        llava.ovis2,
+        llava.perception_lm,
+    ),
+    "causal, positions of three axes": (
+        qwen.glm4v,
+        qwen.qwen2_5_omni_thinker,
+        qwen.qwen3_vl_moe,
+        qwen.qwen3_omni_moe_thinker,
+        qwen.glm46v,
+        qwen.glm4v_moe,
+    ),
+    "linear attention, convolutions": (qwen.qwen3_5, llava.lfm2_vl, qwen.qwen3_5_moe, qwen.minicpmv4_6),
+    "sliding windows": (others.gemma3_text, llava.cohere2_vision, llava.aya_vision),
+    "images in both directions": (others.gemma3, others.paligemma, others.paligemma2, others.molmo2),
+    "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
+    "latent": (qwen.kimi_k25,),
+    "chunks": (others.llama4,),
+    "texts only": (others.qwen3, others.gemma, others.llama, others.smollm3),
+}
+"""Builders by the kind of attention. The plain test run takes the first two of each kind."""
+
+FAMILIES = {build.__name__: (kind, build) for kind, builds in KINDS.items() for build in builds}
+REPRESENTATIVES = {build.__name__ for builds in KINDS.values() for build in builds[:2]}

@@ -1,0 +1,247 @@
+"""The self-check: what it accepts, what it refuses with which words, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoProcessor
+
+from slq_embed import PrefixStore, SLQEncoder
+from slq_embed.backbone import check, families
+from slq_embed.backbone.__main__ import main
+from slq_embed.backbone.families import load_backbone
+from slq_embed.prefix import passes
+from tests.families import llava, others
+from tests.families.building import Parts, write
+
+MIXED = ["hello", "a much longer text about red circles, blue squares and everything else that there is", "x"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Any:
+    """Folders of tiny backbones, built once."""
+    known: dict[str, Path] = {}
+
+    def get(name: str, parts: Parts) -> Path:
+        if name not in known:
+            known[name] = write(tmp_path_factory.mktemp(name), parts)
+        return known[name]
+
+    return get
+
+
+def loaded(folder: Path, **options: Any) -> tuple[Any, Any]:
+    return load_backbone(str(folder), **options), AutoProcessor.from_pretrained(folder)
+
+
+def hybrid() -> Parts:
+    """Each layer has attention and a state-space model side by side, which no prefix can hold."""
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+    return others.text_only("falcon_h1", head_dim=8, **sizes)
+
+
+@pytest.fixture
+def llama(folders) -> Path:
+    return folders("llama", others.llama())
+
+
+def test_a_report_says_what_was_compared(llama):
+    report = check(*loaded(llama))
+    assert (report.schedule, report.reason, report.free_rows) == ("prefix", None, 64)
+    assert all(finding.ok for finding in report.findings)
+    text = str(report)
+    assert text.startswith("llama (float32): prefix\n")
+    for name in (
+        "earlier tokens do not see later ones",
+        "prefix path alone: value",
+        "prefix path in a batch: gradient",
+    ):
+        assert name in text
+    assert "64 free rows for queries" in text
+    assert json.loads(json.dumps(report.to_dict()))["schedule"] == "prefix"
+    assert report.seconds < 60
+
+
+def test_checking_leaves_no_trace(llama):
+    model, processor = loaded(llama)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    template, vocabulary = processor.chat_template, processor.get_vocab()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    check(model, processor)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (processor.chat_template, processor.get_vocab()) == (template, vocabulary)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_measured_by_its_own_error(llama, dtype):
+    report = check(*loaded(llama, dtype=dtype))
+    assert report.schedule == "prefix"
+    limit = next(finding.allowed for finding in report.findings if finding.name == "prefix path in a batch: value")
+    assert 1e-5 < limit <= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_count_padding_are_found(llama, monkeypatch, dtype):
+    """In half precision too: such an error is larger than rounding."""
+
+    def counting(decoder: Any, features: Any) -> torch.Tensor:
+        mask = features["attention_mask"]
+        return torch.arange(mask.shape[1]).expand(mask.shape) * 3  # far enough that relative positions differ too
+
+    monkeypatch.setattr(passes, "token_positions", counting)
+    monkeypatch.setattr(
+        passes, "continue_positions", lambda last, count, axes: torch.arange(count).expand(len(last), -1)
+    )
+    report = check(*loaded(llama, dtype=dtype))
+    assert report.schedule is None
+    assert "other embeddings in a batch than alone" in str(report.reason)
+
+
+def test_a_prefix_that_is_not_exact_is_not_taken(llama, monkeypatch):
+    """The queries then run with the whole sequence."""
+    run = passes.run_prefix
+
+    def wrong(decoder: Any, features: Any) -> Any:
+        return [passes.PrefixRow(row.layers, row.last_position + 5, row.axes) for row in run(decoder, features)]
+
+    monkeypatch.setattr("slq_embed.prefix.source.run_prefix", wrong)
+    report = check(*loaded(llama))
+    assert report.schedule == "all_positions"
+    assert next(finding.name for finding in report.findings if not finding.ok) == "prefix path alone: value"
+
+
+def test_text_attention_in_both_directions_is_refused(folders):
+    parts = others.text_only("gemma3_text", use_bidirectional_attention=True, head_dim=8)
+    folder = folders("both", parts)
+    for count in (1, 3):
+        with pytest.raises(
+            ValueError, match=r"gemma3_text: it lets earlier tokens see later ones, so its inputs would see"
+        ):
+            SLQEncoder.from_backbone(folder, num_queries=count, device="cpu")
+
+
+def test_rows_that_do_not_act_are_refused(folders, monkeypatch):
+    """Gemma 3n gives the rows past its text to its towers, so a query there would be read as a piece of an image."""
+    pytest.importorskip("timm")
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("Gemma 3n reads its tables in another way there")
+    folder = folders("gemma3n", others.gemma3n())
+    assert check(*loaded(folder)).schedule == "prefix"
+    monkeypatch.setattr(
+        "slq_embed.saving.assembly.usable_rows", lambda backbone: len(families.embedding_table(backbone))
+    )
+    report = check(*loaded(folder))
+    assert report.schedule is None
+    assert "does not let the rows of its embedding table act as queries" in str(report.reason)
+
+
+def test_the_processor_of_another_backbone_is_refused(folders, llama, monkeypatch):
+    monkeypatch.setattr("slq_embed.backbone.self_check.samples", lambda reads_images: ["same"] * 3)
+    report = check(*loaded(llama))
+    assert "gives different inputs the same embedding" in str(report.reason)
+
+
+def test_an_error_of_the_backbone_is_the_reason(folders):
+    model, processor = loaded(folders("llava", llava.llava()))
+    processor.patch_size = 4  # four times the tokens that the tower has features for
+    report = check(model, processor)
+    assert "fails on a sample input (ValueError: Image features and image tokens do not match" in str(report.reason)
+    assert "FAIL input and queries as one sequence" in str(report)
+
+
+def test_an_architecture_is_refused_without_a_run(llama):
+    report = check(transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, d_kv=4, d_ff=8)), None)
+    assert report.schedule is None
+    assert "is an encoder-decoder" in str(report)
+    assert not report.findings
+
+
+class TestAllPositions:
+    """A backbone for which only whole sequences are exact."""
+
+    @pytest.fixture
+    def encoder(self, folders) -> SLQEncoder:
+        if Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("measured with transformers 5.23")
+        return SLQEncoder.from_backbone(folders("hybrid", hybrid()), num_queries=3, seed=0, device="cpu")
+
+    def test_it_encodes_and_trains(self, encoder):
+        assert encoder.slq_config.schedule == "all_positions"
+        together = encoder.encode(MIXED)
+        assert np.abs(together - np.stack([encoder.encode(text) for text in MIXED])).max() < 1e-5
+        embeddings = encoder(encoder.preprocess(MIXED))["sentence_embedding"]
+        assert np.abs(embeddings.detach().numpy() - together).max() < 1e-5
+        (embeddings[0] @ embeddings[1]).backward()
+        assert encoder.queries.grad is not None
+        assert encoder.queries.grad.norm() > 0
+
+    def test_the_schedule_is_in_the_saved_folder(self, encoder, tmp_path):
+        encoder.save_pretrained(tmp_path)
+        record = json.loads((tmp_path / "slq_config.json").read_text())
+        assert record["schedule"] == "all_positions"
+        again = SLQEncoder(tmp_path, device="cpu")
+        assert again.transformer.schedule == "all_positions"
+        assert np.array_equal(again.encode(MIXED), encoder.encode(MIXED))
+
+    def test_other_queries_share_it(self, encoder):
+        other = encoder.with_queries(seed=1)
+        assert other.transformer.schedule == "all_positions"
+        results = encoder.encode(MIXED, query_sets={"other": other})
+        assert np.abs(results["other"] - other.encode(MIXED)).max() < 1e-5
+
+    def test_there_is_nothing_to_store(self, encoder):
+        with pytest.raises(ValueError, match=r"A falcon_h1 has no prefixes: .* Train without a store"):
+            encoder.prefix_store = PrefixStore()
+
+
+def test_a_backbone_of_the_table_is_not_checked(checkpoint, monkeypatch):
+    monkeypatch.setattr("slq_embed.saving.assembly.examine", lambda transformer: pytest.fail("it was checked"))
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=3, device="cpu")
+    assert (encoder.slq_config.schedule, encoder.transformer.schedule) == (None, "prefix")
+
+
+def test_texts_only_means_no_images(llama, images, tmp_path):
+    encoder = SLQEncoder.from_backbone(llama, num_queries=3, device="cpu")
+    assert encoder.modalities == ["text", "message"]
+    with pytest.raises(ValueError, match=r"Input [01](?: of 2)?: There is an image, but a llama reads texts only"):
+        encoder.encode(["a", images[0]])
+    encoder.save_pretrained(tmp_path)
+    modalities = json.loads((tmp_path / "sentence_bert_config.json").read_text())["modality_config"]
+    assert set(modalities) == {"text", "message"}
+
+
+def test_vision_features_of_other_families_are_not_stored(folders):
+    encoder = SLQEncoder.from_backbone(folders("llava", llava.llava()), num_queries=3, device="cpu")
+    with pytest.raises(ValueError, match=r'tower of a llava cannot be kept\. Use PrefixStore\(level="keys_values"\)'):
+        encoder.prefix_store = PrefixStore(level="vision")
+
+
+def test_a_batch_that_a_host_cut_is_refused(folders, images):
+    """Cached losses cut pixels by rows, which these processors do not lay out by rows."""
+    encoder = SLQEncoder.from_backbone(folders("next", llava.llava_next()), num_queries=3, device="cpu")
+    features = encoder.preprocess([images[0], "a", images[1]])
+    cut = {key: value if key.startswith(("pixel", "image")) else value[:2] for key, value in features.items()}
+    with pytest.raises(ValueError, match="cannot be cut by Cached losses"):
+        encoder.transformer.prefix(cut)
+
+
+def test_gemma_scales_rows_of_its_table(folders):
+    model, _ = loaded(folders("gemma", others.gemma()))
+    assert families.embedding_scale(model) == pytest.approx(32**0.5)
+
+
+def test_the_command_prints_and_writes_reports(llama, tmp_path, capsys):
+    assert main([str(llama), "--json", str(tmp_path / "a.json")]) == 0
+    assert "llama (float32): prefix" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())[str(llama)]["free_rows"] == 64
+    transformers.T5Config().save_pretrained(tmp_path / "t5")
+    assert main([str(tmp_path / "t5")]) == 1
+    assert "encoder-decoder" in capsys.readouterr().out

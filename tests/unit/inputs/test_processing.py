@@ -1,0 +1,58 @@
+"""Rows that are processed one by one: joined, cut and joined again, they stay what they were alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+from slq_embed import SLQEncoder
+from slq_embed.prefix.features import image_features, select_rows
+from tests.families import llava, others, qwen
+from tests.families.building import write
+
+# Tiles padded to the most, patches side by side in one long image, patches counted over the batch, tiles on another axis.
+BUILDERS = {
+    "llava_next": llava.llava_next,
+    "minicpmv4_6": qwen.minicpmv4_6,
+    "molmo2": others.molmo2,
+    "perception_lm": llava.perception_lm,
+}
+OPTIONS = {"perception_lm": {"image_kwargs": {"vision_input_type": "thumb+tile"}}}
+
+pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def encoder(request, tmp_path_factory) -> SLQEncoder:
+    name = request.param
+    if name == "perception_lm":
+        pytest.importorskip("timm")
+    folder: Path = write(tmp_path_factory.mktemp(name), BUILDERS[name]())
+    return SLQEncoder.from_backbone(folder, num_queries=2, seed=0, device="cpu", **OPTIONS.get(name, {}))
+
+
+def vectors(encoder: SLQEncoder, features: Any) -> torch.Tensor:
+    with torch.no_grad():
+        states = encoder.transformer.query_states(encoder.transformer.source.prefix(features))
+    return torch.nn.functional.normalize(states.mean(dim=1), dim=-1)
+
+
+def test_rows_are_the_same_alone_joined_and_cut(encoder, images):
+    module = encoder.transformer
+    rows: list[Any] = [images[0], "a text", images[1], {"text": "both", "image": images[3]}]
+    together = module.preprocess(rows, keyed=False)
+    assert together["row_pieces"].shape == (4, len(image_features(together)))
+    assert together["num_images_per_sample"].tolist() == [1, 0, 1, 1]
+    alone = torch.cat([vectors(encoder, module.preprocess([row], keyed=False)) for row in rows])
+    assert (vectors(encoder, together) - alone).abs().max() < 1e-5
+    chosen = [3, 0, 3]
+    cut = select_rows(together, chosen, module.source.image_token)
+    assert (vectors(encoder, cut) - alone[chosen]).abs().max() < 1e-5
+    texts = select_rows(together, [1], module.source.image_token)
+    assert not image_features(texts)
+    assert "row_pieces" not in texts
