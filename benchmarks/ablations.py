@@ -169,6 +169,11 @@ def kept(path: Path, options: dict[str, Any], train: Callable[[], Any]) -> Any:
     return done["results"]
 
 
+def print_head(name: str, world: Any) -> None:
+    """The kinds of query as columns."""
+    print(f"\n{name:>40} " + " ".join(f"{f'{kind} R@{world.recall_at}':>20}" for kind in world.kinds))
+
+
 def print_row(name: str, seeds: dict[str, list[float]]) -> None:
     """Medians over seeds, with the smallest and the largest."""
     cells = (f"{statistics.median(row):7.1%} {min(row):5.1%}..{max(row):5.1%}" for row in seeds.values())
@@ -188,7 +193,7 @@ def main() -> None:
         for seed in args.seeds:
             path = args.output / args.world / f"{group}-{seed}.json"
             runs.append(kept(path, {**sizes, "variants": GROUPS[group]}, partial(run, args, group, seed)))
-        print(f"\n{group:>40} " + " ".join(f"{f'{kind} R@{world.recall_at}':>20}" for kind in world.kinds))
+        print_head(group, world)
         table[group] = []
         for variant, *results in zip(GROUPS[group], *runs, strict=True):
             seeds = {kind: [result[kind] for result in results] for kind in world.kinds}

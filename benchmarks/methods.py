@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,9 @@ def build(
     return Retriever(reader, embed, backbone, {rate: trained} if trained else {}, precision)
 
 
-def train(retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], steps: int, rate: float) -> None:
+def train(
+    retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], steps: int, rate: float
+) -> Iterator[None]:
     """Train by symmetric InfoNCE with a learned temperature, AdamW and a cosine schedule: the same for all methods.
 
     Args:
@@ -141,6 +143,9 @@ def train(retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], 
         batches: Images and texts of each step.
         steps: How many there are.
         rate: Learning rate of the logarithm of the temperature.
+
+    Yields:
+        After each step.
     """
     temperature = nn.Parameter(torch.tensor(0.07, device=retriever.backbone.device).log())
     groups = [{"params": weights, "lr": value} for value, weights in retriever.trained.items()]
@@ -154,3 +159,4 @@ def train(retriever: Retriever, batches: Iterable[tuple[list[Any], list[str]]], 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        yield

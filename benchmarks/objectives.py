@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import QUERIES, arguments_of, kept, measured, options_of, pairs_of, print_row
+from ablations import QUERIES, arguments_of, kept, measured, options_of, pairs_of, print_head, print_row
 from common import machine, quiet, write
 from quality import SIZES, WORLDS
 from sentence_transformers import SentenceTransformerTrainer
@@ -25,8 +25,9 @@ from sentence_transformers.sentence_transformer import losses
 from torch import nn
 
 from slq_embed import PrefixStore, SLQEncoder, SymmetricInfoNCELoss
+from slq_embed.data import ImageTextPairs
 from slq_embed.generation import build_reranker
-from slq_embed.training import TrainingSet, mine_negatives, teacher_scores
+from slq_embed.training import mine_negatives, teacher_scores
 
 PAPER = "the paper's loss"
 JUDGE = {
@@ -65,7 +66,7 @@ class Bench:
         return self.trained(self.pairs(), SymmetricInfoNCELoss)
 
     @cached_property
-    def mined(self) -> TrainingSet:
+    def mined(self) -> ImageTextPairs:
         """The pairs with three hard negatives each."""
         return mine_negatives(self.paper, self.pairs(), num_negatives=3)
 
@@ -102,6 +103,11 @@ OBJECTIVES: dict[str, Callable[[Bench], SLQEncoder]] = {
 }
 
 
+def train(name: str, bench: Callable[[], Bench]) -> dict[str, float]:
+    """Train with an objective, and measure."""
+    return measured(OBJECTIVES[name](bench()), bench().world, bench().precision)
+
+
 def main() -> None:
     options = options_of(__doc__, Path("output/objectives"))
     options.add_argument("--only", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
@@ -111,20 +117,15 @@ def main() -> None:
     sizes = {"world": args.world, "steps": args.steps, "batch": args.batch}
     table: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in world.kinds} for name in args.only}
     for seed in args.seeds:
-        bench: list[Bench] = []  # made when the first objective is to be trained
-
-        def train(name: str, seed: int = seed, bench: list[Bench] = bench) -> dict[str, float]:
-            bench or bench.append(Bench(args, seed))
-            return measured(OBJECTIVES[name](bench[0]), bench[0].world, bench[0].precision)
-
+        bench = cache(partial(Bench, args, seed))  # made when the first objective is to be trained
         for name in args.only:
             path = args.output / args.world / f"{name.replace(' ', '-')}-{seed}.json"
-            result = kept(path, {**sizes, "objective": name}, partial(train, name))
+            result = kept(path, {**sizes, "objective": name}, partial(train, name, bench))
             for kind in world.kinds:
                 table[name][kind].append(result[kind])
-        bench.clear()
+        del bench
         gc.collect()
-    print(f"\n{'':>40} " + " ".join(f"{f'{kind} R@{world.recall_at}':>20}" for kind in world.kinds))
+    print_head("", world)
     for name, seeds in table.items():
         print_row(name, seeds)
     write(args.json, machine(args) | {"sizes": sizes, "seeds": args.seeds, "objectives": table})

@@ -13,6 +13,7 @@ import os
 import pydoc_data.topics
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -20,8 +21,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from worlds import Chat, Knowledge, Retrieval, Split, ask
+from worlds import Chat, Knowledge, Split, ask
 
+from slq_embed.data import RetrievalSet
 from slq_embed.inputs import read_image
 
 BACKBONE = os.environ.get("SLQ_PHOTO_MLLM", "output/photo-mllm/model")
@@ -79,8 +81,9 @@ class PhotoWorld:
     """Photos by their captions, and emoji by keywords that share no word with the names that were trained on.
 
     Args:
-        photos: Photos of each split to retrieve, at most: the two halves of the photos that were held out.
-        emoji: Emoji of each split to retrieve. The names of all are trained on.
+        photos: Photos of the test split to retrieve, at most: of one half of those that were held out. The validation split has
+            half as many of the other half.
+        emoji: Emoji of the test split to retrieve, and half as many in the validation split. The names of all are trained on.
         captions: Captions a photo in the test split. In the validation split it is one.
         asked: Photos to describe.
         tokens: Tokens of plain text to score.
@@ -90,7 +93,7 @@ class PhotoWorld:
     recall_at = 10
 
     def __init__(
-        self, photos: int = 500, emoji: int = 400, captions: int = 5, asked: int = 40, tokens: int = 4096
+        self, photos: int = 500, emoji: int = 250, captions: int = 2, asked: int = 20, tokens: int = 2048
     ) -> None:
         self.photos, self.emoji, self.captions, self.asked, self.tokens = photos, emoji, captions, asked, tokens
 
@@ -133,21 +136,21 @@ class PhotoWorld:
             images = [read_image(row["path"]) for row in [*part, *named] for _ in range(siblings)]
             yield images, texts + [row["name"] for row in named for _ in range(siblings)]
 
-    def retrieval(self, split: Split) -> dict[str, Retrieval]:
+    def retrieval(self, split: Split) -> dict[str, RetrievalSet]:
         """Captions of photos that were held out, and keywords of emoji."""
         half = len(self.rows["val"]) // 2
-        start, count = (0, 1) if split == "validation" else (half, self.captions)
-        photos = self.rows["val"][start : start + min(half, self.photos)]
+        start, count, share = (0, 1, 2) if split == "validation" else (half, self.captions, 1)
+        photos = self.rows["val"][start : start + min(half, self.photos) // share]
         texts = [(caption, index) for index, row in enumerate(photos) for caption in row["captions"][:count]]
         emoji = []
         for row in self.rows["emoji"][0 if split == "validation" else 1 :: 2]:
             unknown = [keyword for keyword in row["keywords"] if words(keyword).isdisjoint(words(row["name"]))]
             if unknown:
                 emoji.append((row["path"], ", ".join(unknown[:KEYWORDS])))
-        emoji = emoji[: self.emoji]
+        emoji = emoji[: self.emoji // share]
         return {
-            "photos": Retrieval([read_image(row["path"]) for row in photos], *map(list, zip(*texts, strict=True))),
-            "knowledge": Retrieval(
+            "photos": RetrievalSet([read_image(row["path"]) for row in photos], *map(list, zip(*texts, strict=True))),
+            "knowledge": RetrievalSet(
                 [read_image(path) for path, _ in emoji], [query for _, query in emoji], list(range(len(emoji)))
             ),
         }
@@ -156,7 +159,8 @@ class PhotoWorld:
         """Answers to short factual questions, descriptions of photos, and the perplexity of plain text."""
         photos = self.rows["val"][-self.asked :]
         chats: list[Chat] = [(read_image(row["path"]), DESCRIBE, None) for row in photos]
-        return ask(model, processor, [*chats, *((None, *fact) for fact in FACTS)], self.perplexity(model, processor))
+        answers = ask(model, processor, [*chats, *((None, *fact) for fact in FACTS)])
+        return replace(answers, perplexity=self.perplexity(model, processor))
 
     @torch.inference_mode()
     def perplexity(self, model: Any, processor: Any) -> float:

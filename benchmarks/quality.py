@@ -4,10 +4,11 @@
     python benchmarks/quality.py --world photos --seeds 0 1 2 [--prefixes FOLDER]
     python benchmarks/quality.py --quick --json FILE
 
-The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rate of each is chosen on
-the validation split with the first seed, out of RATES; what is reported comes from the test split. Methods without latent
-queries read the embedding from the last token, and from the others in READOUTS where nothing is trained; the best is chosen on
-validation, too. Each run has a process of its own and writes a file into the output folder: a run that was killed goes on.
+The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rate of each, out of RATES,
+and when it stops, out of STOPS, are chosen on the validation split with the first seed; what is reported comes from the test
+split. Methods without latent queries read the embedding from the last token, and from the others in READOUTS where nothing is
+trained; the best is chosen on validation, too. Each run has a process of its own and writes a file into the output folder: a run
+that was killed goes on.
 
 Columns: text-to-image recall by kind of query, answers_kept (the share of answers that are the same as before the
 training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training.
@@ -25,6 +26,8 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +41,20 @@ from slq_embed import PrefixStore
 from slq_embed.evaluation import best_ranks
 
 RATES: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(OURS, (1e-2, 2e-2, 4e-2)),
+    **dict.fromkeys(OURS, (1e-2, 4e-2, 1.6e-1)),
     "lora": (3e-4, 1e-3, 3e-3),
     "full_finetuning": (3e-5, 1e-4, 3e-4),
 }
+STOPS = [0.5, 1.0]  # shares of the steps; the schedule is that of all steps
 QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
 TEMPERATURE_RATE = 4e-2
 RECALL_AT = (1, 5, 10)
 WORLDS: dict[str, Any] = {"toy": ToyWorld, "photos": PhotoWorld}
-SIZES = {"toy": (400, 64, torch.float32), "photos": (64, 32, torch.bfloat16)}  # steps, pairs a step, precision
+SIZES = {"toy": (160, 64, torch.float32), "photos": (64, 16, torch.bfloat16)}  # steps, pairs a step, precision
 
 
 def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
-    """Train one retriever and measure it on both splits."""
+    """Train one retriever. Measure it on the validation split at each stop, and on both splits at the end."""
     world = WORLDS[options["world"]](**options["sizes"])
     backbone, processor = world.load()
     backbone = backbone.to(options["device"]).eval()
@@ -67,24 +71,25 @@ def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
         store,
     )
     before = world.knowledge(backbone, processor)
-    seconds, peak = 0.0, 0
+    seconds, peaks, stops = 0.0, [0], {}
     if retriever.trained:
         draw = (options["seed"], options["steps"], options["batch"])
         if store is not None and prefixes is not None:
             seconds = fill(retriever, world.batches(*draw), prefixes / f"{'-'.join(map(str, draw))}.json")
-        started = time.perf_counter()
-        peak = peak_above_weights(
-            lambda: train(retriever, world.batches(*draw), options["steps"], TEMPERATURE_RATE),
-            options["device"],
-            times=1,
-        )
-        seconds += time.perf_counter() - started
+        step = train(retriever, world.batches(*draw), options["steps"], TEMPERATURE_RATE)
+        done = 0
+        for share in options["stops"]:
+            goal = round(share * options["steps"])
+            started = time.perf_counter()
+            peaks += [peak_above_weights(partial(list, islice(step, goal - done)), options["device"], times=1)]
+            seconds, done = seconds + time.perf_counter() - started, goal
+            stops[str(share)] = recalls(retriever, world, "validation")
     after = world.knowledge(backbone, processor)
     kept = [one == other for one, other in zip(before.answers, after.answers, strict=True)]
     result: dict[str, Any] = {
         "trained_numbers": retriever.numbers,
         "seconds": seconds,
-        "peak_bytes": peak,
+        "peak_bytes": max(peaks),
         "answers_kept": sum(kept) / len(kept),
         "same_bits": before.bits == after.bits,
         "answers_right": after.right,
@@ -92,7 +97,8 @@ def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
     }
     if after.perplexity is not None:
         result |= {"perplexity": after.perplexity, "perplexity_before": before.perplexity}
-    return result | {split: recalls(retriever, world, split) for split in ("validation", "test")}
+    stops = stops or {"1.0": recalls(retriever, world, "validation")}
+    return result | {"validation": stops, "test": recalls(retriever, world, "test")}
 
 
 def fill(retriever: Retriever, batches: Any, record: Path) -> float:
@@ -125,8 +131,8 @@ def recalls(retriever: Retriever, world: Any, split: str) -> dict[str, float]:
 
 
 def result_of(folder: Path, options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
-    """The result of a run: of an earlier one with the same options, or else of a process of its own."""
-    name = "-".join(str(options[key]) for key in ("method", "readout", "rate", "seed"))
+    """The result of a run: that of an earlier one with the same options, or else of a process of its own."""
+    name = "-".join(map(str, (*(options[key] for key in ("method", "readout", "rate", "seed")), options["stops"][-1])))
     path = folder / f"{name}.json"
     if path.exists() and (done := json.loads(path.read_text()))["options"] == options:
         return done["result"]
@@ -145,14 +151,16 @@ def result_of(folder: Path, options: dict[str, Any], prefixes: Path | None) -> d
 
 
 def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str, ...], prefixes: Path | None) -> Any:
-    """The read-out or the learning rate that is best on the validation split with the first seed."""
+    """The read-out, or the learning rate and the stop, that are best on the validation split with the first seed."""
     readouts = READOUTS if method == "zero_shot" else ("last",)
     tried = []
     for readout in readouts:
         for rate in RATES.get(method, (None,)):
             setting = {"method": method, "readout": readout, "rate": rate}
-            found = result_of(folder, {**options, **setting}, prefixes)["validation"]
-            tried.append((sum(found[kind] for kind in kinds), setting))
+            found = result_of(folder, {**options, **setting, "stops": STOPS}, prefixes)["validation"]
+            for share, recall in found.items():
+                until = [stop for stop in STOPS if stop <= float(share)]
+                tried.append((sum(recall[kind] for kind in kinds), {**setting, "stops": until}))
     return max(tried, key=lambda pair: pair[0])[1]
 
 
@@ -180,7 +188,7 @@ def main() -> None:
     kinds = WORLDS[args.world].kinds
     table: dict[str, dict[str, Any]] = {}
     for method in args.methods:
-        setting = {"method": method, "readout": "last", "rate": QUICK.get(method)}
+        setting = {"method": method, "readout": "last", "rate": QUICK.get(method), "stops": [1.0]}
         if not args.quick:
             setting = choose(folder, {**common, "seed": seeds[0]}, method, kinds, args.prefixes)
         drawn = seeds[:1] if method == "zero_shot" else seeds
@@ -195,7 +203,10 @@ def main() -> None:
         table[method] = {**middle, "same_bits": all(result["same_bits"] for result in runs), "setting": setting}
         table[method]["seeds"] = spread
     print_table(table, kinds, WORLDS[args.world].recall_at)
-    write(args.json, machine(args) | {"search_space": RATES, "common": common, "seeds": seeds, **table})
+    write(
+        args.json,
+        machine(args) | {"search_space": {"rates": RATES, "stops": STOPS}, "common": common, "seeds": seeds, **table},
+    )
 
 
 def print_table(table: dict[str, dict[str, Any]], kinds: tuple[str, ...], recall_at: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import pretrained
+from slq_embed.data import RetrievalSet
 from slq_embed.toy import DESCRIBE, captions, facts, implicit, questions, render, sample_scenes
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -22,21 +23,6 @@ from train_slq_tiny import near_twins
 
 Split = Literal["validation", "test"]
 BATCH = 50
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Texts that look for images.
-
-    Args:
-        images: The candidates.
-        texts: The queries.
-        image_of: For each text, the index of its image.
-    """
-
-    images: list[Any]
-    texts: list[str]
-    image_of: list[int]
 
 
 @dataclass(frozen=True)
@@ -84,12 +70,12 @@ class ToyWorld:
             images = [render(scene, 100_000 + start + number) for number, scene in enumerate(part)]
             yield images, [captions(scene)[rng.randrange(5)] for scene in part]
 
-    def retrieval(self, split: Split) -> dict[str, Retrieval]:
+    def retrieval(self, split: Split) -> dict[str, RetrievalSet]:
         """Literal captions, and descriptions that share no content word with them."""
         scenes = sample_scenes(self.held_out, split)
         images, owners = [render(scene, 7) for scene in scenes], list(range(self.held_out))
         texts = {"literal": [captions(scene)[0] for scene in scenes], "implicit": [implicit(scene) for scene in scenes]}
-        return {kind: Retrieval(images, lines, owners) for kind, lines in texts.items()}
+        return {kind: RetrievalSet(images, lines, owners) for kind, lines in texts.items()}
 
     def knowledge(self, model: Any, processor: Any) -> Knowledge:
         """Descriptions of scenes, answers to questions on them, and answers without an image."""
@@ -107,14 +93,13 @@ Chat = tuple[Any, str, str | None]
 
 
 @torch.inference_mode()
-def ask(model: Any, processor: Any, chats: list[Chat], perplexity: float | None = None) -> Knowledge:
+def ask(model: Any, processor: Any, chats: list[Chat]) -> Knowledge:
     """Ask a model, greedily. An answer is right if it holds the words of the right one, one after the other.
 
     Args:
         model: A multimodal LLM with its head.
         processor: Its processor.
         chats: What to ask.
-        perplexity: Of plain text, as measured before.
     """
     processor.tokenizer.padding_side = "left"
     digest, answers = hashlib.sha256(), dict.fromkeys(range(len(chats)), "")
@@ -140,4 +125,4 @@ def ask(model: Any, processor: Any, chats: list[Chat], perplexity: float | None 
         for index, (_, _, right) in enumerate(chats)
         if right is not None
     ]
-    return Knowledge(tuple(answers.values()), sum(rated) / len(rated), digest.hexdigest(), perplexity)
+    return Knowledge(tuple(answers.values()), sum(rated) / len(rated), digest.hexdigest())
