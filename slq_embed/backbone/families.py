@@ -110,15 +110,15 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
     package = family_of(config).package
     if package is not None and find_spec(package) is None:
         raise ImportError(
-            f"The backbone {name!r} is of the family {config.model_type!r}, whose vision tower is built by the package "
-            f"{package}, which is not installed. Install it: pip install 'slq-embed[{package}]'."
+            f"The backbone {name!r} is of the family {config.model_type!r}, which needs the package {package}, and it is "
+            f"not installed. Install it: pip install 'slq-embed[{package}]'."
         )
     kwargs.setdefault("dtype", "auto")
-    model: PreTrainedModel = _auto_class(config).from_pretrained(name, **kwargs)
+    model: PreTrainedModel = auto_class(config).from_pretrained(name, **kwargs)
     return model
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """The class that loads a model with its head."""
     names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
     choices = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]

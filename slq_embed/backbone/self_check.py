@@ -24,7 +24,7 @@ from slq_embed.backbone.twin import twin_of
 
 Schedule = Literal["prefix", "all_positions"]
 """``"prefix"``: the input runs once, without autograd, and the queries continue it. ``"all_positions"``: input and queries run as
-one sequence, with autograd, which costs several times as much."""
+one sequence, with autograd, which costs more, and nothing can be kept."""
 
 VALUE, GRADIENT = 1e-5, 1e-4
 """What unit vectors may always differ by, and gradients by their size."""

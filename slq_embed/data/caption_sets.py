@@ -28,7 +28,7 @@ class RetrievalSet:
 
     Args:
         images: Images, undecoded.
-        texts: Captions, at most five an image.
+        texts: Captions. Those of COCO and Flickr30K are at most five an image.
         image_of: For each text, the index of its image.
     """
 

@@ -33,9 +33,11 @@ class ImageTextPairs:
     """A training set and what was left out of it.
 
     Args:
-        dataset: Rows ``image`` (decoded when read), ``text``, ``label``: one caption each. The label is the number of
-            the image: it marks the captions of one image as siblings. An ``IterableDataset`` if the source was streamed.
-        skipped: Bad records, by name. If the source is streamed, the list grows while the dataset is read.
+        dataset: Rows for the trainer, in the order of the columns that its losses expect. What reads captioned images
+            gives ``image`` (decoded when read), ``text``, ``label``: one caption each. The label is the number of the
+            image: it marks the captions of one image as siblings. An ``IterableDataset`` if the source was streamed.
+        skipped: Records or rows that were left out, by name. If the source is streamed, the list grows while the dataset
+            is read.
     """
 
     dataset: Dataset | IterableDataset

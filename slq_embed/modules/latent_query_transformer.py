@@ -245,7 +245,7 @@ class LatentQueryTransformer(InputModule):
         if isinstance(prefix, Prefix):
             states = run_queries(self.query_decoder, prefix, self.cast_queries(), self.query_ids())
         else:
-            states = self.source.all_positions(prefix, self.all_positions)
+            states = self.source.all_positions(prefix, len(self.queries), self.all_positions)
         return states.to(self.queries.device, torch.float32)
 
     def all_positions(self, features: Features) -> Tensor:
@@ -275,15 +275,14 @@ class LatentQueryTransformer(InputModule):
     def forward(self, features: Features, **kwargs: Any) -> Features:
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
         features.update(move_padding_left(features))
-        known = self.schedule == "all_positions" or self._twin[0] is not None
-        if torch.is_grad_enabled() or self.training or self.source.store is not None or known:
-            states = self.query_states(self.prefix(features))
-        else:  # there is nothing to keep, and whole sequences are a little faster for short texts
-            states = self.source.all_positions(features, self.cast_queries())
+        keeps = torch.is_grad_enabled() or self.training or self.source.store is not None
+        # Where there is nothing to keep and no twin, whole sequences are a little faster for short texts.
+        whole = not keeps and self._twin[0] is None
+        states = self.query_states(features if whole else self.prefix(features))
         if self.log_temperature is not None and torch.is_grad_enabled():
             # As an output of the forward pass, so that DDP knows it is used.
             features["log_temperature"] = self.log_temperature.clone()
-        features["token_embeddings"] = states.to(self.queries.device, torch.float32)
+        features["token_embeddings"] = states
         return features
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

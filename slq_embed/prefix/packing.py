@@ -48,7 +48,7 @@ def pack_row(row: PrefixRow, precision: Precision) -> Entry:
     if len(shapes) > 1:
         raise ValueError(
             f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
-            'level="keys_values" cannot store. Use PrefixStore(level="vision").'
+            "a store cannot keep. Train without a store."
         )
     device = keys_and_values[0][0].device  # one copy to main memory, not two for each layer
     whole = torch.stack([torch.stack([part.to(device) for part in layer]) for layer in keys_and_values])

@@ -18,7 +18,7 @@ from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor
 from slq_embed.prefix.memory import StepMemory
 from slq_embed.prefix.packing import Entry, pack_row, pack_vision_row, unpack_row, unpack_vision_row
-from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_all_positions, run_prefix
+from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_prefix
 from slq_embed.prefix.store import PrefixStore
 from slq_embed.prefix.vision import join_rows, run_vision
 
@@ -128,19 +128,18 @@ class PrefixSource:
             memory.keep({key: rows[key] for key in missing})
         return collate([rows[key] for key in keys], table.device, table.dtype)
 
-    def all_positions(self, features: Features, queries: Tensor | Callable[[Features], Tensor]) -> Tensor:
+    def all_positions(self, features: Features, num_queries: int, run: Callable[[Features], Tensor]) -> Tensor:
         """States of the queries from passes over whole sequences, ``(batch, Q, H)``.
 
         Args:
             features: See :mod:`slq_embed.prefix.features`.
-            queries: ``(Q, H)`` in the backbone's dtype, or what runs a pass.
+            num_queries: How many queries follow each input.
+            run: Runs one pass.
         """
-        lengths = (features["attention_mask"].sum(dim=1) + len(queries if isinstance(queries, Tensor) else ())).tolist()
-        decoder = decoder_of(self._backbone[0])
+        lengths = (features["attention_mask"].sum(dim=1) + num_queries).tolist()
         states: dict[int, Tensor] = {}
         for group in split_into_passes(lengths, features["input_ids"].device):
-            part = select_rows(features, group, self.image_token)
-            rows = run_all_positions(decoder, part, queries) if isinstance(queries, Tensor) else queries(part)
+            rows = run(select_rows(features, group, self.image_token))
             states |= dict(zip(group, rows, strict=True))
         return torch.stack([states[index] for index in range(len(lengths))])
 

@@ -7,7 +7,6 @@ from slq_embed.training.negatives import mine_negatives
 from slq_embed.training.plan import Option, Plan, plan_prefixes
 from slq_embed.training.sweep import Sweep, Variant, sweep
 from slq_embed.training.teacher import teacher_scores
-from slq_embed.training.training_set import TrainingSet
 
 __all__ = [
     "CachedSymmetricInfoNCELoss",
@@ -15,7 +14,6 @@ __all__ = [
     "Plan",
     "Sweep",
     "SymmetricInfoNCELoss",
-    "TrainingSet",
     "Variant",
     "learning_rate_mapping",
     "mine_negatives",

@@ -15,7 +15,7 @@ from slq_embed.encoding.protocol import Task
 from slq_embed.encoding.stream import collect, stream
 from slq_embed.index.faiss_index import FaissIndex
 from slq_embed.inputs import Skipped
-from slq_embed.training.training_set import ReadRows, TrainingSet
+from slq_embed.training.read_rows import ReadRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,7 @@ def mine_negatives(
     search_parameters: str = "",
     batch_size: int = 32,
     show_progress_bar: bool = False,
-) -> TrainingSet:
+) -> ImageTextPairs:
     """Find the nearest wrong candidates of each anchor.
 
     The candidates are the distinct values of the ``positive`` column. What belongs to the anchor is none of its
@@ -79,6 +79,8 @@ def mine_negatives(
         ImportError: If FAISS is not installed.
         ValueError: If an argument does not fit, the pairs are streamed, or no row is left.
     """
+    from slq_embed.data import ImageTextPairs
+
     range_max = range_min + 10 * num_negatives if range_max is None else range_max
     if num_negatives < 1 or range_min < 0 or range_max - range_min < num_negatives:
         raise ValueError(
@@ -138,13 +140,13 @@ def mine_negatives(
         )
     if skipped:
         logger.warning(
-            "Negatives: %d of %d rows are left out; the first is %s (%s). TrainingSet.skipped lists them.",
+            "Negatives: %d of %d rows are left out; the first is %s (%s). ImageTextPairs.skipped lists them.",
             len(skipped),
             len(dataset),
             skipped[0].name,
             skipped[0].reason,
         )
-    return TrainingSet(_as_dataset(dataset, anchor, positive, rows, np.stack(negatives), labels), skipped)
+    return ImageTextPairs(_as_dataset(dataset, anchor, positive, rows, np.stack(negatives), labels), skipped)
 
 
 def _checked(pairs: ImageTextPairs | Dataset, anchor: str, positive: str) -> Dataset:

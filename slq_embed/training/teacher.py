@@ -11,17 +11,18 @@ from sentence_transformers import CrossEncoder
 
 from slq_embed.inputs import Skipped, report
 from slq_embed.training.plan import LABELS
-from slq_embed.training.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from slq_embed.data import ImageTextPairs
 
 logger = logging.getLogger(__name__)
 
 
 def teacher_scores(
-    reranker: CrossEncoder, rows: TrainingSet | Dataset, *, batch_size: int = 32, **options: Any
-) -> TrainingSet:
+    reranker: CrossEncoder, rows: ImageTextPairs | Dataset, *, batch_size: int = 32, **options: Any
+) -> ImageTextPairs:
     """Score the candidates of each row, for ``DistillKLDivLoss`` and ``MarginMSELoss``.
 
     Args:
@@ -37,9 +38,15 @@ def teacher_scores(
         read is left out and listed.
 
     Raises:
-        ValueError: If there are fewer than three columns to read, or no row is left.
+        ValueError: If the rows are streamed, there are fewer than three columns to read, or no row is left.
     """
-    dataset: Dataset = rows.dataset if isinstance(rows, TrainingSet) else rows
+    from slq_embed.data import ImageTextPairs
+
+    dataset = rows.dataset if isinstance(rows, ImageTextPairs) else rows
+    if not hasattr(dataset, "select"):
+        raise ValueError(
+            "The rows are streamed, but a teacher scores a Dataset that can be counted: read it in full first."
+        )
     columns = [name for name in dataset.column_names if name not in LABELS]
     if len(columns) < 3:
         raise ValueError(
@@ -68,7 +75,7 @@ def teacher_scores(
         skipped.sort(key=lambda row: row.index or 0)
         logger.warning("Teacher scores: %s", report(skipped))
     labels = [name for name in dataset.column_names if name in LABELS]
-    return TrainingSet(dataset.select(kept).remove_columns(labels).add_column("scores", scores), skipped)
+    return ImageTextPairs(dataset.select(kept).remove_columns(labels).add_column("scores", scores), skipped)
 
 
 def _score(

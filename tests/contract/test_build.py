@@ -80,7 +80,9 @@ def test_options_pass_through(checkpoint):
 def test_a_missing_package_of_a_family_is_named(checkpoint, monkeypatch):
     folder = checkpoint("fast_vlm")
     monkeypatch.setitem(sys.modules, "timm", None)  # as where it is not installed
-    with pytest.raises(ImportError, match=r"'fast_vlm', whose vision tower .* pip install 'slq-embed\[timm\]'"):
+    with pytest.raises(
+        ImportError, match=r"'fast_vlm', which needs the package timm, .* pip install 'slq-embed\[timm\]'"
+    ):
         SLQEncoder.from_backbone(folder)
 
 

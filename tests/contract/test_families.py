@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
@@ -45,7 +47,8 @@ def written() -> Any:
     if (path := os.environ.get("SLQ_BACKBONES")) and results:
         before = json.loads(Path(path).read_text("utf8"))["families"] if Path(path).exists() else {}
         families = {name: {**before, **results}[name] for name in FAMILIES if name in {**before, **results}}
-        found = {"transformers": transformers.__version__, "limits": LIMITS, "families": families}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        found = {"date": date.today().isoformat(), **versions, "limits": LIMITS, "families": families}
         Path(path).write_text(json.dumps(found, indent=2) + "\n", "utf8")
 
 

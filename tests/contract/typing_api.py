@@ -11,7 +11,7 @@ from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
 from slq_embed.data import ImageTextPairs, from_folder, load_cirr, load_mmeb_eval, retrieval_set
 from slq_embed.evaluation import CIRREvaluator, ImageTextRetrievalEvaluator, MMEBEvaluator
 from slq_embed.generation import answer, build_reranker
-from slq_embed.training import TrainingSet, mine_negatives, teacher_scores
+from slq_embed.training import mine_negatives, teacher_scores
 
 
 def use(folder: Path, image: Image.Image) -> float | None:
@@ -22,8 +22,8 @@ def use(folder: Path, image: Image.Image) -> float | None:
     pairs: ImageTextPairs = from_folder(folder, strict=True)
     evaluator = ImageTextRetrievalEvaluator(*retrieval_set(pairs), name="photos")
     metrics: dict[str, float] = evaluator(model)
-    mined: TrainingSet = mine_negatives(model, pairs, anchor="image", positive="text", relative_margin=0.05)
-    scored: TrainingSet = teacher_scores(build_reranker(model), mined, activation_fn=torch.nn.Sigmoid())
+    mined: ImageTextPairs = mine_negatives(model, pairs, anchor="image", positive="text", relative_margin=0.05)
+    scored: ImageTextPairs = teacher_scores(build_reranker(model), mined, activation_fn=torch.nn.Sigmoid())
     SymmetricInfoNCELoss(model, positives="all")
     assert scored.report()
     metrics |= CIRREvaluator(**vars(load_cirr(folder, limit=10)), embeddings_folder=folder)(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from slq_embed.backbone.families import _auto_class
+from slq_embed.backbone.families import auto_class
 from tests.checkpoints import TEMPLATE, build_tokenizer
 
 TEXT = {
@@ -59,7 +59,7 @@ def config(kind: str, **values: Any) -> Any:
 def write(folder: Path, parts: Parts, seed: int = 0) -> Path:
     """Write a checkpoint whose weights are drawn wide enough that embeddings differ."""
     torch.manual_seed(seed)
-    model = _auto_class(parts.config).from_config(parts.config)
+    model = auto_class(parts.config).from_config(parts.config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -196,7 +196,7 @@ def _stored(encoder: SLQEncoder, inputs: list[Any], scratch: Path) -> float | No
         first = encoder.encode(inputs)
         again = encoder.encode(inputs)
     except ValueError as error:
-        if "cannot store" not in str(error):
+        if "a store cannot keep" not in str(error):
             raise
         return None
     finally:

@@ -1,4 +1,4 @@
-"""Gemma, Llama 4, Phi-4, Molmo 2, and language models that read texts only."""
+"""Gemma, Llama 4, Molmo 2, and language models that read texts only."""
 
 from __future__ import annotations
 
@@ -163,31 +163,6 @@ def llama4() -> Parts:
             eoi_token_index="<|image_end|>",
             image_token_index="<|patch|>",
         ),
-    )
-    return Parts(built, processor)
-
-
-def phi4_multimodal() -> Parts:
-    tokenizer = tokenizer_with(image_token="<|endoftext10|>", audio_token="<|endoftext11|>")
-    processor = transformers.Phi4MultimodalProcessor(
-        transformers.Phi4MultimodalImageProcessor(size=SQUARE, patch_size=4, dynamic_hd=4),
-        transformers.Phi4MultimodalFeatureExtractor(),
-        tokenizer,
-    )
-    processor.chat_template = template("<|endoftext10|>")
-    named = ids(tokenizer, image="<|endoftext10|>", audio="<|endoftext11|>")
-    audio = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4, "input_size": 80}
-    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
-    built = config(
-        "phi4_multimodal",
-        **TEXT,
-        vocab_size=rows(tokenizer),
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-        vision_config={**TOWER, "image_size": 32, "crop_size": 32, "patch_size": 4, "image_token_id": named["image"]},
-        audio_config={**audio, "audio_token_id": named["audio"]},
     )
     return Parts(built, processor)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import slq_embed.encoding.batches as encoding
+import slq_embed.modules.latent_query_transformer as latent_query_transformer
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
@@ -88,14 +89,14 @@ def test_every_option_of_encode_gives_what_the_host_gives(encoder, mixed, monkey
 def test_like_sizes_go_together(encoder, folder, monkeypatch):
     """Batches as they come would have several times the padding."""
     shapes = []
-    run = prefix_source.run_all_positions
+    run = latent_query_transformer.run_all_positions
 
-    def watched(decoder, features, queries):
+    def watched(decoder, features, *queries):
         mask = features["attention_mask"]
         shapes.append((mask.numel(), int(mask.sum())))
-        return run(decoder, features, queries)
+        return run(decoder, features, *queries)
 
-    monkeypatch.setattr(prefix_source, "run_all_positions", watched)
+    monkeypatch.setattr(latent_query_transformer, "run_all_positions", watched)
     inputs = [*folder, *("word " * n for n in range(1, 21))]
     inputs = [inputs[n] for n in np.random.default_rng(1).permutation(40)]
     encoder.encode(inputs, batch_size=5)

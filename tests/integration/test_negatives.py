@@ -24,7 +24,7 @@ from slq_embed import SLQEncoder, SymmetricInfoNCELoss, pretrained
 from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_records
 from slq_embed.generation import build_reranker
 from slq_embed.toy import captions, render, sample_scenes
-from slq_embed.training import TrainingSet, mine_negatives, teacher_scores
+from slq_embed.training import mine_negatives, teacher_scores
 from tests.training import arguments
 
 pytest.importorskip("faiss")
@@ -53,12 +53,12 @@ def pairs() -> ImageTextPairs:
 
 
 @pytest.fixture(scope="module")
-def mined(trained, pairs) -> TrainingSet:
+def mined(trained, pairs) -> ImageTextPairs:
     return mine_negatives(trained, pairs, num_negatives=2)
 
 
 @pytest.fixture(scope="module")
-def scored(backbone, mined) -> TrainingSet:
+def scored(backbone, mined) -> ImageTextPairs:
     judge = build_reranker(backbone, instruction="{document}is there {query}?", activation_fn=torch.nn.Sigmoid())
     return teacher_scores(judge, mined.dataset.select(range(8)), batch_size=4)
 

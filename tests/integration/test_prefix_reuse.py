@@ -13,6 +13,7 @@ import torch
 from datasets import Image
 from sentence_transformers.sentence_transformer import losses
 
+import slq_embed.modules.latent_query_transformer as latent_query_transformer
 import slq_embed.prefix.disk as prefix_disk
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
@@ -36,8 +37,10 @@ def counting(monkeypatch):
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("run_prefix", "run_vision", "run_all_positions"):
+        for name in ("run_prefix", "run_vision"):
             patch.setattr(prefix_source, name, counted(name, getattr(prefix_source, name)))
+        whole = counted("run_all_positions", latent_query_transformer.run_all_positions)
+        patch.setattr(latent_query_transformer, "run_all_positions", whole)
         yield rows
 
 
