@@ -171,6 +171,20 @@ class FaissIndex:
         scores, rows = index.search(queries, k)
         return scores, rows
 
+    def search_rows(
+        self, queries: NDArray[np.float32], k: int, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As :meth:`search`, over these rows only, and exact as far as the type keeps embeddings exact."""
+        best = import_faiss().ResultHeap(len(queries), k, keep_max=True)
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            scores, positions = import_faiss().knn(
+                queries, rows_of(self._index, part), min(k, len(part)), metric=import_faiss().METRIC_INNER_PRODUCT
+            )
+            best.add_result(scores, part[positions])
+        best.finalize()
+        return best.D, best.I
+
     def uses_gpu(self, k: int) -> bool:
         """Whether a search for ``k`` hits goes to a GPU. Deleted rows take part there: remove them first."""
         return self._gpu is not False and k <= MOST_ON_GPU and has_gpu()

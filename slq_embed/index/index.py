@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.stream import stream
 from slq_embed.index.faiss_index import FaissIndex
+from slq_embed.index.filters import condition_of
 from slq_embed.index.folder import read_folder, write_folder
 from slq_embed.index.identity import ModelIdentity, dimension_of
 from slq_embed.index.inputs import Metadata, WaitingInputs, as_json, one_each, with_ids_and_metadata
@@ -188,12 +189,23 @@ class EmbeddingIndex:
         with self._lock:
             self._table.compact()
 
-    def search(self, queries: Any, k: int = 10, *, prompt: str | None = None, batch_size: int = 32) -> Any:
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        where: Mapping[str, Any] | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+    ) -> Any:
         """Find the nearest embeddings to texts, images, or both together.
 
         Args:
             queries: One query or a list: a str, a PIL image or ``pathlib.Path``, or ``{"image": ..., "text": ...}``.
             k: Hits for each query; fewer if the index holds fewer, or looks into too few clusters.
+            where: Only embeddings whose metadata fit, such as ``{"split": "train", "year": {"$gte": 2020}}``. All conditions
+                must hold. Operators: ``$eq``, ``$ne``, ``$gt``, ``$gte``, ``$lt``, ``$lte``, ``$in``, ``$nin``, ``$contains`` (a
+                list holds the value), and ``$and`` and ``$or`` over such dicts.
             prompt: A system message; by default the model's ``"query"`` prompt.
             batch_size: Queries a batch.
 
@@ -202,32 +214,38 @@ class EmbeddingIndex:
 
         Raises:
             UnreadableInputsError: If a query cannot be read.
-            ValueError: If ``k`` is below 1, or the model is not the one of the index.
+            ValueError: If ``k`` is below 1, the filter cannot be read, or the model is not the one of the index.
         """
         model = self._checked_model()
+        if where is not None:
+            condition_of(where)  # before the queries are embedded
         single = isinstance(queries, ONE_INPUT)
         inputs = [queries] if single else list(queries)
-        hits = self.search_embeddings(embed(model, inputs, task="query", prompt=prompt, batch_size=batch_size), k)
+        vectors = embed(model, inputs, task="query", prompt=prompt, batch_size=batch_size)
+        hits = self.search_embeddings(vectors, k, where=where)
         return hits[0] if single else hits
 
-    def search_embeddings(self, queries: NDArray[Any], k: int = 10) -> list[list[Hit]]:
+    def search_embeddings(
+        self, queries: NDArray[Any], k: int = 10, *, where: Mapping[str, Any] | None = None
+    ) -> list[list[Hit]]:
         """Find the nearest embeddings to embeddings.
 
         Args:
             queries: ``(n, dimension)``; normalised here.
             k: As for :meth:`search`.
+            where: As for :meth:`search`.
 
         Returns:
             A list of hits for each query, best first.
 
         Raises:
-            ValueError: If ``k`` is below 1, or the shape does not fit.
+            ValueError: If ``k`` is below 1, the shape does not fit, or the filter cannot be read.
         """
         vectors, k = self._table.vectors.normalised(queries), operator.index(k)
         if k < 1:
             raise ValueError(f"k is {k}, but at least 1 is needed.")
         with self._lock:
-            return self._table.search(vectors, k)
+            return self._table.search(vectors, k, where)
 
     def save(self, folder: str | Path) -> None:
         """Save to a folder. If the process is killed in the middle, the earlier save is still whole.

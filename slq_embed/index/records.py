@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slq_embed.index.filters import condition_of
 
 _SCHEMA = "CREATE TABLE records (row INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, metadata TEXT NOT NULL)"
 _AT_ONCE = 500  # values of one statement
@@ -115,6 +117,19 @@ class IndexRecords:
         """All rows that were not deleted, in order: ``(len(self),)``."""
         rows = self._database.execute("SELECT row FROM records ORDER BY row")
         return np.fromiter((row for (row,) in rows), np.int64, len(self))
+
+    def rows_where(self, where: Mapping[str, Any]) -> NDArray[np.int64]:
+        """Rows whose metadata fit a filter, in order.
+
+        Args:
+            where: See :func:`slq_embed.index.filters.condition_of`.
+
+        Raises:
+            ValueError: If the filter cannot be read.
+        """
+        condition, values = condition_of(where)
+        found = self._database.execute(f"SELECT row FROM records WHERE {condition} ORDER BY row", values)
+        return np.array([row for (row,) in found], np.int64)
 
     def renumber(self) -> None:
         """Number the rows from 0 on, in order."""

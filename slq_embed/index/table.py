@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ EMBEDDINGS_FILE, RECORDS_FILE = "embeddings.faiss", "records.sqlite"
 LEARN_AT = 200_000
 """With so many embeddings, index types that learn (clusters, quantizers) learn at once, before any search or save."""
 _MOST_DELETED = 0.2
+_FEW = 0.1
+"""Below this share of allowed rows, only these are scored; above it, the index is asked for more hits than are wanted."""
 
 
 @dataclass(frozen=True)
@@ -134,33 +136,49 @@ class IndexTable:
         self.records.renumber()
         self.vectors = vectors
 
-    def search(self, queries: NDArray[np.float32], k: int) -> list[list[Hit]]:
+    def search(self, queries: NDArray[np.float32], k: int, where: Mapping[str, Any] | None = None) -> list[list[Hit]]:
         """The nearest rows, best first: ``k`` for each query, or fewer if there are fewer.
 
         Args:
             queries: ``(n, dimension)``, normalised.
             k: At least 1.
+            where: A filter on the metadata.
+
+        Raises:
+            ValueError: If the filter cannot be read.
         """
         self.learn()
         k = min(k, len(self))
+        if k and self.vectors.uses_gpu(k):
+            self.compact()
+        allowed = None if where is None else self.records.rows_where(where)
+        count = len(self) if allowed is None else len(allowed)
+        k = min(k, count)
         if not k or not len(queries):
             return [[] for _ in queries]
-        if self.vectors.uses_gpu(k):
-            self.compact()
         total = len(self.vectors)
-        asked = k if total == len(self) else min(2 * k, total)
+        if allowed is not None and count < _FEW * total:
+            return self._hits(*self.vectors.search_rows(queries, k, allowed), allowed, k)
+        asked = k if total == count else min(2 * k * total // count, total)
         while True:
             scores, rows = self.vectors.search(queries, asked)
-            records = self.records.get({int(row) for row in rows.ravel() if row >= 0})
-            hits = [
-                [
-                    Hit(records[row][0], float(s), records[row][1])
-                    for s, row in zip(*line, strict=True)
-                    if row in records
-                ]
-                for line in zip(scores, rows.tolist(), strict=True)
-            ]
-            # Deleted rows are among the results: ask for more, unless these are all (then -1 fills the rest).
+            hits = self._hits(scores, rows, allowed, k)
+            # Rows that do not count are among the results: ask for more, unless these are all (then -1 fills the rest).
             if asked == total or all(len(h) >= k or -1 in line for h, line in zip(hits, rows, strict=True)):
-                return [line[:k] for line in hits]
+                return hits
             asked = min(4 * asked, total)
+
+    def _hits(
+        self, scores: NDArray[np.float32], rows: NDArray[np.int64], allowed: NDArray[np.int64] | None, k: int
+    ) -> list[list[Hit]]:
+        """The first ``k`` results of each query that were not deleted, and are allowed."""
+        counts = rows >= 0 if allowed is None else np.isin(rows, allowed)
+        records = self.records.get(np.unique(rows[counts]).tolist())
+        return [
+            [
+                Hit(records[row][0], float(score), records[row][1])
+                for score, row in zip(*line, strict=True)
+                if row in records
+            ][:k]
+            for line in zip(scores, np.where(counts, rows, -1).tolist(), strict=True)
+        ]
