@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -248,50 +245,3 @@ def test_a_stock_loaded_adapter_is_frozen(encoder, tmp_path):
     before = further.queries.detach().clone()
     toy_train(further, toy_pairs(), tmp_path / "more")
     assert not torch.equal(before, further.queries.detach())
-
-
-SCRIPT = """
-import sys
-from functools import partial
-import torch
-from accelerate import debug_launcher
-from slq_embed import SLQEncoder, SymmetricInfoNCELoss
-from slq_embed.training import CachedSymmetricInfoNCELoss
-from tests.training import toy_pairs, toy_train
-
-def train(checkpoint, output, size, loss):
-    model = SLQEncoder.from_backbone(checkpoint, num_queries=4, seed=0, device="cpu")
-    loss = loss(model, gather_across_devices=True)
-    trainer = toy_train(model, toy_pairs(), output, loss=loss, per_device_train_batch_size=size, max_steps=3,
-                        dataloader_drop_last=True, max_grad_norm=0.0)
-    assert trainer.args.world_size == 8 // size
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output + "/final")
-
-if __name__ == "__main__":
-    checkpoint, folder = sys.argv[1:]
-    cached = partial(CachedSymmetricInfoNCELoss, mini_batch_size=3)
-    for name, loss in {"two": SymmetricInfoNCELoss, "cached": cached}.items():  # copies of this process: one import
-        debug_launcher(train, (checkpoint, folder + "/" + name, 4, loss), num_processes=2)
-    train(checkpoint, folder + "/one", 8, SymmetricInfoNCELoss)
-"""
-
-
-def test_two_processes_share_negatives(checkpoint, tmp_path):
-    """Two gloo processes with batch 4 train as one process with batch 8 does."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    process = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(checkpoint()), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    one, two, cached = (SLQEncoder(tmp_path / name / "final") for name in ("one", "two", "cached"))
-    start = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu").queries
-    distance = (one.queries - start).norm()
-    assert distance > 0.1
-    for several in (two, cached):
-        assert (one.queries - several.queries).norm() < 0.02 * distance
-        assert one.temperature == pytest.approx(several.temperature, abs=1e-4)
