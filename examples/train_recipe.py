@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,14 +23,14 @@ import numpy as np
 import torch
 from datasets import Dataset, Image, Value, concatenate_datasets
 from evaluate import BENCHMARKS, PAPER, load_data, table
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from sentence_transformers import SentenceTransformerTrainer
+from train import build_trainer, train
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.data import from_karpathy, load_mmeb_train
 from slq_embed.evaluation import MMEB_TASKS
 from slq_embed.inputs import Skipped
-from slq_embed.training import CachedSymmetricInfoNCELoss, plan_prefixes
+from slq_embed.training import plan_prefixes
 
 Rows = Dataset | dict[str, Dataset]
 
@@ -199,20 +198,8 @@ def build_model(
     )
 
 
-def count_processes() -> int:
-    """How many processes train; torchrun and accelerate say it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def build_trainer(
-    args: argparse.Namespace, model: SLQEncoder, rows: Rows, **settings: Any
-) -> SentenceTransformerTrainer:
-    """The host's trainer with the recipe's settings.
-
-    The batch is one of the paper's size whatever the memory: embedded and differentiated in chunks, negatives shared by all
-    processes.
-    """
-    processes = count_processes()
+def trainer_of(args: argparse.Namespace, model: SLQEncoder, rows: Rows, **settings: Any) -> SentenceTransformerTrainer:
+    """The host's trainer with the recipe's settings."""
     # The paper's parameter is the temperature itself, and ours its logarithm. Where the first moves by a learning rate, the second
     # moves by that divided by the temperature.
     rates = {r"\blog_temperature$": args.learning_rate / args.temperature}
@@ -220,24 +207,17 @@ def build_trainer(
         "output_dir": str(args.output),
         "num_train_epochs": args.epochs,
         "max_steps": args.steps or -1,
-        "per_device_train_batch_size": max(1, args.batch // processes),
         "learning_rate": args.learning_rate,
         "learning_rate_mapping": rates,
         "warmup_steps": args.warmup_steps,
         "lr_scheduler_type": args.lr_scheduler_type,
         "dataloader_num_workers": args.workers,
-        "save_strategy": "steps",
         "save_steps": args.save_steps,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "report_to": "none",
         "seed": args.seed,
     }
-    loss = CachedSymmetricInfoNCELoss(
-        model, args.temperature, mini_batch_size=args.chunk, gather_across_devices=processes > 1
+    return build_trainer(
+        model, rows, batch=args.batch, chunk=args.chunk, temperature=args.temperature, **{**arguments, **settings}
     )
-    training = SentenceTransformerTrainingArguments(**{**arguments, **settings})
-    return SentenceTransformerTrainer(model, training, train_dataset=rows, loss=loss)
 
 
 def read(args: argparse.Namespace, data: Data) -> tuple[Rows, Any]:
@@ -313,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
         from dry_run import dry_run
 
-        dry_run(args, data, backbone.name, build_model, build_trainer)
+        dry_run(args, data, backbone.name, build_model, trainer_of)
         return
     if args.path is None:
         raise SystemExit(f"--path is missing: the folder with {data.published}. Without data there is --dry-run.")
@@ -326,14 +306,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(plan)
         model.prefix_store = plan.store()
-    trainer = build_trainer(args, model, rows)
+    trainer = trainer_of(args, model, rows)
     chosen = {name: getattr(args, name) for name in ("batch", "chunk", "epochs", "learning_rate", *COMMON)}
     numbers = sum(parameter.numel() for parameter in model.parameters())
     print(f"{numbers:,} numbers to train; {', '.join(f'{name} {value}' for name, value in chosen.items())}")
-    checkpoint = get_last_checkpoint(str(args.output)) if args.output.is_dir() else None
-    if checkpoint is not None:
-        print(f"going on from {checkpoint}; for a new run, give another --output")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train(trainer)
     if not trainer.is_world_process_zero():
         return
     model.save_pretrained(args.output / "model", form=args.form)

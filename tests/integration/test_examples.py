@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder
 from slq_embed.data import from_folder, retrieval_set
-from slq_embed.toy import captions, render, sample_scenes
 from tests.scripts import EXAMPLES, ROOT, run_script
 
 PHOTOS = Path(os.environ.get("SLQ_DATA", ROOT.parent / "shared" / "data"))
@@ -36,21 +34,6 @@ def test_the_demo(run_example, tmp_path):
     assert "implicit_text_to_image_recall@1" in output
     assert "from stock modules" in output
     assert SentenceTransformer(str(tmp_path / "out" / "slq-demo"), device="cpu").encode("a").shape == (192,)
-
-
-def test_training_on_a_folder_of_photos(run_example, tmp_path):
-    rows = []
-    for number, scene in enumerate(sample_scenes(12, "train")):
-        render(scene).save(tmp_path / f"{number}.png")
-        rows.append(json.dumps({"image": f"{number}.png", "captions": captions(scene)[:2]}))
-    (tmp_path / "captions.jsonl").write_text("\n".join([*rows, json.dumps({"image": "gone.png", "captions": ["x"]})]))
-    options = ["--data", tmp_path, "--holdout", 4, "--steps", 2, "--batch", 4, "--queries", 2]
-    output = run_example("train_flickr8k", *options, "--output", tmp_path / "o")
-    assert "1 skipped: gone.png" in output
-    assert "4 images and 8 captions to measure on" in output
-    for metric in ("text_to_image_recall@1", "image_to_text_recall@10", "mean_recall"):
-        assert metric in output
-    assert (tmp_path / "o" / "model" / "adapter_model.safetensors").is_file()
 
 
 def test_forgetting(run_example, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -142,9 +143,9 @@ def test_the_batch_is_shared_out_and_the_temperature_has_a_rate_of_its_own(scrip
     recipe = script("train_recipe")
     args = recipe.parse(["--data", "coco", "--backbone", "qwen3-vl-2b", "--output", str(tmp_path)])
     data, _ = recipe.resolve(args)
-    monkeypatch.setattr(recipe, "count_processes", lambda: 4)
+    monkeypatch.setattr(SentenceTransformerTrainingArguments, "world_size", 4)
     rows = script("dry_run").build_rows(2, (32, 32), data.words)
-    trainer = recipe.build_trainer(args, encoder, rows, use_cpu=True)
+    trainer = recipe.trainer_of(args, encoder, rows, use_cpu=True)
     assert trainer.args.per_device_train_batch_size == 256
     assert trainer.loss.gather_across_devices
     assert trainer.loss.mini_batch_size == 32
