@@ -171,5 +171,5 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
         elif index in sample:
             with suppress(ValueError):  # it will be skipped and named
                 row = read_row(value)
-                digest.update(f"{index} {row.text} ".encode() + row.image_digest())
+                digest.update(f"{index} {row.text} ".encode() + row.media_digest())
     return digest.hexdigest()
