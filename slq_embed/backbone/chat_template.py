@@ -96,13 +96,15 @@ def is_slq_template(template: Any) -> bool:
     return isinstance(template, str) and template.startswith(_BODY[: _BODY.index("text=none")])
 
 
-def reads_videos(template: Any) -> bool:
-    """Whether a template of :func:`build_chat_template` has a place for videos."""
-    return isinstance(template, str) and "range(slq.videos)" in template and _NO_VIDEO not in template
+def reads_videos(processor: Any) -> bool:
+    """Whether a processor reads videos, and its template of :func:`build_chat_template` has a place for them."""
+    if getattr(processor, "video_processor", None) is None or not is_slq_template(processor.chat_template):
+        return False
+    return "range(slq.videos)" in processor.chat_template and _NO_VIDEO not in processor.chat_template
 
 
 def counts_images(template: Any) -> bool:
-    """Whether a template of :func:`build_chat_template` counts images; those of older versions write one, however many come."""
+    """Whether a template of :func:`build_chat_template` counts images; one of older versions writes one in any case."""
     return isinstance(template, str) and "slq.images" in template
 
 

@@ -153,9 +153,7 @@ class LatentQueryTransformer(InputModule):
     @property
     def reads_videos(self) -> bool:
         """Whether the processor has a video processor, and its chat template a place for videos."""
-        return getattr(self.processor, "video_processor", None) is not None and reads_videos(
-            self.processor.chat_template
-        )
+        return reads_videos(self.processor)
 
     @property
     def tokenizer(self) -> Any:
