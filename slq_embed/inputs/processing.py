@@ -102,6 +102,8 @@ def process_one_by_one(
         is_query = torch.isin(called["input_ids"], torch.tensor(query_ids))
         start = int(is_query.any(dim=0).int().argmax())  # the same in all rows: they end alike and pad left
         if "pixel_values" in called:
+            if pixels_axis == 1:  # what comes before are the images of the row
+                called["pixel_values"] = called["pixel_values"].flatten(0, 1)[None]
             called["pixel_values"] = called["pixel_values"].movedim(pixels_axis, 0)
         shape = called["input_ids"].shape
         cut = {key: value[:, :start] if value.shape == shape else value for key, value in called.items()}
@@ -158,6 +160,11 @@ def _join(parts: Sequence[tuple[list[int], Features]], media: Sequence[Media], p
     for number, name in enumerate(names):
         having = [(group[0], part[name]) for group, part in parts if name in part]  # in a group of one, if it has media
         pieces[[row for row, _ in having], number] = torch.tensor([len(value) for _, value in having])
+        if name == "pixel_values_videos" and len({value.shape[1:] for _, value in having}) > 1:
+            raise ValueError(
+                "The videos of a batch differ in how many frames are read of them, and this model takes equally many only. "
+                "Pass max_frames, or batch_size=1."
+            )
         joined[name] = _concatenate([value for _, value in having])
     joined["row_pieces"] = pieces
     joined["num_images_per_sample"] = torch.tensor([len(row.images) for row in media])
