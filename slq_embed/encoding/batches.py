@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from slq_embed.encoding.protocol import Encoder
 from slq_embed.inputs.images import shortened
+from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Row, Skipped, read_row
 from slq_embed.prefix.features import Features
 
@@ -52,6 +53,8 @@ def _name(index: int, value: Any) -> str:
         value = next((value[key] for key in ("image", "images", "video", "path") if value.get(key) is not None), None)
     if isinstance(value, list | tuple) and value:
         value = value[0]
+    if isinstance(value, PdfPage):
+        value = Path(str(value))
     if not isinstance(value, Path | str):
         return f"input {index}"
     return f"input {index} ({shortened(value)})".encode(errors="backslashreplace").decode()  # so that it can be printed

@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 
 from slq_embed.inputs.images import decode, pixels, read_file, read_image
+from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.videos import Video, read_limit, read_videos
 
-ONE_INPUT = (str, Path, Mapping, Image.Image)
+ONE_INPUT = (str, Path, Mapping, Image.Image, PdfPage)
 """Types of one input; a list of them is a batch."""
 
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
@@ -73,6 +74,8 @@ class Picture:
     @property
     def pixels(self) -> int:
         """Width times height. Nothing is decoded."""
+        if isinstance(self.source, PdfPage):
+            return self.source.pixels
         image = self.source if self.content is None else self.content
         return pixels(image) if isinstance(image, bytes | Image.Image) else 0
 
@@ -157,7 +160,7 @@ def read_row(value: Any) -> Row:
         value: One of these:
 
             - a str: always text, never a path or URL,
-            - an image: a PIL image, or a ``pathlib.Path`` of one,
+            - an image: a PIL image, a ``pathlib.Path`` of one, or a page of :func:`slq_embed.inputs.read_pdf`,
             - a dict of ``"text"`` (str) and media. ``"image"`` or ``"images"``: an image or a list of images, each a PIL image,
               a path, or bytes of an image file. ``"video"``: a path, a list of frames, an array ``(frames, H, W, 3)`` in
               uint8, ``{"array": frames, "video_metadata": {...}}``, or a list of such. Beside a video, ``"fps"`` (frames of a
@@ -179,7 +182,7 @@ def read_row(value: Any) -> Row:
         return _read_dict(value)
     if isinstance(value, list) and value and all(_is_message(part) for part in value):
         return _read_chat(value)
-    if isinstance(value, Image.Image | Path):
+    if isinstance(value, Image.Image | Path | PdfPage):
         return Row(pictures=(Picture(value),))
     raise ValueError(
         f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, a pathlib.Path of an image, or a "
