@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from slq_embed.backbone.families import tokenizer_of
+from transformers import PretrainedConfig
+
+from slq_embed.backbone.families import family_of, tokenizer_of
 
 DEFAULT_INSTRUCTIONS = {
     "text": "{text}",
@@ -96,8 +98,10 @@ def is_slq_template(template: Any) -> bool:
     return isinstance(template, str) and template.startswith(_BODY[: _BODY.index("text=none")])
 
 
-def reads_videos(processor: Any) -> bool:
-    """Whether a processor reads videos, and its template of :func:`build_chat_template` has a place for them."""
+def reads_videos(processor: Any, config: PretrainedConfig) -> bool:
+    """Whether processor and family read videos, and the template of :func:`build_chat_template` has a place for them."""
+    if not family_of(config).reads_videos:
+        return False
     if getattr(processor, "video_processor", None) is None or not is_slq_template(processor.chat_template):
         return False
     return "range(slq.videos)" in processor.chat_template and _NO_VIDEO not in processor.chat_template

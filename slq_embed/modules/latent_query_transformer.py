@@ -152,8 +152,8 @@ class LatentQueryTransformer(InputModule):
 
     @property
     def reads_videos(self) -> bool:
-        """Whether the processor has a video processor, and its chat template a place for videos."""
-        return reads_videos(self.processor)
+        """Whether the backbone's processor and family read videos, and its chat template has a place for them."""
+        return reads_videos(self.processor, self.backbone.config)
 
     @property
     def tokenizer(self) -> Any:

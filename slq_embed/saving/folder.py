@@ -113,7 +113,7 @@ def write_folder(
     whole = decoder_of(backbone) is backbone  # then what stock loading gives ends in logits
     kept = {"method": "forward", "method_output_name": ["hidden_states", -1] if whole else "last_hidden_state"}
     modalities = {"text": kept} | ({} if tokenizer_of(processor) is processor else {"image": kept})
-    modalities |= {"video": kept} if reads_videos(processor) else {}
+    modalities |= {"video": kept} if reads_videos(processor, backbone.config) else {}
     transformer = {
         "transformer_task": "feature-extraction",
         "modality_config": {**modalities, "message": {**kept, "format": "structured"}},

@@ -19,6 +19,7 @@ from slq_embed.prefix.features import select_rows
 from slq_embed.prefix.keys import prefix_key
 from tests.checkpoints import build
 from tests.families import llava
+from tests.families import qwen as families_qwen
 from tests.families.building import write
 
 pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
@@ -216,6 +217,18 @@ def test_a_refused_input_is_named(qwen, images, checkpoint):
     qwen.processor.chat_template = qwen.processor.chat_template.replace("slq.images", "slq.image")
     with pytest.raises(ValueError, match=r"Input 0 of 1: There are 2 images, but this model was saved by a version"):
         qwen.preprocess([{"images": images[:2]}])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of processors, with NumPy 2
+def test_a_family_that_reads_videos_wrongly_refuses_them(tmp_path):
+    encoder = SLQEncoder.from_backbone(
+        write(tmp_path / "glm", families_qwen.glm4v()), num_queries=3, seed=0, device="cpu"
+    )
+    encoder.save_pretrained(tmp_path / "slq")
+    for model in (encoder, SentenceTransformer(str(tmp_path / "slq"), device="cpu")):
+        assert not model.supports("video")
+        with pytest.raises(ValueError, match=r"reads no videos|Modality 'video' is not supported"):
+            model.encode([{"video": timed(FRAMES)}])
 
 
 def test_a_chat_is_one_input(qwen, images):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from jinja2 import Environment, TemplateError
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen3VLConfig
 
 from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters, reads_videos
 from tests.families import others
@@ -138,7 +138,7 @@ def reads_videos_with(processor, template: str) -> bool:
     own, processor.chat_template = processor.chat_template, template
     try:
         processor.chat_template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
-        if not (found := reads_videos(processor)):
+        if not (found := reads_videos(processor, Qwen3VLConfig())):
             with pytest.raises(TemplateError, match="reads no videos"):
                 render(processor, processor.chat_template, {"type": "video"})
         return found
