@@ -22,7 +22,7 @@ INTERN_VISION = {
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% if part.type == 'image' %}IMAGE{% elif part.type == 'video' %}VIDEO{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = {
@@ -34,6 +34,11 @@ TEXT = {
     "max_position_embeddings": 32768,
 }
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl", "internvl", "fast_vlm")
+
+
+def chat_template(image: str, video: str = "") -> str:
+    """A template that writes this for each image and each video; without videos it leaves them out."""
+    return TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
 
 
 def build_tokenizer(extra: list[str] | dict[str, str]) -> Any:
@@ -77,10 +82,13 @@ def qwen_parts(kind: str, rows: int | None, spare: int) -> tuple[Any, Any]:
     )
     pixels = {"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
     image = transformers.Qwen2VLImageProcessor(patch_size=patch, temporal_patch_size=2, merge_size=2, size=pixels)
-    template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = chat_template(
+        "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    )
     names = {"qwen3_vl": "Qwen3VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen2_vl": "Qwen2VL"}
     video = {"qwen3_vl": "Qwen3VLVideoProcessor"}.get(kind, "Qwen2VLVideoProcessor")
-    video_processor = getattr(transformers, video)(patch_size=patch, temporal_patch_size=2, merge_size=2)
+    sizes = {"shortest_edge": 2 * 16 * 16, "longest_edge": 8 * 32 * 32}
+    video_processor = getattr(transformers, video)(patch_size=patch, temporal_patch_size=2, merge_size=2, size=sizes)
     processor = getattr(transformers, f"{names[kind]}Processor")(image, tokenizer, video_processor, template)
     return config, processor
 
@@ -103,7 +111,7 @@ def internvl_parts(rows: int | None, spare: int) -> tuple[Any, Any]:
         tokenizer,
         transformers.InternVLVideoProcessor(size={"height": 32, "width": 32}),
         image_seq_length=4,
-        chat_template=TEMPLATE.replace("IMAGE", "<IMG_CONTEXT>\n"),
+        chat_template=chat_template("<IMG_CONTEXT>\n", "<video>\n"),
     )
     return config, processor
 
@@ -126,7 +134,7 @@ def fast_vlm_parts(rows: int | None, spare: int) -> tuple[Any, Any]:
         tokenizer,
         patch_size=32,
         vision_feature_select_strategy="full",
-        chat_template=TEMPLATE.replace("IMAGE", "<image>\n"),
+        chat_template=chat_template("<image>\n"),
     )
     return config, processor
 

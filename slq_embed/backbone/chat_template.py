@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from slq_embed.backbone.families import tokenizer_of
+from transformers import PretrainedConfig
+
+from slq_embed.backbone.families import family_of, tokenizer_of
 
 DEFAULT_INSTRUCTIONS = {
     "text": "{text}",
@@ -22,16 +24,20 @@ DEFAULT_INSTRUCTIONS = {
 }
 """The paper's prompts (arXiv:2604.13710): the bare input, and an instruction for an image with a text."""
 
-_TEXT, _SYSTEM = "\ue000text\ue000", "\ue000system\ue000"  # private-use characters: no template spells them
+# Private-use characters: no template spells them.
+_TEXT, _SYSTEM, _MEDIA = "\ue000text\ue000", "\ue000system\ue000", "\ue000media\ue000"
+_ONE_IMAGE = "This model's chat template cannot repeat an image. Pass one image in each input."
+_NO_VIDEO = "This model reads no videos. Pass frames of the video as images."
 
 _BODY = """\
-{%- set slq = namespace(system=none, text=none, image=false) -%}
+{%- set slq = namespace(system=none, text=none, images=0, videos=0) -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
 {%- if message['role'] == 'system' -%}{%- set slq.system = message['content'] -%}
 {%- else -%}{%- set slq.text = (slq.text or '') + message['content'] -%}{%- endif -%}
 {%- else -%}{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{%- set slq.image = true -%}
+{%- if part['type'] == 'image' -%}{%- set slq.images = slq.images + 1 -%}
+{%- elif part['type'] == 'video' -%}{%- set slq.videos = slq.videos + 1 -%}
 {%- elif part['type'] == 'text' -%}
 {%- if message['role'] == 'system' -%}{%- set slq.system = (slq.system or '') + part['text'] -%}
 {%- else -%}{%- set slq.text = (slq.text or '') + part['text'] -%}{%- endif -%}
@@ -89,7 +95,21 @@ def _breaks(controls: Iterable[str]) -> list[tuple[str, str]]:
 
 def is_slq_template(template: Any) -> bool:
     """Whether this is a template of :func:`build_chat_template`."""
-    return isinstance(template, str) and template.startswith(_BODY[: _BODY.index("-%}")])
+    return isinstance(template, str) and template.startswith(_BODY[: _BODY.index("text=none")])
+
+
+def reads_videos(processor: Any, config: PretrainedConfig) -> bool:
+    """Whether processor and family read videos, and the template of :func:`build_chat_template` has a place for them."""
+    if not family_of(config).reads_videos:
+        return False
+    if getattr(processor, "video_processor", None) is None or not is_slq_template(processor.chat_template):
+        return False
+    return "range(slq.videos)" in processor.chat_template and _NO_VIDEO not in processor.chat_template
+
+
+def counts_images(template: Any) -> bool:
+    """Whether a template of :func:`build_chat_template` counts images; one of older versions writes one in any case."""
+    return isinstance(template, str) and "slq.images" in template
 
 
 def build_chat_template(
@@ -105,8 +125,8 @@ def build_chat_template(
         processor: The backbone's processor, with its own chat template.
         query_tokens: Strings of the query tokens, in order.
         max_text_chars: Longest text that is read, in characters; the rest is cut so that no query can be lost.
-        instructions: Text of the user turn for ``"text"``, ``"image"`` and ``"composed"`` inputs, with
-            ``{text}`` where the input's text belongs. Missing ones are :data:`DEFAULT_INSTRUCTIONS`.
+        instructions: Text of the user turn for ``"text"``, ``"image"`` (images or videos without a text) and
+            ``"composed"`` inputs, with ``{text}`` where the input's text belongs. Missing ones are :data:`DEFAULT_INSTRUCTIONS`.
 
     Returns:
         A Jinja template in the transformers chat format.
@@ -122,23 +142,34 @@ def build_chat_template(
             raise ValueError(
                 f"The {kind!r} instruction is {texts[kind]!r}, but it must hold {{text}} once, where the text belongs."
             )
-    clean = neutralising_filters(control_strings(processor))
+    controls = control_strings(processor)
+    clean = neutralising_filters(controls)
     text = f"{{{{ ((slq.text or '')[:{max_text_chars}]) {clean} }}}}"
     system = f"{{{{ (slq.system[:{max_text_chars}]) {clean} }}}}"
 
-    def turn(image: bool, with_text: bool, with_system: bool) -> str:
-        kind = "composed" if image and with_text else "image" if image else "text"
+    def turn(with_media: bool, with_text: bool, with_system: bool) -> str:
+        kind = "composed" if with_media and with_text else "image" if with_media else "text"
         marked = texts[kind].replace("{text}", _TEXT)
-        pieces = re.split(f"({_TEXT}|{_SYSTEM})", _render_turn(processor, marked, image, with_system))
-        return "".join({_TEXT: text, _SYSTEM: system}.get(piece, _literal(piece)) for piece in pieces)
+        if with_media:
+            rendered, media = _cut_out_media(
+                lambda images, videos: _render_turn(processor, marked, images, videos, with_system),
+                getattr(processor, "video_processor", None) is not None,
+                tuple(controls),
+            )
+        else:
+            rendered, media = _render_turn(processor, marked, 0, 0, with_system), ""
+        filled = {_TEXT: text, _SYSTEM: system, _MEDIA: media}
+        pieces = re.split(f"({'|'.join(filled)})", rendered)
+        return "".join(filled.get(piece, _literal(piece)) for piece in pieces)
 
     conditions = [("slq.system", (False, True, True))]
     if tokenizer_of(processor) is not processor:  # a tokenizer alone reads no images
+        media = "(slq.images or slq.videos)"
         conditions = [
-            ("slq.image and slq.text is not none and slq.system", (True, True, True)),
-            ("slq.image and slq.text is not none", (True, True, False)),
-            ("slq.image and slq.system", (True, False, True)),
-            ("slq.image", (True, False, False)),
+            (f"{media} and slq.text is not none and slq.system", (True, True, True)),
+            (f"{media} and slq.text is not none", (True, True, False)),
+            (f"{media} and slq.system", (True, False, True)),
+            (media, (True, False, False)),
             *conditions,
         ]
     cases = [
@@ -171,11 +202,66 @@ def _literal(text: str) -> str:
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 
-def _render_turn(processor: Any, text: str, image: bool, system: bool) -> str:
+def _cut_out_media(render: Callable[[int, int], str], videos: bool, controls: tuple[str, ...]) -> tuple[str, str]:
+    """Find what a turn writes for each image and each video.
+
+    Args:
+        render: Renders the turn with so many images and videos.
+        videos: Whether the processor reads any.
+        controls: Control strings: what is written for an image begins with one, if it can be cut in several ways.
+
+    Returns:
+        The turn, with a marker in place of its media, and the Jinja code for the media.
+    """
+    one = render(1, 0)
+    cuts = _cuts(one, [_or_none(render, count, 0) for count in (2, 3)], controls)
+    if not cuts:  # such as a template that numbers its images
+        return f"{_MEDIA}{one}", _refusal("slq.images > 1", _ONE_IMAGE) + _refusal("slq.videos", _NO_VIDEO)
+    for before, image, after in cuts if videos else ():
+        rendered = _or_none(render, 0, 1)
+        if rendered is None or not (rendered.startswith(before) and rendered.endswith(after)):
+            continue
+        video = rendered[len(before) : len(rendered) - len(after)]
+        alike = (rendered, f"{before}{video * 2}{after}", f"{before}{image}{video}{after}")
+        if video not in ("", image) and alike == tuple(
+            _or_none(render, *counts) for counts in ((0, 1), (0, 2), (1, 1))
+        ):
+            return f"{before}{_MEDIA}{after}", _loop("images", image) + _loop("videos", video)
+    before, image, after = cuts[0]
+    return f"{before}{_MEDIA}{after}", _loop("images", image) + _refusal("slq.videos", _NO_VIDEO)
+
+
+def _cuts(one: str, more: list[str | None], controls: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """All ways to cut a turn so that repeating its middle gives the turns with more images."""
+    length = len(more[0] or "") - len(one)
+    cuts = []
+    for start in range(len(one) - length + 1) if length > 0 else ():
+        before, piece, after = one[:start], one[start : start + length], one[start + length :]
+        if more == [f"{before}{piece * count}{after}" for count in range(2, 2 + len(more))]:
+            cuts.append((before, piece, after))
+    return sorted(cuts, key=lambda cut: not cut[1].startswith(controls))
+
+
+def _or_none(render: Callable[[int, int], str], images: int, videos: int) -> str | None:
+    try:
+        return render(images, videos)
+    except ValueError:  # the template refuses so many
+        return None
+
+
+def _loop(name: str, piece: str) -> str:
+    return f"{{%- for _ in range(slq.{name}) -%}}{_literal(piece)}{{%- endfor -%}}"
+
+
+def _refusal(condition: str, message: str) -> str:
+    return f"{{%- if {condition} -%}}{{{{ raise_exception({json.dumps(message)}) }}}}{{%- endif -%}}"
+
+
+def _render_turn(processor: Any, text: str, images: int, videos: int, system: bool) -> str:
     expected = (_TEXT in text) + system
 
     def render(text: str, system: bool) -> str:
-        content: list[dict[str, str]] = [{"type": "image"}] if image else []
+        content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "video"}] * videos
         if text:
             content.append({"type": "text", "text": text})
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]

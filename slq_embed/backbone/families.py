@@ -30,6 +30,7 @@ class Family:
         query_token_type: Token type of the queries, where its processor gives token types.
         pixels_axis: The axis of ``pixel_values`` along which its processor puts one image after the other.
         patch_indices: A feature that numbers the patches of a row's own images; in a batch, the model counts them all.
+        reads_videos: Whether its code reads videos right where its processor has a video processor.
     """
 
     example: str = ""
@@ -40,6 +41,7 @@ class Family:
     query_token_type: int = 0
     pixels_axis: int = 0
     patch_indices: str | None = None
+    reads_videos: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -55,7 +57,11 @@ FAMILIES: dict[str, Family] = {
 QUIRKS: dict[str, Family] = {
     # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
     "paligemma": Family(query_token_type=1),
-    "minicpmv4_6": Family(pixels_axis=3),
+    "minicpmv4_6": Family(pixels_axis=3, reads_videos=False),
+    # Their videos are found by other tokens in embeddings than in token ids (transformers 5.23).
+    "glm4v": Family(reads_videos=False),
+    "glm4v_moe": Family(reads_videos=False),
+    "glm46v": Family(reads_videos=False),
     "molmo2": Family(patch_indices="image_token_pooling"),
     # One tile: its processor cannot read images with different numbers of tiles at once.
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),

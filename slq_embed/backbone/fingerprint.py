@@ -105,6 +105,12 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
 
 
+def video_digest(processor: ProcessorMixin, video_kwargs: Mapping[str, Any]) -> bytes:
+    """A digest of what decides the prefix of a video in addition to :func:`settings_digest`."""
+    settings = [processor.video_processor.to_dict(), dict(video_kwargs)]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+
+
 def tokenizer_digest(tokenizer: Any) -> bytes:
     """A digest of how a tokenizer turns text into ids, without the query tokens; about a second for 150,000 tokens."""
     vocabulary = sorted(item for item in tokenizer.get_vocab().items() if not OWN_TOKEN.fullmatch(item[0]))

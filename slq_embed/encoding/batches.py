@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from slq_embed.encoding.protocol import Encoder
 from slq_embed.inputs.images import shortened
+from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Row, Skipped, read_row
 from slq_embed.prefix.features import Features
 
@@ -39,7 +40,7 @@ def _read(item: tuple[int, Any]) -> tuple[int, Row | Skipped]:
     index, value = item
     try:
         row = read_row(value)
-        _ = row.content
+        row.read_files()
     except ValueError as error:
         return index, Skipped(_name(index, value), str(error), index)
     return index, row
@@ -47,9 +48,13 @@ def _read(item: tuple[int, Any]) -> tuple[int, Row | Skipped]:
 
 def _name(index: int, value: Any) -> str:
     if isinstance(value, Row):
-        value = value.text if value.source is None else value.source
+        value = value.media[0].source if value.media else value.text
     if isinstance(value, Mapping):
-        value = value.get("image", value.get("path"))
+        value = next((value[key] for key in ("image", "images", "video", "path") if value.get(key) is not None), None)
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, PdfPage):
+        value = Path(str(value))
     if not isinstance(value, Path | str):
         return f"input {index}"
     return f"input {index} ({shortened(value)})".encode(errors="backslashreplace").decode()  # so that it can be printed
@@ -75,7 +80,7 @@ def sorted_windows(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterat
             with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
                 rows = list(pool.map(_read, part))
         window += rows
-        nbytes += sum(len(row.content or b"") for _, row in rows if isinstance(row, Row))
+        nbytes += sum(row.nbytes for _, row in rows if isinstance(row, Row))
         if len(window) >= WINDOW * batch_size or nbytes > WINDOW_BYTES:
             yield _sorted(window, batch_size)
             window, nbytes = [], 0
@@ -174,10 +179,8 @@ def read_features(
     windows = sorted_windows(inputs, batch_size)
     first = next(windows, [])
     batches = chain(first, chain.from_iterable(windows))
-    # A worker pays for images only, and one batch leaves nothing to read ahead.
-    workers = min(
-        workers, sum(any(getattr(row, "source", None) is not None for _, row in batch) for batch in first) - 1
-    )
+    # A worker pays for images and videos only, and one batch leaves nothing to read ahead.
+    workers = min(workers, sum(any(getattr(row, "media", ()) for _, row in batch) for batch in first) - 1)
     if workers < 1:
         for batch in batches:
             with lock:

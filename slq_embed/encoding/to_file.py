@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from slq_embed.backbone.fingerprint import settings_digest
 from slq_embed.encoding.protocol import Encoder, encoder_digest, resolve_prompt
 from slq_embed.encoding.stream import stream
+from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Skipped, read_row, report
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
@@ -164,12 +165,13 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
     for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
-        if isinstance(value := inputs[index], str | Path):
+        value = repr(inputs[index]) if isinstance(inputs[index], PdfPage) else inputs[index]
+        if isinstance(value, str | Path):
             digest.update(f"{len(str(value))} {value}".encode())
-        elif isinstance(value, Mapping) and all(isinstance(part, str | Path | None) for part in value.values()):
+        elif isinstance(value, Mapping) and all(isinstance(part, str | Path | float | None) for part in value.values()):
             digest.update(repr([(key, None if part is None else str(part)) for key, part in value.items()]).encode())
         elif index in sample:
             with suppress(ValueError):  # it will be skipped and named
                 row = read_row(value)
-                digest.update(f"{index} {row.text} ".encode() + row.image_digest())
+                digest.update(f"{index} {row.text} ".encode() + row.media_digest())
     return digest.hexdigest()

@@ -65,7 +65,12 @@ def read_named(value: Any, name: str) -> Row:
     """
     try:
         row = read_row(value)
-        _ = row.image  # decodes it, so that a bad image is refused here
+        if row.videos:
+            raise ValueError(
+                "There is a video, but answers and reranking take texts and images. Pass some of its frames."
+            )
+        for picture in row.pictures:
+            _ = picture.image  # decodes it, so that a bad image is refused here
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return row
@@ -78,7 +83,7 @@ def user_turn(
 
     Args:
         processor: From :func:`speaking_processor`.
-        pieces: Inputs and the words between them, in order. The image of an input precedes its text.
+        pieces: Inputs and the words between them, in order. The images of an input precede its text.
         prompt: A system message.
         max_text_chars: Longest text of an input, in characters; the rest is cut.
 
@@ -87,8 +92,8 @@ def user_turn(
     """
     content: list[dict[str, Any]] = []
     for piece in pieces:
-        if isinstance(piece, Row) and piece.source is not None:
-            content.append({"type": "image", "image": piece.image})
+        if isinstance(piece, Row):
+            content += [{"type": "image", "image": picture.image} for picture in piece.pictures]
         text = piece if isinstance(piece, str) else (piece.text or "")[:max_text_chars]
         if text and content and content[-1]["type"] == "text":
             content[-1]["text"] += text  # joined first, because two pieces together can spell a control token

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import ONE_INPUT
 
 Metadata = Mapping[str, Any]
@@ -30,9 +31,10 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def default_id(value: Any) -> str:
-    """The id of an input without one: for a path its name, for anything else a random id."""
+    """The id of an input without one: for a path its name, for a page ``file.pdf#page=3``, for others a random id."""
     # A file's name is bytes, and need not be Unicode.
-    return str(value).encode("utf8", "backslashreplace").decode() if isinstance(value, Path) else uuid.uuid4().hex
+    named = isinstance(value, Path | PdfPage)
+    return str(value).encode("utf8", "backslashreplace").decode() if named else uuid.uuid4().hex
 
 
 def as_json(metadata: Metadata) -> str:
@@ -130,9 +132,11 @@ class WaitingInputs:
 
 
 def default_metadata(value: Any) -> dict[str, Any]:
-    """The metadata of an input without any: its path and its text."""
+    """The metadata of an input without any: its path, page and text."""
     if isinstance(value, Path):
         return {"path": str(value)}
+    if isinstance(value, PdfPage):
+        return {"path": str(value.path), "page": value.number}
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, Mapping):

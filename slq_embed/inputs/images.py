@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from slq_embed.inputs.pdf import PdfPage
+
 MAX_DECODED_PIXELS = 16_000_000
 """Larger images are reduced when they are decoded; no vision tower reads more."""
 MAX_SOURCE_PIXELS = 178_956_970
@@ -33,8 +35,8 @@ def read_image(source: Any) -> Image.Image:
     """Decode an image.
 
     Args:
-        source: PIL image, path (str or ``pathlib.Path``), bytes of an image file, or the dict with ``"bytes"``
-            and ``"path"`` that ``datasets`` gives for an undecoded image.
+        source: PIL image, path (str or ``pathlib.Path``), bytes of an image file, the dict with ``"bytes"``
+            and ``"path"`` that ``datasets`` gives for an undecoded image, or a page of :func:`slq_embed.inputs.read_pdf`.
 
     Returns:
         An upright RGB image. The first frame of an animation; EXIF rotation applied; transparency laid on white;
@@ -45,6 +47,8 @@ def read_image(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "a PIL image")
+    if isinstance(source, PdfPage):
+        return source.render()
     content = read_file(source)
     if content is None:
         raise ValueError(f"An image is a {type(source).__name__}, but a PIL image, a path or bytes are needed.")

@@ -1,8 +1,9 @@
-"""Rendered chats and images become features: a batch at once, or row by row."""
+"""Rendered chats and media become features: a batch at once, or row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,79 +12,116 @@ from torch.nn.functional import pad
 from transformers import PaliGemmaProcessor
 
 from slq_embed.backbone.families import tokenizer_of
+from slq_embed.inputs.videos import Sampled
 from slq_embed.prefix.features import Features, image_features, pad_left, strip_queries
 
 _NOT_READ = ("labels", "num_crops", "rows", "cols")
 """What some processors add for losses and for their own use."""
+_OF_SAMPLING = {"fps", "num_frames", "min_frames", "max_frames", "do_sample_frames", "video_metadata"}
+"""Options of a video processor that have done their work once frames are chosen."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """What one row has beside its text.
+
+    Args:
+        images: Decoded images.
+        videos: Chosen frames of its videos.
+    """
+
+    images: Sequence[Any] = ()
+    videos: Sequence[Sampled] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a processor's parts are called.
+
+    Args:
+        image: The image processor.
+        video: The video processor.
+    """
+
+    image: Mapping[str, Any] = field(default_factory=dict)
+    video: Mapping[str, Any] = field(default_factory=dict)
 
 
 def process_together(
-    processor: Any, texts: Sequence[str], images: Sequence[Any | None], image_kwargs: Mapping[str, Any], queries: int
+    processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options, queries: int
 ) -> Features:
-    """Call a processor on a whole batch.
+    """Call a processor on a whole batch of rows without videos.
 
     Args:
         processor: A processor whose tokenizer pads left, or a tokenizer.
         texts: The chats as the chat template renders them, with the query tokens at their ends.
-        images: The image of each row, or None.
-        image_kwargs: How the image processor is called.
+        media: The images of each row.
+        options: How the image processor is called.
         queries: How many query tokens each text ends with; they are cut off.
 
     Returns:
         Features; see :mod:`slq_embed.prefix.features`.
     """
-    nested = [[] if image is None else [image] for image in images]
-    features = _call(processor, texts, nested if any(nested) else None, image_kwargs)
+    features = _call(processor, texts, media, options)
     if "pixel_values" in features:
         # GradCache losses cut the pixels of a batch by this.
-        features["num_images_per_sample"] = torch.tensor([len(image) for image in nested])
+        features["num_images_per_sample"] = torch.tensor([len(row.images) for row in media])
     return strip_queries(features, queries)
 
 
 def process_one_by_one(
     processor: Any,
     texts: Sequence[str],
-    images: Sequence[Any | None],
-    image_kwargs: Mapping[str, Any],
+    media: Sequence[Media],
+    options: Options,
     query_ids: Sequence[int],
     pixels_axis: int = 0,
 ) -> Features:
-    """Call a processor on each row that has an image, and once on all others.
+    """Call a processor on each row that has media, and once on all others.
 
-    Processors lay images out in many ways: by image, by tile, by patch, padded to the largest. A row that is alone shows
-    which pixels are its own, so batches can be cut and joined without knowing the way.
+    Processors lay images and videos out in many ways: by image, by tile, by patch, padded to the largest. A row that is alone
+    shows which pixels are its own, so batches can be cut and joined without knowing the way.
 
     Args:
         processor: As for :func:`process_together`, and so are the next three.
         texts: As there.
-        images: As there.
-        image_kwargs: As there.
+        media: The images and videos of each row.
+        options: How the image and the video processor are called.
         query_ids: Ids of the query tokens. What follows the first one is cut off.
         pixels_axis: See :class:`slq_embed.backbone.families.Family`; in the result the axis is the first.
 
     Returns:
-        Features with ``row_pieces``, where there are images; see :mod:`slq_embed.prefix.features`.
+        Features with ``row_pieces``, where there are media; see :mod:`slq_embed.prefix.features`.
     """
-    groups = [[row] for row, image in enumerate(images) if image is not None]
-    if without := [row for row, image in enumerate(images) if image is None]:
+    groups = [[row] for row, own in enumerate(media) if own.images or own.videos]
+    if without := [row for row in range(len(media)) if [row] not in groups]:
         groups.append(without)
     parts: list[tuple[list[int], Features]] = []
     for group in groups:
-        image = images[group[0]]
-        called = _call(processor, [texts[row] for row in group], None if image is None else [[image]], image_kwargs)
+        called = _call(processor, [texts[row] for row in group], [media[row] for row in group], options)
         is_query = torch.isin(called["input_ids"], torch.tensor(query_ids))
         start = int(is_query.any(dim=0).int().argmax())  # the same in all rows: they end alike and pad left
         if "pixel_values" in called:
+            if pixels_axis == 1:  # what comes before are the images of the row
+                called["pixel_values"] = called["pixel_values"].flatten(0, 1)[None]
             called["pixel_values"] = called["pixel_values"].movedim(pixels_axis, 0)
         shape = called["input_ids"].shape
         cut = {key: value[:, :start] if value.shape == shape else value for key, value in called.items()}
         parts.append((group, cut))
-    return _join(parts, len(texts), int(tokenizer_of(processor).pad_token_id or 0))
+    return _join(parts, media, int(tokenizer_of(processor).pad_token_id or 0))
 
 
-def _call(processor: Any, texts: Sequence[str], images: Any, image_kwargs: Mapping[str, Any]) -> Features:
+def _call(processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options) -> Features:
     tokenizer = tokenizer_of(processor)
-    if tokenizer is processor or (images is None and isinstance(processor, PaliGemmaProcessor)):
+    given: dict[str, Any] = {}
+    if any(row.images for row in media):
+        given["images"] = [list(row.images) for row in media]
+    if any(row.videos for row in media):
+        given["videos"] = [[frames for frames, _ in row.videos] for row in media]
+        given["videos_kwargs"] = {key: value for key, value in options.video.items() if key not in _OF_SAMPLING}
+        given["videos_kwargs"]["video_metadata"] = [metadata for row in media for _, metadata in row.videos]
+        given["videos_kwargs"]["do_sample_frames"] = False
+    if tokenizer is processor or (not given and isinstance(processor, PaliGemmaProcessor)):
         called = tokenizer(list(texts), padding=True, return_tensors="pt", add_special_tokens=False)
         features = {key: called[key] for key in ("input_ids", "attention_mask")}
         if tokenizer is not processor:  # this one processor refuses texts alone, and its model needs types
@@ -95,16 +133,16 @@ def _call(processor: Any, texts: Sequence[str], images: Any, image_kwargs: Mappi
         text_kwargs["add_special_tokens"] = False
     called = processor(
         text=list(texts),
-        images=images,
         text_kwargs=text_kwargs,
-        images_kwargs=dict(image_kwargs),
+        images_kwargs=dict(options.image),
         common_kwargs={"return_tensors": "pt"},
+        **given,
     )
     return {key: value for key, value in called.items() if isinstance(value, Tensor) and key not in _NOT_READ}
 
 
-def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: int) -> Features:
-    first = parts[0][1]
+def _join(parts: Sequence[tuple[list[int], Features]], media: Sequence[Media], pad_token: int) -> Features:
+    first, count = parts[0][1], len(media)
     if len(parts) == 1 and not image_features(first):
         return first
     per_token = [key for part in parts for key, value in part[1].items() if value.shape == part[1]["input_ids"].shape]
@@ -117,16 +155,21 @@ def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: in
                 value = part.get(key, torch.zeros_like(part["input_ids"]))  # types, which some give for images only
                 rows[row] = value[index][kept]
         joined[key] = pad_left(rows, pad_token if key == "input_ids" else 0)
-    with_image = [(group[0], part) for group, part in parts if image_features(part)]
-    names = sorted({name for _, part in with_image for name in image_features(part)})
+    names = sorted({name for _, part in parts for name in image_features(part)})
     pieces = torch.zeros(count, len(names), dtype=torch.long)
     for number, name in enumerate(names):
-        values = [part[name] for _, part in with_image]
-        pieces[[row for row, _ in with_image], number] = torch.tensor([len(value) for value in values])
-        joined[name] = _concatenate(values)
+        having = [(group[0], part[name]) for group, part in parts if name in part]  # in a group of one, if it has media
+        pieces[[row for row, _ in having], number] = torch.tensor([len(value) for _, value in having])
+        if name == "pixel_values_videos" and len({value.shape[1:] for _, value in having}) > 1:
+            raise ValueError(
+                "The videos of a batch differ in how many frames are read of them, and this model takes equally many only. "
+                "Pass max_frames, or batch_size=1."
+            )
+        joined[name] = _concatenate([value for _, value in having])
     joined["row_pieces"] = pieces
-    joined["num_images_per_sample"] = torch.zeros(count, dtype=torch.long)
-    joined["num_images_per_sample"][[row for row, _ in with_image]] = 1
+    joined["num_images_per_sample"] = torch.tensor([len(row.images) for row in media])
+    if any(row.videos for row in media):
+        joined["num_videos_per_sample"] = torch.tensor([len(row.videos) for row in media])
     return joined
 
 

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slq_embed.backbone.chat_template import counts_images, reads_videos
 from slq_embed.backbone.families import (
     decoder_of,
     embedding_scale,
@@ -20,10 +22,10 @@ from slq_embed.backbone.families import (
     reads_ids,
     tokenizer_of,
 )
-from slq_embed.backbone.fingerprint import settings_digest
+from slq_embed.backbone.fingerprint import settings_digest, video_digest
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
-from slq_embed.inputs.processing import process_one_by_one, process_together
+from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
 from slq_embed.inputs.rows import Row, read_row
 from slq_embed.modules.deep_queries import add_before_layers, initial_deep_queries
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
@@ -34,7 +36,7 @@ from slq_embed.prefix.source import PrefixSource
 
 
 class LatentQueryTransformer(InputModule):
-    """Reads text, images or both, and returns the backbone's states at the query positions.
+    """Reads texts, images and videos, and returns the backbone's states at the query positions.
 
     The backbone is shared, not owned: it is no submodule, so optimizers, DDP and state dicts see the latent
     queries alone. It is frozen here, stays in ``eval()`` and is moved with the module.
@@ -139,12 +141,19 @@ class LatentQueryTransformer(InputModule):
     @property
     def modalities(self) -> list[Any]:
         """What can be encoded."""
-        return ["text", "image", ("image", "text"), "message"] if self.reads_images else ["text", "message"]
+        if not self.reads_images:
+            return ["text", "message"]
+        return ["text", "image", *(["video"] if self.reads_videos else []), ("image", "text"), "message"]
 
     @property
     def reads_images(self) -> bool:
         """Whether the backbone has a processor, not a tokenizer alone."""
         return self.tokenizer is not self.processor
+
+    @property
+    def reads_videos(self) -> bool:
+        """Whether the backbone's processor and family read videos, and its chat template has a place for them."""
+        return reads_videos(self.processor, self.backbone.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -164,10 +173,11 @@ class LatentQueryTransformer(InputModule):
         An input that comes several times is processed once. An input whose prefix is kept is not processed at all.
 
         Args:
-            inputs: Texts, images, or both; see :func:`slq_embed.inputs.rows.read_row`.
+            inputs: Texts, images, videos; see :func:`slq_embed.inputs.rows.read_row`.
             prompt: A system message.
             keyed: Whether to give each input its key, so that equal ones share a prefix.
-            **kwargs: ``processing_kwargs={"image": {...}}`` for the image processor; the rest is ignored.
+            **kwargs: ``processing_kwargs={"image": {...}, "video": {...}}`` for the image and the video processor; the
+                rest is ignored.
 
         Returns:
             Features without the queries; with ``prefix_key`` if ``keyed``. See :mod:`slq_embed.prefix.features`.
@@ -177,8 +187,9 @@ class LatentQueryTransformer(InputModule):
         """
         if not inputs:
             return {}
-        changes = (kwargs.get("processing_kwargs") or {}).get("image", {})
-        rows = _read(inputs)
+        given = kwargs.get("processing_kwargs") or {}
+        changes = Options({**self.image_kwargs, **given.get("image", {})}, given.get("video", {}))
+        rows = self._read(inputs)
         texts = self._render(rows, prompt)
         if not keyed:
             return self._process(rows, texts, range(len(rows)), changes)
@@ -199,37 +210,65 @@ class LatentQueryTransformer(InputModule):
 
     def prefix_keys(self, inputs: Sequence[Any], prompt: str | None = None) -> list[bytes]:
         """The keys under which the attached store keeps prefixes."""
-        rows = _read(inputs)
-        return self._keys(rows, self._render(rows, prompt), {})
+        rows = self._read(inputs)
+        return self._keys(rows, self._render(rows, prompt), Options(self.image_kwargs))
+
+    def _read(self, inputs: Sequence[Any]) -> list[Row]:
+        rows = []
+        for index, value in enumerate(inputs):
+            with _naming(index, len(inputs)):
+                rows.append(read_row(value))
+                self._require_readable(rows[-1])
+        return rows
+
+    def _require_readable(self, row: Row) -> None:
+        kind = self.backbone.config.model_type
+        if row.media and not self.reads_images:
+            raise ValueError(f"There is {'a video' if row.videos else 'an image'}, but a {kind} reads texts only.")
+        if row.videos and not self.reads_videos:
+            raise ValueError(f"There is a video, but this {kind} reads no videos. Pass some of its frames as images.")
+        if row.videos and self.source.store is not None and self.source.store.level == "vision":
+            raise ValueError('A store of vision features keeps none of videos. Use PrefixStore(level="keys_values").')
+        if len(row.pictures) > 1 and not counts_images(self.processor.chat_template):
+            raise ValueError(
+                f"There are {len(row.pictures)} images, but this model was saved by a version of slq-embed that reads one image "
+                "an input. Build it again with SLQEncoder.from_backbone, and load its queries."
+            )
 
     def _render(self, rows: Sequence[Row], prompt: str | None) -> list[str]:
         # The template appends the query tokens. Stock loading needs them; here they are cut off again, because the
         # queries enter as embeddings.
-        texts: list[str] = self.processor.apply_chat_template([row.messages(prompt) for row in rows], tokenize=False)
+        try:
+            chats = [row.messages(prompt) for row in rows]
+            texts: list[str] = self.processor.apply_chat_template(chats, tokenize=False)
+        except TemplateError as error:  # what the template refuses
+            raise ValueError(str(error)) from error
         return texts
 
-    def _keys(self, rows: Sequence[Row], texts: Sequence[str], changes: Mapping[str, Any]) -> list[bytes]:
+    def _keys(self, rows: Sequence[Row], texts: Sequence[str], options: Options) -> list[bytes]:
         namespace = self.source.namespace
+        of_videos = b""
         if namespace:  # else keys only tell the inputs of this call apart
-            namespace += settings_digest(self.backbone, self.processor, {**self.image_kwargs, **changes})
+            namespace += settings_digest(self.backbone, self.processor, options.image)
+            if any(row.videos for row in rows):
+                of_videos = video_digest(self.processor, options.video)
         keys = []
         for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
             with _naming(index, len(rows)):
-                keys.append(prefix_key(row, text.removesuffix(self.query_text), namespace))
+                space = namespace + of_videos if row.videos else namespace
+                keys.append(prefix_key(row, text.removesuffix(self.query_text), space))
         return keys
 
-    def _process(
-        self, rows: Sequence[Row], texts: Sequence[str], indices: Sequence[int], changes: Mapping[str, Any]
-    ) -> Features:
-        images = []
+    def _process(self, rows: Sequence[Row], texts: Sequence[str], indices: Sequence[int], options: Options) -> Features:
+        media = []
         for index in indices:
             with _naming(index, len(rows)):
-                if rows[index].source is not None and not self.reads_images:
-                    raise ValueError(f"There is an image, but a {self.backbone.config.model_type} reads texts only.")
-                images.append(rows[index].image)
+                images = [picture.image for picture in rows[index].pictures]
+                videos = [video.sample(self.processor.video_processor, options.video) for video in rows[index].videos]
+                media.append(Media(images, videos))
         family = family_of(self.backbone.config)
-        read = self.processor, [texts[index] for index in indices], images, {**self.image_kwargs, **changes}
-        if family.batches_images:
+        read = self.processor, [texts[index] for index in indices], media, options
+        if family.batches_images and not any(row.videos for row in media):
             return process_together(*read, len(self.queries))
         return process_one_by_one(*read, self._query_ids, family.pixels_axis)
 
@@ -308,14 +347,6 @@ class LatentQueryTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Refuse: a latent query module alone cannot be saved."""
         raise RuntimeError("LatentQueryTransformer is saved by SLQEncoder.save_pretrained, which writes stock modules.")
-
-
-def _read(inputs: Sequence[Any]) -> list[Row]:
-    rows = []
-    for index, value in enumerate(inputs):
-        with _naming(index, len(inputs)):
-            rows.append(read_row(value))
-    return rows
 
 
 @contextmanager

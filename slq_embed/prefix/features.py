@@ -9,9 +9,9 @@ Features are a dict, as Sentence Transformers hands them from module to module. 
 | ``token_type_ids``, ``mm_token_type_ids`` | ``(batch, seq)`` int64 | only of families whose processor gives them |
 | ``pixel_values`` | ``(patches or tiles, ...)`` float | pixels of all images, one image after the other |
 | ``image_grid_thw``, other ``image_*`` | ``(images, ...)`` | a row for each image |
-| other features of images | ``(pieces, ...)`` | of families whose rows are processed one by one |
+| other features of images and videos | ``(pieces, ...)`` | of rows that are processed one by one |
 | ``row_pieces`` | ``(batch, features)`` int64 | there: how many of them each row has, in the order of their names |
-| ``num_images_per_sample`` | ``(batch,)`` int64 | images of each row, 0 or 1 |
+| ``num_images_per_sample``, ``num_videos_per_sample`` | ``(batch,)`` int64 | images and videos of each row |
 | ``prefix_key`` | ``(batch, 2)`` int64 | the 128-bit key of each row's prefix |
 | ``prefix_stored`` | ``(batch,)`` bool | true where a prefix is kept: of such a row there is the length and nothing else |
 | ``mm_encoder_outputs`` | dict | the vision tower's features in place of pixels (:mod:`slq_embed.prefix.vision`) |
@@ -32,6 +32,7 @@ Features = dict[str, Any]
 """See the table of this module."""
 
 _BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "prefix_key", "task", "row_pieces"}
+_BOOKKEEPING |= {"num_videos_per_sample"}
 _BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
 
 TOKENS_PER_PASS = {"cpu": 2048}
@@ -96,8 +97,12 @@ def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Fe
             chosen[key] = _ranges(value, features["num_images_per_sample"], rows)
         else:
             chosen[key] = value[index][:, first:] if value.shape == ids.shape else value[index]
-    if pieces_of and not any(len(chosen[key]) for key in pieces_of):
-        chosen = {key: value for key, value in chosen.items() if key not in pieces_of and key != "row_pieces"}
+    if pieces_of:  # what none of the rows has is not there; the columns of row_pieces are those that stay
+        kept = torch.tensor([bool(len(chosen[key])) for key in pieces_of])
+        chosen = {key: value for key, value in chosen.items() if key not in pieces_of or len(value)}
+        chosen["row_pieces"] = chosen["row_pieces"][:, kept.to(ids.device)]
+        if not kept.any():
+            del chosen["row_pieces"]
     elif "pixel_values" in chosen and not len(chosen["pixel_values"]):
         chosen = {key: value for key, value in chosen.items() if not key.startswith(("pixel_", "image_"))}
     return chosen
@@ -195,7 +200,7 @@ def make_room(features: Features, lengths: Sequence[int | None], pad_token: int)
     for index, length in enumerate(lengths):
         if length is not None:
             joined["attention_mask"][index, longest - length :] = 1
-    for key in ("num_images_per_sample", "row_pieces"):
+    for key in ("num_images_per_sample", "num_videos_per_sample", "row_pieces"):
         if (counts := features.get(key)) is not None:
             joined[key] = counts.new_zeros(len(lengths), *counts.shape[1:])
             joined[key][present] = counts

@@ -21,9 +21,9 @@ def prefix_key(row: Row, text: str, namespace: bytes) -> bytes:
         namespace: What names the weights, the tokenizer, the settings, and how a store keeps its entries.
 
     Raises:
-        ValueError: If the image cannot be read.
+        ValueError: If an image or a video cannot be read.
     """
-    whole = namespace + f"{len(text.encode())} {text} ".encode() + row.image_digest()
+    whole = namespace + f"{len(text.encode())} {text} ".encode() + row.media_digest()
     return hashlib.blake2b(whole, digest_size=KEY_BYTES).digest()
 
 

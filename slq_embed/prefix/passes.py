@@ -114,10 +114,12 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
     positions: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if (rope_index := getattr(decoder, "get_rope_index", None)) is None:
         return positions
-    if not {"pixel_values", "mm_encoder_outputs"} & features.keys():
+    if not {"pixel_values", "pixel_values_videos", "mm_encoder_outputs"} & features.keys():
         return positions.expand(3, -1, -1)
     known = inspect.signature(rope_index).parameters
-    found = rope_index(**{key: value for key, value in features.items() if key in known})[0]
+    # Qwen-Omni's processor names the seconds of a video otherwise than its positions do.
+    named = {**features, "second_per_grids": features.get("video_second_per_grid")}
+    found = rope_index(**{key: value for key, value in named.items() if key in known})[0]
     return found.long()  # whole numbers, which Qwen-Omni gives as floats
 
 

@@ -33,6 +33,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, tokenizer_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
@@ -112,6 +113,7 @@ def write_folder(
     whole = decoder_of(backbone) is backbone  # then what stock loading gives ends in logits
     kept = {"method": "forward", "method_output_name": ["hidden_states", -1] if whole else "last_hidden_state"}
     modalities = {"text": kept} | ({} if tokenizer_of(processor) is processor else {"image": kept})
+    modalities |= {"video": kept} if reads_videos(processor, backbone.config) else {}
     transformer = {
         "transformer_task": "feature-extraction",
         "modality_config": {**modalities, "message": {**kept, "format": "structured"}},

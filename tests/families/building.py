@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from slq_embed.backbone.families import auto_class
-from tests.checkpoints import TEMPLATE, build_tokenizer
+from tests.checkpoints import build_tokenizer, chat_template
 
 TEXT = {
     "hidden_size": 32,
@@ -44,8 +44,8 @@ def ids(tokenizer: Any, **named: str) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
 
 
-def template(image: str) -> str:
-    return TEMPLATE.replace("IMAGE", image)
+def template(image: str, video: str = "") -> str:
+    return chat_template(image, video)
 
 
 def rows(tokenizer: Any, spare: int = 64) -> int:

@@ -83,7 +83,7 @@ def llava_onevision() -> Parts:
         transformers.LlavaOnevisionVideoProcessor(size=SQUARE),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
-        chat_template=IMAGE,
+        chat_template=template("<image>\n", "<video>\n"),
     )
     built = config(
         "llava_onevision",
@@ -244,7 +244,7 @@ def internvl3_5() -> Parts:
         tokenizer,
         transformers.InternVLVideoProcessor(size=SQUARE),
         image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>\n"),
+        chat_template=template("<IMG_CONTEXT>\n", "<video>\n"),
     )
     return Parts(built, processor)
 

@@ -11,7 +11,7 @@ from tests.families.building import MROPE, TEXT, Parts, config, ids, rows, templ
 VISION = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 VISION |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
 AUDIO = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
-IMAGE = template("<|vision_start|><|image_pad|><|vision_end|>")
+IMAGE = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 PIXELS = {"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
 PATCHES: dict[str, Any] = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
 TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
@@ -139,7 +139,7 @@ def _glm(kind: str, processor_name: str, text: dict[str, Any]) -> Parts:
         getattr(transformers, f"{prefix}ImageProcessor")(**PATCHES, size=pixels),
         tokenizer,
         getattr(transformers, f"{prefix}VideoProcessor")(**PATCHES),
-        template("<|begin_of_image|><|image|><|end_of_image|>"),
+        template("<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"),
     )
     named = ids(
         tokenizer,
@@ -226,7 +226,7 @@ def minicpmv4_6() -> Parts:
         transformers.MiniCPMV4_6ImageProcessor(**sizes),
         transformers.MiniCPMV4_6VideoProcessor(**sizes),
         tokenizer,
-        template("<|image_pad|>"),
+        template("<|image_pad|>", "<|video_pad|>"),
     )
     text = {**TEXT, **LINEAR, "model_type": "qwen3_5_text", "vocab_size": rows(tokenizer)}
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from jinja2 import Environment
-from transformers import AutoProcessor
+from jinja2 import Environment, TemplateError
+from transformers import AutoProcessor, Qwen3VLConfig
 
-from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters
+from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters, reads_videos
 from tests.families import others
 
 
@@ -82,6 +82,68 @@ def test_instructions_are_text_of_the_user_turn(processor):
 def test_a_wrong_instruction_is_refused(processor, told, message):
     with pytest.raises(ValueError, match=message):
         build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20, instructions=told)
+
+
+def test_images_and_videos_are_written_as_often_as_they_come(processor):
+    own = processor.chat_template
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20, instructions={"composed": "{text}"})
+    text, image, video = {"type": "text", "text": "hi"}, {"type": "image"}, {"type": "video"}
+    for content in ([image], [image, image], [image] * 4, [video], [image, video, video]):
+        for more in ([], [text]):
+            chat = [{"role": "user", "content": [*content, *more]}]
+            expected = processor.apply_chat_template(
+                chat, chat_template=own, add_generation_prompt=True, tokenize=False
+            )
+            assert render(processor, template, *content, *more) == expected + "<|slq_0|>"
+            assert render(processor, template, *more, *content[::-1]) == expected + "<|slq_0|>"
+
+
+@pytest.mark.parametrize("separator", ["", "\n", " and <|vision_start|>"])
+def test_what_stands_between_images_is_kept(processor, separator):
+    own = processor.chat_template.replace("<|vision_end|>", "<|vision_end|>" + separator)
+    processor.chat_template = own
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+    content = [{"type": "image"}] * 3 + [{"type": "video"}] * 2
+    chat = [{"role": "user", "content": content}]
+    expected = processor.apply_chat_template(chat, chat_template=own, add_generation_prompt=True, tokenize=False)
+    assert render(processor, template, *content) == expected + "<|slq_0|>"
+
+
+def test_a_template_that_numbers_its_images_takes_one(processor):
+    """Repeating what it writes for one would not be its own turn."""
+    processor.chat_template = processor.chat_template.replace(
+        "<|vision_start|><|image_pad|>", "Picture {{ loop.index }}: <|vision_start|><|image_pad|>"
+    )
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+    assert "Picture 1: <|vision_start|><|image_pad|>" in render(processor, template, {"type": "image"})
+    with pytest.raises(TemplateError, match="cannot repeat an image"):
+        render(processor, template, {"type": "image"}, {"type": "image"})
+
+
+def test_a_template_without_videos_refuses_them(processor):
+    named = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    assert reads_videos_with(processor, processor.chat_template)
+    for without in (
+        "{% elif part.type == 'video' %}",
+        "{% elif part.type == 'video' %}<|vision_start|><|image_pad|><|vision_end|>",
+    ):
+        template = processor.chat_template.replace(named, without)
+        assert template != processor.chat_template
+        assert not reads_videos_with(processor, template)
+    processor.video_processor = None
+    assert not reads_videos_with(processor, processor.chat_template)
+
+
+def reads_videos_with(processor, template: str) -> bool:
+    own, processor.chat_template = processor.chat_template, template
+    try:
+        processor.chat_template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=20)
+        if not (found := reads_videos(processor, Qwen3VLConfig())):
+            with pytest.raises(TemplateError, match="reads no videos"):
+                render(processor, processor.chat_template, {"type": "video"})
+        return found
+    finally:
+        processor.chat_template = own
 
 
 def test_a_template_that_hides_its_text_is_refused(processor):
