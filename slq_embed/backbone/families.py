@@ -56,6 +56,7 @@ QUIRKS: dict[str, Family] = {
     # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
     "paligemma": Family(query_token_type=1),
     "minicpmv4_6": Family(pixels_axis=3),
+    "minicpmv4_7": Family(pixels_axis=3),
     "molmo2": Family(patch_indices="image_token_pooling"),
     # One tile: its processor cannot read images with different numbers of tiles at once.
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),

@@ -6,7 +6,8 @@ from typing import Any
 
 import transformers
 
-from tests.families.building import SIGLIP, SQUARE, TEXT, TOWER, Parts, config, ids, rows, template, tokenizer_with
+from tests.checkpoints import TEXT
+from tests.families.building import SIGLIP, SQUARE, TOWER, Parts, config, ids, rows, template, tokenizer_with
 
 WINDOWS = {"num_hidden_layers": 4, "sliding_window": 16, "head_dim": 8}
 WINDOWS |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
