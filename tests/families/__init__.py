@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         known.fast_vlm,
         llava.ovis2,
         llava.perception_lm,
+        others.phi4_multimodal,
     ),
     "causal, positions of three axes": (
         qwen.glm4v,
