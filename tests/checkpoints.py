@@ -139,17 +139,33 @@ def fast_vlm_parts(rows: int | None, spare: int) -> tuple[Any, Any]:
     return config, processor
 
 
-def build(folder: Path, kind: str = "qwen3_vl", *, rows: int | None = None, spare: int = 64, seed: int = 0) -> Path:
-    """Write a checkpoint whose weights are drawn wide enough that embeddings differ."""
-    parts = {"internvl": internvl_parts, "fast_vlm": fast_vlm_parts}.get(kind, partial(qwen_parts, kind))
-    config, processor = parts(rows, spare)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
+def parts_of(kind: str, rows: int | None = None, spare: int = 64) -> tuple[Any, Any]:
+    """Configuration and processor of one of :data:`FAMILIES`.
+
+    Args:
+        kind: Its ``model_type``.
+        rows: Rows of the embedding table; by default the tokenizer's length and ``spare``.
+        spare: Rows past the tokenizer's last id.
+    """
+    return {"internvl": internvl_parts, "fast_vlm": fast_vlm_parts}.get(kind, partial(qwen_parts, kind))(rows, spare)
+
+
+def draw_weights(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:
+    """Draw weights wide enough that embeddings differ; ``scale`` is that of all matrices but the embedding tables."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                scale = 0.5 if parameter.ndim == 2 and parameter.shape[0] > 200 else 1.5 * parameter[0].numel() ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                is_table = parameter.ndim == 2 and parameter.shape[0] > 200
+                size = 0.5 if is_table else scale * parameter[0].numel() ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def build(folder: Path, kind: str = "qwen3_vl", *, rows: int | None = None, spare: int = 64, seed: int = 0) -> Path:
+    """Write a checkpoint with random weights."""
+    config, processor = parts_of(kind, rows, spare)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    draw_weights(model, seed, scale=1.5)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 
@@ -31,6 +31,7 @@ class Family:
         pixels_axis: The axis of ``pixel_values`` along which its processor puts one image after the other.
         patch_indices: A feature that numbers the patches of a row's own images; in a batch, the model counts them all.
         reads_videos: Whether its code reads videos right where its processor has a video processor.
+        reads_ids: Whether images enter only where token ids come in, so that the queries must be ids too.
     """
 
     example: str = ""
@@ -42,6 +43,7 @@ class Family:
     pixels_axis: int = 0
     patch_indices: str | None = None
     reads_videos: bool = True
+    reads_ids: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -62,11 +64,15 @@ QUIRKS: dict[str, Family] = {
     "glm4v": Family(reads_videos=False),
     "glm4v_moe": Family(reads_videos=False),
     "glm46v": Family(reads_videos=False),
+    "glm_ocr": Family(reads_videos=False),
+    "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),
     "molmo2": Family(patch_indices="image_token_pooling"),
     # One tile: its processor cannot read images with different numbers of tiles at once.
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),
     "gemma3n": Family(package="timm"),
     "smolvlm": Family(package="num2words"),
+    # One tile: its processor pads images to the same number of tiles, so that a row alone has others than in a batch.
+    "phi4_multimodal": Family(reads_ids=True, image_kwargs={"dynamic_hd": 1}),
 }
 """What is special about other families. Of those, :func:`slq_embed.backbone.check` decides."""
 
@@ -79,8 +85,6 @@ def refusal(config: PretrainedConfig) -> str | None:
         return "is an encoder-decoder, whose decoder does not hold the input in its own sequence"
     if config.model_type in _CROSS_ATTENTION:
         return "sees images through cross-attention, outside of the token sequence that queries are appended to"
-    if config.model_type == "phi4_multimodal":
-        return "has a processor that loses its chat template on loading (in transformers 5.23), so a saved model is unreadable"
     if getattr(config, "thinker_config", None) is not None:
         return "holds a thinker and a talker; only the thinker reads: save it alone (model.thinker.save_pretrained)"
     return None
@@ -124,6 +128,24 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def load_processor(name: str, **kwargs: Any) -> Any:
+    """Load a processor with its chat template; arguments are those of ``AutoProcessor.from_pretrained``."""
+    return with_template(AutoProcessor.from_pretrained(name, **kwargs))
+
+
+def with_template(processor: Any) -> Any:
+    """The processor itself, with the chat template of its tokenizer where it has lost its own."""
+    if getattr(processor, "chat_template", None) is None:
+        processor.chat_template = getattr(tokenizer_of(processor), "chat_template", None)
+    return processor
+
+
+def loses_template(processor: Any) -> bool:
+    """Whether loading gives the processor no chat template (Phi-4-multimodal), but only its tokenizer has it then."""
+    known = inspect.signature(type(processor).__init__).parameters
+    return tokenizer_of(processor) is not processor and "chat_template" not in known
+
+
 def auto_class(config: PretrainedConfig) -> Any:
     """The class that loads a model with its head."""
     names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
@@ -151,6 +173,8 @@ def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
 def reads_ids(backbone: PreTrainedModel) -> bool:
     """Whether a backbone must see token ids, because embeddings alone do not tell it all that it uses of a token."""
     decoder = decoder_of(backbone)
+    if family_of(backbone.config).reads_ids:
+        return True
     return decoder is backbone or "per_layer_inputs" in inspect.signature(decoder.forward).parameters
 
 

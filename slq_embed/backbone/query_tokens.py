@@ -9,11 +9,17 @@ from typing import Any, Literal
 
 from transformers import ProcessorMixin
 
+from slq_embed.backbone.families import with_template
+
 Form = Literal["adapter", "merged"]
 
 OWN_TOKEN = re.compile(r"<\|slq_\d+\|>")
 """How query tokens are spelled where they get rows of their own."""
-_RESERVED = re.compile(r"<\|?(reserved|unused|extra_id|special)[ _-]?(special_token)?[ _-]?\d+\|?>|\[unused\d+\]", re.I)
+_RESERVED = re.compile(
+    r"<\|?(reserved|unused|extra_id|special)[ _-]?(special_token|token)?[ _-]?\d+\|?>|\[unused\d+\]"
+    r"|<\uff5cplace\u2581holder\u2581no\u2581\d+\uff5c>",  # DeepSeek's, between wide bars
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,14 @@ class QueryTokens:
     source: Literal["spare", "reserved", "resized"]
 
 
-def private_processor(processor: ProcessorMixin) -> ProcessorMixin:
+def private_processor(processor: ProcessorMixin) -> Any:
     """A copy with its own tokenizer and image processor, so that the caller's stay as they are."""
     if getattr(processor, "tokenizer", None) is None:  # a tokenizer: only text is read
         return copy.deepcopy(processor)
     own = copy.copy(processor)
     own.tokenizer = copy.deepcopy(processor.tokenizer)
     own.image_processor = copy.deepcopy(processor.image_processor)
-    return own
+    return with_template(own)
 
 
 def free_rows(tokenizer: Any, table_rows: int) -> tuple[int, int]:
@@ -61,12 +67,26 @@ def _reserved(tokenizer: Any, table_rows: int) -> list[tuple[int, str]]:
     )
 
 
+def _get_rows_of_their_own(tokenizer: Any, strings: tuple[str, ...]) -> bool:
+    """Whether tokens that are added get ids that no other token has.
+
+    A tokenizer numbers them by how many tokens it has. Where its ids have gaps, that can be the id of a token of text.
+    """
+    vocabulary = tokenizer.get_vocab()
+    others = {row for token, row in vocabulary.items() if token not in strings}
+    if len(vocabulary) == max(vocabulary.values()) + 1:  # no gaps
+        return True
+    trial = copy.deepcopy(tokenizer)
+    trial.add_special_tokens({"additional_special_tokens": strings}, replace_extra_special_tokens=False)
+    return others.isdisjoint(trial.convert_tokens_to_ids(list(strings)))
+
+
 def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: bool = True) -> QueryTokens:
     """Choose tokens for the queries and teach them to a tokenizer.
 
     The rule: spare rows past the tokenizer's last id; else the highest tokens that the tokenizer's makers
     reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like); else, for the merged form only,
-    new rows at the table's end.
+    new rows at the table's end. A row that a text can produce is never taken.
 
     Args:
         tokenizer: The tokenizer to teach, changed in place; it may know other query tokens already.
@@ -80,6 +100,8 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: 
     """
     strings = tuple(f"<|slq_{number}|>" for number in range(count))
     spare, _ = free_rows(tokenizer, table_rows)
+    if not _get_rows_of_their_own(tokenizer, strings):
+        spare, can_grow = 0, False
     merged = form == "merged" and can_grow
     if spare >= count or merged:
         tokenizer.add_special_tokens({"additional_special_tokens": strings}, replace_extra_special_tokens=False)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from slq_embed.backbone.chat_template import control_strings, is_slq_template, neutralise
+from slq_embed.backbone.families import load_processor
 from slq_embed.encoder import SLQEncoder
 from slq_embed.inputs.rows import Row, read_row
 
@@ -45,7 +46,7 @@ def speaking_processor(model: SLQEncoder, processor: ProcessorMixin | None = Non
 @lru_cache
 def _recorded_template(name: str, revision: str | None) -> Any:
     try:
-        return AutoProcessor.from_pretrained(name, revision=revision).chat_template
+        return load_processor(name, revision=revision).chat_template
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The backbone's own chat template is needed, but no processor can be loaded from {name!r}. Pass the "

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import reads_videos
-from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, tokenizer_of
+from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import (
@@ -114,7 +114,7 @@ def write_folder(
     kept = {"method": "forward", "method_output_name": ["hidden_states", -1] if whole else "last_hidden_state"}
     modalities = {"text": kept} | ({} if tokenizer_of(processor) is processor else {"image": kept})
     modalities |= {"video": kept} if reads_videos(processor, backbone.config) else {}
-    transformer = {
+    transformer: dict[str, Any] = {
         "transformer_task": "feature-extraction",
         "modality_config": {**modalities, "message": {**kept, "format": "structured"}},
         "module_output_name": "token_embeddings",
@@ -123,6 +123,8 @@ def write_folder(
         # The template caps the text; a cut by tokens would take the queries with it.
         "processing_kwargs": {"text": {"truncation": False}, "image": slq_config.image_kwargs},
     }
+    if loses_template(processor):
+        transformer["processing_kwargs"]["chat_template"] = {"chat_template": processor.chat_template}
     (folder / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n", "utf8")
     modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)

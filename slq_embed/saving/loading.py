@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone
+from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor
 from slq_embed.backbone.fingerprint import difference
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import read_weights
@@ -88,7 +88,7 @@ def load_or_share(
         if is_placed(model):
             device = model.device
     if processor is None:
-        processor = AutoProcessor.from_pretrained(name, **hub, **processor_kwargs)
+        processor = load_processor(name, **hub, **processor_kwargs)
     return LoadedBackbone(model, processor, _place(name), commit, device)
 
 
@@ -144,7 +144,7 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
         slq_config,
         read_weights(find, slq_config),
         _find_backbone(folder, slq_config, hub, dict(arguments.get("model_kwargs") or {}), backbone),
-        AutoProcessor.from_pretrained(folder, **hub, **(arguments.get("processor_kwargs") or {})),
+        load_processor(folder, **hub, **(arguments.get("processor_kwargs") or {})),
         {} if host_config is None else json.loads(Path(host_config).read_text("utf8")),
         None if card is None else Path(card).read_text("utf8"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.families import llava, others, qwen
+from tests.families import cohere, known, lfm, llava, others, qwen
 from tests.families.building import Parts
 
 KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
@@ -18,9 +18,12 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         llava.idefics3,
         llava.smolvlm,
         llava.pixtral,
+        known.internvl3,
         llava.internvl3_5,
+        known.fast_vlm,
         llava.ovis2,
         llava.perception_lm,
+        others.phi4_multimodal,
     ),
     "causal, positions of three axes": (
         qwen.glm4v,
@@ -29,9 +32,20 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         qwen.qwen3_omni_moe_thinker,
         qwen.glm46v,
         qwen.glm4v_moe,
+        qwen.glm_ocr,
+        known.qwen2_vl,
+        known.qwen2_5_vl,
+        known.qwen3_vl,
     ),
-    "linear attention, convolutions": (qwen.qwen3_5, llava.lfm2_vl, qwen.qwen3_5_moe, qwen.minicpmv4_6),
-    "sliding windows": (others.gemma3_text, llava.cohere2_vision, llava.aya_vision),
+    "linear attention, convolutions": (
+        qwen.qwen3_5,
+        lfm.lfm2_vl,
+        lfm.lfm3_vl,
+        qwen.qwen3_5_moe,
+        qwen.minicpmv4_6,
+        qwen.minicpmv4_7,
+    ),
+    "sliding windows": (others.gemma3_text, cohere.cohere2_vision, cohere.aya_vision),
     "images in both directions": (others.gemma3, others.paligemma, others.paligemma2, others.molmo2),
     "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
     "latent": (qwen.kimi_k25,),

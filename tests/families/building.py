@@ -10,16 +10,9 @@ import torch
 import transformers
 
 from slq_embed.backbone.families import auto_class
-from tests.checkpoints import build_tokenizer, chat_template
+from tests.checkpoints import TEXT, build_tokenizer, draw_weights
+from tests.checkpoints import chat_template as template  # noqa: F401 - the builders import it from here
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLIP = {"model_type": "clip_vision_model", **TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 32}
 SIGLIP = {"model_type": "siglip_vision_model", **TOWER, "image_size": 32, "patch_size": 8, "vision_use_head": False}
@@ -44,12 +37,13 @@ def ids(tokenizer: Any, **named: str) -> dict[str, int]:
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
 
 
-def template(image: str, video: str = "") -> str:
-    return chat_template(image, video)
-
-
 def rows(tokenizer: Any, spare: int = 64) -> int:
     return len(tokenizer) + spare
+
+
+def text(tokenizer: Any, kind: str = "llama", **more: Any) -> dict[str, Any]:
+    """Configuration of a small decoder."""
+    return {**TEXT, "model_type": kind, "vocab_size": rows(tokenizer), **more}
 
 
 def config(kind: str, **values: Any) -> Any:
@@ -57,15 +51,10 @@ def config(kind: str, **values: Any) -> Any:
 
 
 def write(folder: Path, parts: Parts, seed: int = 0) -> Path:
-    """Write a checkpoint whose weights are drawn wide enough that embeddings differ."""
-    torch.manual_seed(seed)
+    """Write a checkpoint with random weights."""
+    torch.manual_seed(seed)  # of vectors, which are not drawn below
     model = auto_class(parts.config).from_config(parts.config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                scale = 0.5 if parameter.ndim == 2 and parameter.shape[0] > 200 else parameter[0].numel() ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    draw_weights(model, seed)
     model.save_pretrained(folder)
     parts.processor.save_pretrained(folder)
     return folder

@@ -10,13 +10,13 @@ from tests.families.building import (
     CLIP,
     SIGLIP,
     SQUARE,
-    TEXT,
     TOWER,
     Parts,
     config,
     ids,
     rows,
     template,
+    text,
     tokenizer_with,
 )
 
@@ -24,8 +24,10 @@ IMAGE = template("<image>\n")
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
-def _text(tokenizer: Any, kind: str = "llama", **more: Any) -> dict[str, Any]:
-    return {**TEXT, "model_type": kind, "vocab_size": rows(tokenizer), **more}
+def _next_image() -> Any:
+    return transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
+    )
 
 
 def llava() -> Parts:
@@ -41,7 +43,7 @@ def llava() -> Parts:
     )
     built = config(
         "llava",
-        text_config=_text(tokenizer),
+        text_config=text(tokenizer),
         vision_config=CLIP,
         vision_feature_layer=-1,
         image_seq_length=16,
@@ -52,11 +54,8 @@ def llava() -> Parts:
 
 def llava_next() -> Parts:
     tokenizer = tokenizer_with(image_token="<image>")
-    image = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
-    )
     processor = transformers.LlavaNextProcessor(
-        image,
+        _next_image(),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
@@ -65,7 +64,7 @@ def llava_next() -> Parts:
     )
     built = config(
         "llava_next",
-        text_config=_text(tokenizer, "mistral"),
+        text_config=text(tokenizer, "mistral"),
         vision_config=CLIP,
         vision_feature_layer=-1,
         image_seq_length=16,
@@ -87,7 +86,7 @@ def llava_onevision() -> Parts:
     )
     built = config(
         "llava_onevision",
-        text_config=_text(tokenizer, "qwen2"),
+        text_config=text(tokenizer, "qwen2"),
         vision_config=SIGLIP,
         vision_feature_layer=-1,
         image_grid_pinpoints=PINPOINTS,
@@ -98,11 +97,8 @@ def llava_onevision() -> Parts:
 
 def granite4_vision() -> Parts:
     tokenizer = tokenizer_with(image_token="<image>")
-    image = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
-    )
     processor = transformers.Granite4VisionProcessor(
-        image,
+        _next_image(),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="full",
@@ -111,7 +107,7 @@ def granite4_vision() -> Parts:
     )
     built = config(
         "granite4_vision",
-        text_config=_text(tokenizer, "granite4_vision_text"),
+        text_config=text(tokenizer, "granite4_vision_text"),
         vision_config={**SIGLIP, "hidden_size": 64},
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
@@ -128,17 +124,13 @@ def granite4_vision() -> Parts:
 
 def granite_vision() -> Parts:
     """Granite Vision 3: LLaVA-NeXT around a Granite decoder, features of several layers."""
-    parts = llava_next()
-    tokenizer = parts.processor.tokenizer
-    image = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
-    )
+    tokenizer = tokenizer_with(image_token="<image>")
     processor = transformers.LlavaNextProcessor(
-        image, tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=IMAGE
+        _next_image(), tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=IMAGE
     )
     built = config(
         "llava_next",
-        text_config=_text(tokenizer, "granite"),
+        text_config=text(tokenizer, "granite"),
         vision_config=SIGLIP,
         vision_feature_layer=[-2, -1],
         vision_feature_select_strategy="full",
@@ -168,7 +160,7 @@ def _idefics(kind: str) -> Parts:
         )
     built = config(
         kind,
-        text_config=_text(tokenizer, pad_token_id=0),
+        text_config=text(tokenizer, pad_token_id=0),
         vision_config={**TOWER, "image_size": 32, "patch_size": 8},
         scale_factor=2,
         pad_token_id=0,
@@ -207,7 +199,7 @@ def pixtral() -> Parts:
     tokenizer, processor = _pixtral(1)
     built = config(
         "llava",
-        text_config=_text(tokenizer, "mistral", head_dim=8),
+        text_config=text(tokenizer, "mistral", head_dim=8),
         vision_config=PIXTRAL,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -220,7 +212,7 @@ def mistral3() -> Parts:
     tokenizer, processor = _pixtral(2)
     built = config(
         "mistral3",
-        text_config=_text(tokenizer, "mistral", head_dim=8, sliding_window=24),
+        text_config=text(tokenizer, "mistral", head_dim=8, sliding_window=24),
         vision_config=PIXTRAL,
         vision_feature_layer=-1,
         spatial_merge_size=2,
@@ -234,7 +226,7 @@ def internvl3_5() -> Parts:
     tokenizer = tokenizer_with(**named, context_image_token="<IMG_CONTEXT>", video_token="<video>")
     built = config(
         "internvl",
-        text_config=_text(tokenizer, "qwen3", head_dim=8),
+        text_config=text(tokenizer, "qwen3", head_dim=8),
         vision_config={**TOWER, "image_size": [32, 32], "patch_size": [8, 8]},
         image_seq_length=4,
         **ids(tokenizer, image_token_id="<IMG_CONTEXT>"),
@@ -261,72 +253,12 @@ def ovis2() -> Parts:
     )
     built = config(
         "ovis2",
-        text_config=_text(tokenizer, "qwen2"),
+        text_config=text(tokenizer, "qwen2"),
         vision_config={**TOWER, "image_size": 32, "patch_size": 8, "vocab_size": 40, "hidden_stride": 2},
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
         visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(indicators),
         vocab_size=rows(tokenizer),
         hidden_size=32,
-    )
-    return Parts(built, processor)
-
-
-def aya_vision() -> Parts:
-    tokenizer = tokenizer_with(
-        image_token="<image>",
-        start="<|START_OF_IMG|>",
-        end="<|END_OF_IMG|>",
-        patch="<|IMG_PATCH|>",
-        line="<|IMG_LINE_BREAK|>",
-        tile="TILE",
-        tile_global="TILE_GLOBAL",
-        **{f"tile_{n}": f"TILE_{n}" for n in range(1, 5)},
-    )
-    processor = transformers.AyaVisionProcessor(
-        transformers.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=4),
-        tokenizer,
-        patch_size=8,
-        img_size=32,
-        downsample_factor=2,
-        chat_template=template("<image>"),
-    )
-    layers = {
-        "num_hidden_layers": 4,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-    }
-    built = config(
-        "aya_vision",
-        text_config=_text(tokenizer, "cohere2", **layers),
-        vision_config=SIGLIP,
-        vision_feature_layer=-1,
-        downsample_factor=2,
-        **ids(tokenizer, image_token_index="<|IMG_PATCH|>"),
-    )
-    return Parts(built, processor)
-
-
-def cohere2_vision() -> Parts:
-    tokenizer = tokenizer_with(
-        image_token="<|IMG_PATCH|>",
-        boi_token="<|START_OF_IMG|>",
-        eoi_token="<|END_OF_IMG|>",
-        img_line_break_token="<|IMG_LINE_BREAK|>",
-    )
-    image = transformers.Cohere2VisionImageProcessor(size=SQUARE, patch_size=2, max_patches=4)
-    processor = transformers.Cohere2VisionProcessor(image, tokenizer, template("<|IMG_PATCH|>"))
-    layers = {
-        "num_hidden_layers": 4,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-    }
-    built = config(
-        "cohere2_vision",
-        text_config=_text(tokenizer, "cohere2", **layers),
-        vision_config=SIGLIP,
-        downsample_factor=2,
-        alignment_intermediate_size=48,
-        **ids(tokenizer, image_token_id="<|IMG_PATCH|>"),
     )
     return Parts(built, processor)
 
@@ -344,7 +276,7 @@ def perception_lm() -> Parts:
     tower = {"embed_dim": 32, "depth": 2, "img_size": [32, 32], "patch_size": 8, "num_heads": 4, "global_pool": ""}
     built = config(
         "perception_lm",
-        text_config=_text(tokenizer),
+        text_config=text(tokenizer),
         vision_config={
             "model_type": "timm_wrapper",
             "architecture": "vit_pe_core_large_patch14_336",
@@ -356,35 +288,5 @@ def perception_lm() -> Parts:
         vision_use_cls_token=True,
         projector_pooling_ratio=2,
         **ids(tokenizer, image_token_id="<|image|>", video_token_id="<|video|>"),
-    )
-    return Parts(built, processor)
-
-
-def lfm2_vl() -> Parts:
-    tokenizer = tokenizer_with(
-        image_token="<image>",
-        image_start_token="<|image_start|>",
-        image_end_token="<|image_end|>",
-        image_thumbnail_token="<|img_thumbnail|>",
-    )
-    image = transformers.Lfm2VlImageProcessor(
-        downsample_factor=2,
-        min_tiles=1,
-        max_tiles=4,
-        tile_size=32,
-        min_image_tokens=4,
-        max_image_tokens=16,
-        encoder_patch_size=8,
-        max_num_patches=64,
-    )
-    processor = transformers.Lfm2VlProcessor(image, tokenizer, chat_template=template("<image>"))
-    layers = ["conv", "full_attention", "conv", "full_attention"]
-    built = config(
-        "lfm2_vl",
-        text_config=_text(tokenizer, "lfm2", num_hidden_layers=4, layer_types=layers, block_ff_dim=48),
-        vision_config={"model_type": "siglip2_vision_model", **TOWER, "num_patches": 16, "patch_size": 8},
-        downsample_factor=2,
-        projector_hidden_size=32,
-        **ids(tokenizer, image_token_id="<image>"),
     )
     return Parts(built, processor)

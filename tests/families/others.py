@@ -6,7 +6,8 @@ from typing import Any
 
 import transformers
 
-from tests.families.building import SIGLIP, SQUARE, TEXT, TOWER, Parts, config, ids, rows, template, tokenizer_with
+from tests.checkpoints import TEXT
+from tests.families.building import SIGLIP, SQUARE, TOWER, Parts, config, ids, rows, template, tokenizer_with
 
 WINDOWS = {"num_hidden_layers": 4, "sliding_window": 16, "head_dim": 8}
 WINDOWS |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -193,6 +194,25 @@ def molmo2() -> Parts:
             frame_start_token_id="<frame_start>",
             frame_end_token_id="<frame_end>",
         ),
+    )
+    return Parts(built, processor)
+
+
+def phi4_multimodal() -> Parts:
+    tokenizer = tokenizer_with(image_token="<|endoftext10|>", audio_token="<|endoftext11|>")
+    processor = transformers.Phi4MultimodalProcessor(
+        transformers.Phi4MultimodalImageProcessor(), transformers.Phi4MultimodalFeatureExtractor(), tokenizer
+    )
+    processor.chat_template = template("<|endoftext10|>")  # the class does not take it as an argument
+    # Its processor counts the tokens of 448 x 448 pixels, whatever the configuration says.
+    vision = {**TOWER, "image_size": 448, "patch_size": 14, "crop_size": 448}
+    audio = {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4}
+    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32}
+    built = config(
+        "phi4_multimodal",
+        **{**TEXT, "vocab_size": rows(tokenizer), "pad_token_id": 0},
+        vision_config={**vision, **ids(tokenizer, image_token_id="<|endoftext10|>")},
+        audio_config={**audio, **ids(tokenizer, audio_token_id="<|endoftext11|>")},
     )
     return Parts(built, processor)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import transformers
 
-from tests.families.building import MROPE, TEXT, Parts, config, ids, rows, template, tokenizer_with
+from tests.checkpoints import TEXT
+from tests.families.building import MROPE, Parts, config, ids, rows, template, tokenizer_with
 
 VISION = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 VISION |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
@@ -30,11 +31,11 @@ LINEAR = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
-def _image_processor() -> Any:
+def image_processor() -> Any:
     return transformers.Qwen2VLImageProcessor(**PATCHES, size=PIXELS)
 
 
-def _ids(tokenizer: Any) -> dict[str, int]:
+def vision_ids(tokenizer: Any) -> dict[str, int]:
     return ids(
         tokenizer,
         image_token_id="<|image_pad|>",
@@ -47,9 +48,9 @@ def _ids(tokenizer: Any) -> dict[str, int]:
 def _qwen3(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
     tokenizer = tokenizer_with(**VISION)
     video = transformers.Qwen3VLVideoProcessor(**PATCHES)
-    processor = transformers.Qwen3VLProcessor(_image_processor(), tokenizer, video, IMAGE)
+    processor = transformers.Qwen3VLProcessor(image_processor(), tokenizer, video, IMAGE)
     text = {**TEXT, "head_dim": 8, "vocab_size": rows(tokenizer), "rope_parameters": MROPE, **text}
-    built = config(kind, text_config=text, vision_config={**TOWER, **vision}, **_ids(tokenizer))
+    built = config(kind, text_config=text, vision_config={**TOWER, **vision}, **vision_ids(tokenizer))
     return Parts(built, processor)
 
 
@@ -68,7 +69,7 @@ def qwen3_vl_moe() -> Parts:
 def qwen2_5_omni_thinker() -> Parts:
     tokenizer = tokenizer_with(**VISION, **AUDIO)
     processor = transformers.Qwen2_5OmniProcessor(
-        _image_processor(),
+        image_processor(),
         transformers.Qwen2VLVideoProcessor(**PATCHES),
         transformers.WhisperFeatureExtractor(feature_size=8),
         tokenizer,
@@ -98,7 +99,7 @@ def qwen2_5_omni_thinker() -> Parts:
 def qwen3_omni_moe_thinker() -> Parts:
     tokenizer = tokenizer_with(**VISION, **AUDIO)
     processor = transformers.Qwen3OmniMoeProcessor(
-        _image_processor(),
+        image_processor(),
         transformers.Qwen2VLVideoProcessor(**PATCHES),
         transformers.WhisperFeatureExtractor(feature_size=8),
         tokenizer,
@@ -133,7 +134,7 @@ def _glm(kind: str, processor_name: str, text: dict[str, Any]) -> Parts:
         video_start_token="<|begin_of_video|>",
         video_end_token="<|end_of_video|>",
     )
-    prefix = "Glm46V" if kind == "glm46v" else "Glm4v"
+    prefix = "Glm46V" if kind in ("glm46v", "glm_ocr") else "Glm4v"
     pixels = {"shortest_edge": 2 * 16 * 16, "longest_edge": 2 * 48 * 48}
     processor = getattr(transformers, processor_name)(
         getattr(transformers, f"{prefix}ImageProcessor")(**PATCHES, size=pixels),
@@ -167,6 +168,10 @@ def glm4v() -> Parts:
 
 def glm46v() -> Parts:
     return _glm("glm46v", "Glm46VProcessor", {})
+
+
+def glm_ocr() -> Parts:
+    return _glm("glm_ocr", "Glm46VProcessor", {"head_dim": 8})
 
 
 def glm4v_moe() -> Parts:
@@ -210,7 +215,7 @@ def kimi_k25() -> Parts:
     return Parts(built, processor)
 
 
-def minicpmv4_6() -> Parts:
+def _minicpmv(kind: str, processor_name: str, **more: str) -> Parts:
     tokenizer = tokenizer_with(
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
@@ -222,7 +227,7 @@ def minicpmv4_6() -> Parts:
         image_id_end_token="</image_id>",
     )
     sizes = {"patch_size": 8, "scale_resolution": 64, "max_slice_nums": 2}
-    processor = transformers.MiniCPMV4_6Processor(
+    processor = getattr(transformers, processor_name)(
         transformers.MiniCPMV4_6ImageProcessor(**sizes),
         transformers.MiniCPMV4_6VideoProcessor(**sizes),
         tokenizer,
@@ -231,11 +236,22 @@ def minicpmv4_6() -> Parts:
     text = {**TEXT, **LINEAR, "model_type": "qwen3_5_text", "vocab_size": rows(tokenizer)}
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     built = config(
-        "minicpmv4_6",
+        kind,
         text_config=text,
         vision_config={**tower, "image_size": 64, "patch_size": 8, "insert_layer_id": 0},
         insert_layer_id=0,
         image_size=64,
-        **ids(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>"),
+        **ids(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", **more),
     )
     return Parts(built, processor)
+
+
+def minicpmv4_6() -> Parts:
+    return _minicpmv("minicpmv4_6", "MiniCPMV4_6Processor")
+
+
+def minicpmv4_7() -> Parts:
+    """The positions of 4.7 follow from the marks around slices, so the model must know these."""
+    marks = {"image_start_id": "<image>", "image_end_id": "</image>", "slice_start_id": "<slice>"}
+    marks |= {"slice_end_id": "</slice>", "newline_id": "Ċ"}
+    return _minicpmv("minicpmv4_7", "MiniCPMV4_7Processor", **marks)

@@ -17,6 +17,7 @@ from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.backbone import check, families
 from slq_embed.backbone.__main__ import main
 from slq_embed.backbone.families import load_backbone
+from slq_embed.backbone.query_tokens import private_processor
 from slq_embed.prefix import passes
 from tests.families import llava, others
 from tests.families.building import Parts, write
@@ -147,6 +148,33 @@ def test_the_processor_of_another_backbone_is_refused(folders, llama, monkeypatc
     monkeypatch.setattr("slq_embed.backbone.self_check.samples", lambda reads_images: ["same"] * 3)
     report = check(*loaded(llama))
     assert "gives different inputs the same embedding" in str(report.reason)
+
+
+def test_a_backbone_that_leaves_images_out_is_refused(checkpoint, monkeypatch):
+    """As Phi-4-multimodal does where embeddings come in: two images of one shape then look the same."""
+    model, processor = loaded(checkpoint("internvl"))
+    features = model.model.get_image_features
+
+    def blank(*args: Any, **kwargs: Any) -> Any:
+        found = features(*args, **kwargs)
+        found.pooler_output = torch.zeros_like(found.pooler_output)
+        return found
+
+    monkeypatch.setattr(model.model, "get_image_features", blank)
+    report = check(model, processor)
+    assert report.schedule is None
+    assert "gives different inputs the same embedding" in str(report.reason)
+
+
+def test_a_processor_that_loses_its_template_has_that_of_its_tokenizer(tmp_path):
+    """Phi-4-multimodal's class does not take one; the tokenizer reads the file that the processor wrote."""
+    processor = others.phi4_multimodal().processor
+    processor.save_pretrained(tmp_path)
+    assert families.loses_template(processor)
+    assert not families.loses_template(llava.llava().processor)
+    assert families.load_processor(str(tmp_path)).chat_template == processor.chat_template
+    own = private_processor(AutoProcessor.from_pretrained(tmp_path))
+    assert own.chat_template == processor.chat_template
 
 
 def test_an_error_of_the_backbone_is_the_reason(folders):
