@@ -182,8 +182,8 @@ def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
         )
     if is_packed(table.weight):
         raise ValueError(
-            f"The input embeddings are quantized ({type(table.weight).__name__}), but their rows hold the latent queries. "
-            "Leave them as they are: TorchAoConfig(include_input_output_embeddings=False)."
+            f"The input embeddings are quantized ({type(table.weight).__name__}), but a saved model holds the latent queries as "
+            "rows of this table. Quantize linear layers only."
         )
     return table.weight
 

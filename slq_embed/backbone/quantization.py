@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 IN_MEMORY = "in memory"
 """The method that is recorded where no file can say how a backbone was quantized."""
 _SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules")  # of torchao, of bitsandbytes
+_LORA = r".*\.lora_[AB]\..*"  # transformers 5.23 quantizes an adapter that it loads onto a quantized model
 _PACKAGES = {"torchao": "slq-embed[quantization]", "bitsandbytes": "bitsandbytes"}
 
 
@@ -87,7 +88,7 @@ def stock_quantization(backbone: PreTrainedModel, quantization: Mapping[str, Any
     """
     layers = backbone.base_model.named_modules()
     plain = [name for name, layer in layers if type(layer) is nn.Linear and not is_packed(layer.weight)]
-    return {**quantization, **{name: plain for name in _SKIPPED if name in quantization}}
+    return {**quantization, **{name: [*plain, _LORA] for name in _SKIPPED if name in quantization}}
 
 
 def require_package(quantization_config: Any) -> None:
@@ -130,7 +131,7 @@ class _FrozenLinear(torch.autograd.Function):
         return nn.functional.linear(states, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient @ _dense(ctx.weight, gradient), None, None
 
 
