@@ -35,6 +35,7 @@ BLOCK = re.compile(
 )
 AVAILABLE = {
     "the hub": False,
+    "torchao": find_spec("torchao") is not None,
     "mteb_model": find_spec("mteb") is not None and hasattr(slq_embed.evaluation, "mteb_model"),
 }
 """What a marker may name. A block that needs what is missing is only compiled."""
