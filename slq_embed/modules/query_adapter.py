@@ -99,6 +99,7 @@ def adapt(
     twin = twin_of(decoder)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # the table is no target
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # for merging, which nobody does
         inject_adapter_in_model(lora_config(adapter, layers), twin, _NAME)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     trained = nn.ModuleDict()

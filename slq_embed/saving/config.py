@@ -17,7 +17,7 @@ from slq_embed.modules.query_adapter import QueryAdapter
 FORMAT_VERSION = 2
 """What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-_SINCE_2 = ("projection", "query_adapter", "deep_queries", "schedule", "query_token_type")
+_SINCE_2 = ("projection", "query_adapter", "deep_queries", "schedule", "query_token_type", "quantization")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class SLQConfig:
         deep_queries: Whether vectors are added to the queries' states before each layer.
         schedule: How input and queries run, where the self-check found it out; else the prefix path.
         query_token_type: Token type of the queries, where the backbone has types and the processor would give another.
+        quantization: How the backbone was quantized on loading, if it was; filled in on saving.
     """
 
     backbone: str
@@ -59,6 +60,7 @@ class SLQConfig:
     deep_queries: bool = False
     schedule: Schedule | None = None
     query_token_type: int = 0
+    quantization: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, find: Callable[[str], str | None]) -> SLQConfig | None:

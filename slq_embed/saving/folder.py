@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
+from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import (
@@ -72,7 +73,8 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         label = model.model_card_data.backbone_label(slq_config)
         slq_config = replace(slq_config, fingerprint=None, backbone=label)
     else:
-        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint)
+        quantization = quantization_of(model.backbone)
+        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, quantization=quantization)
     write_folder(folder, slq_config, model.backbone, model.processor, model.state_dict())
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
@@ -125,6 +127,9 @@ def write_folder(
     }
     if loses_template(processor):
         transformer["processing_kwargs"]["chat_template"] = {"chat_template": processor.chat_template}
+    if slq_config.quantization is not None and slq_config.quantization["quant_method"] != IN_MEMORY:
+        settings = stock_quantization(backbone, slq_config.quantization)
+        transformer["model_kwargs"] = {"quantization_config": settings}
     (folder / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n", "utf8")
     modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
@@ -198,10 +203,15 @@ def _write_adapter(
 
 
 def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:
+    if is_quantized(backbone):
+        raise ValueError(
+            "The merged form cannot hold a quantized backbone. Save with form='adapter', which records how it was quantized. "
+            "Or build the same model on the unquantized backbone, give it these weights with load_state_dict, and save that."
+        )
     if is_placed(backbone):
         raise ValueError(
-            "The merged form needs the whole backbone unquantized on one device. Save the adapter form, or load the "
-            "backbone without device_map and quantization."
+            "The merged form needs the whole backbone on one device. Save the adapter form, or load the backbone without "
+            "device_map."
         )
     table = embedding_table(backbone).detach()
     ids = torch.tensor(slq_config.tokens.ids, device=table.device)

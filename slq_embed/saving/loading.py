@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor
 from slq_embed.backbone.fingerprint import difference
+from slq_embed.backbone.quantization import IN_MEMORY
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import read_weights
 
@@ -74,6 +75,7 @@ def load_or_share(
     model_kwargs |= arguments.pop("model_kwargs", None) or {}
     processor_kwargs = arguments.pop("processor_kwargs", None) or {}
     if isinstance(backbone, PreTrainedModel):
+        _require_unquantized(model_kwargs)
         family_of(backbone.config)
         model, name, commit = backbone, name or backbone.name_or_path, hub.get("revision")
         if processor is None and not name:
@@ -90,6 +92,14 @@ def load_or_share(
     if processor is None:
         processor = load_processor(name, **hub, **processor_kwargs)
     return LoadedBackbone(model, processor, _place(name), commit, device)
+
+
+def _require_unquantized(model_kwargs: Mapping[str, Any]) -> None:
+    if model_kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "The backbone is loaded already, so quantization_config came too late. Give its name or folder in place of the "
+            "loaded model, or load that with from_pretrained(..., quantization_config=...)."
+        )
 
 
 def _place(name: str) -> str:
@@ -158,6 +168,16 @@ def _find_backbone(
     backbone: PreTrainedModel | str | Path | None,
 ) -> PreTrainedModel:
     """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
+    if isinstance(backbone, PreTrainedModel):
+        _require_unquantized(model_kwargs)
+    elif (quantization := slq_config.quantization) is not None and "quantization_config" not in model_kwargs:
+        if quantization["quant_method"] == IN_MEMORY:
+            raise ValueError(
+                f"{folder} was trained on a quantized backbone, and no file can say how it was quantized. Quantize it again "
+                f"and pass it: SLQEncoder({folder!r}, backbone=model). Or pass model_kwargs={{'quantization_config': ...}}, "
+                "with None for the unquantized backbone, whose vectors are close to the right ones."
+            )
+        model_kwargs["quantization_config"] = quantization
     if slq_config.form == "merged" and backbone is None:  # an adapter saved from it names this folder
         slq_config.backbone, slq_config.revision = _place(folder), hub.get("revision")
         return load_backbone(folder, **{**hub, **model_kwargs})

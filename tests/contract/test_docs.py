@@ -36,6 +36,7 @@ BLOCK = re.compile(
 AVAILABLE = {
     "the hub": False,
     "pypdfium2": find_spec("pypdfium2") is not None,
+    "torchao": find_spec("torchao") is not None,
     "mteb_model": find_spec("mteb") is not None and hasattr(slq_embed.evaluation, "mteb_model"),
 }
 """What a marker may name. A block that needs what is missing is only compiled."""
