@@ -1,6 +1,6 @@
 """What a quantized backbone changes: embeddings, recall, bytes and time.
 
-    python benchmarks/quantization.py [--steps 12] [--scenes 100] [--json FILE]
+    python benchmarks/quantization.py [--steps 12] [--scenes 100] [--parts toy larger] [--json FILE]
 
 On the embedded toy backbone: cosine to the float32 embeddings; text-to-image recall at 1 with the queries of `slq-tiny`, which were
 trained on the unquantized backbone, and with queries that take a few steps on the quantized one (the same batches for all). On
@@ -156,7 +156,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, default=12, help="of batch 32, on three backbones; 0 for none")
     options.add_argument("--scenes", type=int, default=100)
-    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--batch", type=int, default=4, help="images, and as many texts, for the larger shape")
+    options.add_argument("--parts", nargs="+", default=["toy", "larger"], choices=["toy", "larger"])
     args = options.parse_args()
     quiet()
     args.rounds = args.rounds or 3
@@ -164,10 +165,12 @@ def main() -> None:
         args.steps, args.scenes, args.batch, args.rounds = 2, 20, 2, 1
     result = {**machine(args), "date": date.today().isoformat(), "torchao": torchao.__version__, "group": GROUP}
     result |= {"steps": args.steps, "scenes": args.scenes}
-    result["toy"] = toy(args.steps, args.scenes)
-    print(table(result["toy"]))
-    result["larger"] = larger(args)
-    print(table(result["larger"]))
+    if "toy" in args.parts:
+        result["toy"] = toy(args.steps, args.scenes)
+    if "larger" in args.parts:
+        result["larger"] = larger(args)
+    for part in args.parts:
+        print(part, table(result[part]), sep="\n")
     write(args.json, result)
 
 

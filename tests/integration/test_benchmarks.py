@@ -122,3 +122,16 @@ def test_objectives_train_on_mined_and_scored_rows(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["objectives"]
     assert set(rows) == set(names)
     assert len({tuple(row["literal"]) for row in rows.values()}) == len(names)  # each trained something else
+
+
+@pytest.mark.slow
+def test_quantization_changes_little_and_memory_is_counted(tmp_path):
+    pytest.importorskip("torchao.prototype.quantization.int4")
+    run_script("benchmarks/quantization.py", "--quick", "--json", tmp_path / "quantization.json", folder=tmp_path)
+    toy = json.loads((tmp_path / "quantization.json").read_text())["toy"]
+    assert toy["int8"]["images"]["least"] > 0.999
+    assert toy["int4 packed"]["weight_bytes"] < toy["int8"]["weight_bytes"] < toy["bfloat16"]["weight_bytes"]
+    run_script("benchmarks/memory.py", "--quick", "--check", "--json", tmp_path / "memory.json", folder=tmp_path)
+    for row in json.loads((tmp_path / "memory.json").read_text())["checks"].values():
+        assert abs(row["error"]["weights"]) < 1e-3
+        assert abs(row["whole"]) < 0.4
