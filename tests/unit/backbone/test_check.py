@@ -151,13 +151,13 @@ def test_the_processor_of_another_backbone_is_refused(folders, llama, monkeypatc
 
 
 def test_a_backbone_that_leaves_images_out_is_refused(checkpoint, monkeypatch):
-    """As Phi-4-multimodal does where embeddings come in: two images of one shape then look the same."""
-    model, processor = loaded(checkpoint("internvl"))
+    """As Phi-4-multimodal does where embeddings come in. Images of other shapes would have other numbers of tokens."""
+    model, processor = loaded(checkpoint("qwen2_vl"))
     features = model.model.get_image_features
 
     def blank(*args: Any, **kwargs: Any) -> Any:
         found = features(*args, **kwargs)
-        found.pooler_output = torch.zeros_like(found.pooler_output)
+        found.pooler_output = tuple(map(torch.zeros_like, found.pooler_output))
         return found
 
     monkeypatch.setattr(model.model, "get_image_features", blank)
