@@ -87,10 +87,13 @@ def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Fe
         elif key == "pixel_values":
             pieces = (ids == image_token).sum(dim=1)
             total = max(1, int(pieces.sum()))
-            if (pieces * len(value) % total).any() or pieces.any() != bool(len(value)):
+            grid = features.get("image_grid_thw")
+            fits = grid is None or len(value) == int(grid.prod(dim=1).sum())
+            if not fits or (pieces * len(value) % total).any() or pieces.any() != bool(len(value)):
                 raise ValueError(
-                    f"A batch has {len(value)} pieces of images in its pixels for rows with {pieces.tolist()} image "
-                    "tokens. Cut batches by rows (sentence-transformers 6.2 or later does it in its Cached losses)."
+                    f"A batch has {len(value)} pieces of images in its pixels for rows with {pieces.tolist()} image tokens. "
+                    "Do not cut the pixels of a batch like its rows: sentence-transformers 6.2 or later does it right in its "
+                    'Cached losses, and a streamed dataset needs accelerator_config={"dispatch_batches": False}.'
                 )
             chosen[key] = _ranges(value, pieces * len(value) // total, rows)
         elif key.startswith("image_"):

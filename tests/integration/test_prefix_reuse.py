@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Image
+from PIL import Image as PILImage
 from sentence_transformers.sentence_transformer import losses
 
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
@@ -337,10 +338,13 @@ def test_a_store_that_leaves_before_its_batch_is_missed(encoder, images):
         encoder(features)
 
 
-def test_pixels_that_are_not_those_of_the_rows_are_refused(encoder, images):
-    features = encoder.preprocess(images)
-    features["pixel_values"] = features["pixel_values"][:-3]
-    with pytest.raises(ValueError, match="Cut batches by rows"):
+@pytest.mark.parametrize("stream", [False, True])
+def test_pixels_that_are_not_those_of_the_rows_are_refused(encoder, images, stream):
+    """Of a streamed dataset, accelerate's dispatcher cuts all tensors to as many rows as there are texts."""
+    alike = [PILImage.new("RGB", (64, 64), colour) for colour in ("red", "green")]
+    features = encoder.preprocess(alike if stream else images)
+    features["pixel_values"] = features["pixel_values"][: len(alike) if stream else -3]
+    with pytest.raises(ValueError, match="Do not cut the pixels of a batch like its rows"):
         encoder.train()(features)
 
 
