@@ -120,16 +120,16 @@ def little_memory(model, patch):
     """No more than two inputs fit."""
     forward, query_states = model.forward, model.transformer.query_states
 
-    def limited(run, count):
+    def limited(run):
         def call(value, **kwargs):
-            if count(value) > 2:
+            if len(value["input_ids"] if isinstance(value, dict) else value.attention_mask) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return run(value, **kwargs)
 
         return call
 
-    patch.setattr(model, "forward", limited(forward, lambda features: len(features["input_ids"])))
-    patch.setattr(model.transformer, "query_states", limited(query_states, lambda prefix: len(prefix.attention_mask)))
+    patch.setattr(model, "forward", limited(forward))
+    patch.setattr(model.transformer, "query_states", limited(query_states))
 
 
 def everything(model, patch):
