@@ -241,6 +241,19 @@ def test_the_merged_form_is_refused(folder, quantized, tmp_path):
     merged.save_pretrained(tmp_path)  # the way that the message names
 
 
+def test_a_backbone_without_free_rows_trains_quantized_and_is_saved_unquantized(checkpoint, mixed, tmp_path):
+    """As docs/limits.md says it."""
+    folder = checkpoint("internvl", spare=0)
+    model = build(folder, int8(), form="merged")
+    toy_train(model, toy_pairs(), tmp_path / "run")
+    merged = build(folder, form="merged")
+    merged.load_state_dict(model.state_dict())
+    merged.save_pretrained(tmp_path / "slq")
+    stock = SentenceTransformer(str(tmp_path / "slq"), device="cpu")
+    assert furthest(stock.encode(mixed), merged.encode(mixed)) < 1e-5
+    assert 1e-4 < furthest(merged.encode(mixed), model.encode(mixed)) < 0.1
+
+
 def test_a_loaded_model_and_a_quantization_are_refused(folder, quantized, tmp_path):
     backbone, processor = quantized.backbone, AutoProcessor.from_pretrained(folder)
     with pytest.raises(ValueError, match="loaded already, so quantization_config came too late"):
