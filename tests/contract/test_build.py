@@ -132,7 +132,6 @@ def test_queries_of_ones_own(checkpoint):
         (transformers.MllamaConfig(), "cross-attention"),
         (transformers.IdeficsConfig(), "cross-attention"),
         (transformers.Qwen2_5OmniConfig(), "only the thinker reads: save it alone"),
-        (transformers.Phi4MultimodalConfig(), "loses its chat template"),
     ],
 )
 def test_an_unsupported_backbone_gets_one_clear_error(config, reason, tmp_path):
