@@ -14,10 +14,10 @@ from slq_embed import SLQEncoder
 from slq_embed.prefix.cache import UnknownStateError, empty_cache
 from slq_embed.prefix.packing import pack_row, unpack_row
 from slq_embed.prefix.passes import run_prefix
-from tests.families import llava, others, qwen
+from tests.families import lfm, others, qwen
 from tests.families.building import write
 
-BUILDERS = {"qwen3_5": qwen.qwen3_5, "lfm2_vl": llava.lfm2_vl, "gemma3": others.gemma3}
+BUILDERS = {"qwen3_5": qwen.qwen3_5, "lfm2_vl": lfm.lfm2_vl, "gemma3": others.gemma3}
 TEXTS = ["a red circle", "two green stars and a heart"]
 
 pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
