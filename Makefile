@@ -30,8 +30,8 @@ $(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## The plain tests: offline, on a CPU, in two processes (PROCESSES=4 on more cores)
-	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile --cov --cov-report=term:skip-covered
+test: $(READY) ## The plain tests: offline, on a CPU, in two processes (PROCESSES=4 on more cores; COVERAGE=--cov takes a third longer)
+	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile $(COVERAGE)
 
 test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformers and transformers
 	$(MIN)/bin/python -m pytest --quiet tests/contract
