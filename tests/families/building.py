@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def text(tokenizer: Any, kind: str = "llama", **more: Any) -> dict[str, Any]:
 
 
 def config(kind: str, **values: Any) -> Any:
-    return transformers.AutoConfig.for_model(kind, **values)
+    return transformers.AutoConfig.for_model(kind, **deepcopy(values))  # some write into what they are given
 
 
 def write(folder: Path, parts: Parts, seed: int = 0) -> Path:
