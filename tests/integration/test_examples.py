@@ -43,6 +43,7 @@ def test_forgetting(run_example, tmp_path):
     assert output.endswith("embeddings differ by 0.0e+00; equal: True\n")
 
 
+@pytest.mark.slow
 def test_a_sweep(tmp_path):
     """In a process of its own, as a user runs it: it finds the example that it imports from."""
     lines = run_script("examples/sweep.py", folder=tmp_path).splitlines()
