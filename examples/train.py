@@ -136,14 +136,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.stream is None and not args.data.is_dir():
         raise SystemExit(f"There is no folder {args.data}: skipped. Give one with --data, or set SLQ_DATA.")
     torch.manual_seed(args.seed)
-    if args.stream is None:
-        training, test = load(args.data, args.holdout, args.limit)
-        print(f"{len(training.dataset)} captions to train on; {training.report()}")
-    else:
+    test = None if args.test is None else from_folder(args.test)
+    if args.stream is not None:
         training = stream(args.stream, *args.columns)
-        test = None
-    if args.test is not None:
-        test = from_folder(args.test)
+    elif test is not None:
+        training = from_folder(args.data, limit=args.limit)
+    else:
+        training, test = load(args.data, args.holdout, args.limit)
+    if args.stream is None:
+        print(f"{len(training.dataset)} captions to train on; {training.report()}")
     settings: dict[str, Any] = {"projection": args.projection, "query_adapter": args.query_adapter or None}
     model = SLQEncoder.from_backbone(
         args.backbone or pretrained("mllm-tiny"), num_queries=args.queries, seed=args.seed, **settings

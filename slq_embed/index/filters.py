@@ -55,9 +55,8 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
     if isinstance(value, int) and abs(value) >= 2**63:
         value = float(value)  # as the database reads it
     if operator == "$contains":
-        element = "SELECT 1 FROM json_each(entry.value) AS element WHERE element.value IS ?"
-        listed = _ENTRY.format("CASE WHEN entry.type = 'array' THEN entry.value ELSE '[]' END AS value")
-        return f"EXISTS ({element.replace('entry.value', f'({listed})')})", [key, value]
+        listed = _ENTRY.format("CASE WHEN entry.type = 'array' THEN entry.value ELSE '[]' END")
+        return f"EXISTS (SELECT 1 FROM json_each(({listed})) AS element WHERE element.value IS ?)", [key, value]
     if operator in _COMPARISONS:
         if value is None:
             raise ValueError(f"The filter of {key!r} has {operator} None, but a number or a str is needed.")

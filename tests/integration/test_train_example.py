@@ -65,6 +65,13 @@ def test_a_folder_of_photos(run_example, tmp_path):
     assert (tmp_path / "o" / "model" / "adapter_model.safetensors").is_file()
 
 
+def test_a_folder_without_splits_and_another_to_measure_on(run_example, tmp_path):
+    options = ["--data", photos(tmp_path / "a", 6), "--test", photos(tmp_path / "b", 4), "--steps", 1, *TINY]
+    output = run_example("train", *options, "--output", tmp_path / "o")
+    assert "12 captions to train on" in output
+    assert "4 images and 8 captions to measure on" in output
+
+
 def test_streamed_shards(run_example, tmp_path):
     options = ["--columns", "jpg", "txt", "--test", photos(tmp_path / "photos", 4), "--steps", 2, *TINY]
     output = run_example("train", "--stream", *shards(tmp_path), *options, "--output", tmp_path / "o")
