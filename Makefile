@@ -49,8 +49,9 @@ check: $(READY) ## Lint, format and types
 	$(foreach folder,$(INTEGRATIONS),(cd $(folder) && ../../$(BIN)/mypy) &&) true
 
 .PHONY: docs
-docs: $(READY) ## The documentation, in build/site: offline; a broken link or reference is an error
+docs: $(READY) ## The documentation, in build/site: offline; a broken link or a public name without description is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	SITE=build/site $(BIN)/python -m pytest --quiet tests/contract/test_site.py
 
 build: $(READY) ## The wheels and the source archives, of the integrations too
 	rm -rf dist

@@ -49,7 +49,7 @@ def train_from_start(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=64 if SMOKE else 600)
+    parser.add_argument("--scenes", type=int, default=32 if SMOKE else 600)
     parser.add_argument("--epochs", type=int, default=2 if SMOKE else 4)
     parser.add_argument("--output", type=Path, default=Path("forget-output"))
     args = parser.parse_args(argv)

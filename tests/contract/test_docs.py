@@ -1,16 +1,14 @@
-"""The documentation holds: snippets run and print what the page shows, links lead somewhere, public names are described."""
+"""The documentation holds: snippets run and print what the page shows, and links lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import importlib
-import inspect
 import io
 import json
 import re
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -86,6 +84,7 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(page, photos, tmp_path
     for block in blocks:
         line = text.count("\n", 0, block.start("code"))
         code = re.sub(r"max_steps=\d+", "max_steps=2", block["code"])
+        code = re.sub(r"train_batch_size=\d+", "train_batch_size=8", code)
         compiled = compile("\n" * line + code, name_of(page), "exec")  # so that errors give the line of the page
         if block["need"] is not None and not AVAILABLE[block["need"]]:
             continue
@@ -147,52 +146,3 @@ def public_modules() -> list[ModuleType]:
     names = [path.parent.name for path in package.glob("*/__init__.py")] + [path.stem for path in package.glob("*.py")]
     modules = [slq_embed, *(importlib.import_module(f"slq_embed.{name}") for name in sorted(names) if name[0] != "_")]
     return [module for module in modules if hasattr(module, "__all__")]
-
-
-def public_names(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Public names of a module and of its classes, with what they stand for."""
-    for name in module.__all__:
-        if name.startswith("_"):
-            continue
-        value = getattr(module, name)
-        yield name, value
-        if inspect.isclass(value):
-            for member, attribute in vars(value).items():
-                function = getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
-                # A second name of a method, such as one that a host asks for, is described under the first.
-                if inspect.isfunction(function) and function.__name__ == member and not member.startswith("_"):
-                    yield f"{name}.{member}", attribute
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The documentation, built as `make docs` builds it; a warning is an error."""
-    pytest.importorskip("mkdocs")
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-
-    folder = tmp_path_factory.mktemp("site")
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
-    return folder
-
-
-def test_every_public_name_is_in_the_reference(site):
-    """mkdocstrings lists what it describes in objects.inv, and describes only what has a docstring."""
-    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
-    described = {line.split()[0] for line in inventory.splitlines()}
-    missing = []
-    for module in public_modules():
-        for name, value in public_names(module):
-            own_path = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-            if f"{module.__name__}.{name}" not in described and own_path not in described:
-                missing.append(f"{module.__name__}.{name}")
-    assert len(list(public_names(slq_embed))) > 10, "the names are looked for where there are none"
-    assert not missing, f"not in the reference: {missing}. Write a docstring; see docs/reference/"
-
-
-def test_the_site_needs_no_network(site):
-    for page in site.rglob("*.html"):
-        loads = re.findall(
-            r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?https?://[^\">]+", page.read_text("utf8")
-        )
-        assert not loads, f"{page.relative_to(site)} loads {loads}"

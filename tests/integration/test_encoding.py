@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +12,12 @@ import torch
 from PIL import Image
 
 import slq_embed.encoding.batches as encoding
+import slq_embed.encoding.to_file as encoded_file
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
-
-ROOT = str(Path(__file__).parents[2])
+from tests.forks import forked, needs_fork
 
 
 @pytest.fixture
@@ -218,33 +214,21 @@ def test_embeddings_in_a_file(encoder, folder, tmp_path):
         encoder.encode_to_file(inputs, tmp_path / "e.npy")
 
 
-SLOW_ENCODER = f"""
-import sys, time
-sys.path.insert(0, {ROOT!r})
-from slq_embed import SLQEncoder
-import slq_embed.encoding.to_file as encoded_file
-encoded_file._BATCHES_A_FLUSH = 1
-encoder = SLQEncoder.from_backbone(sys.argv[1], num_queries=4, seed=0, device="cpu")
-forward = encoder.forward
-encoder.forward = lambda *a, **k: (time.sleep(0.1), forward(*a, **k))[1]
-print("ready", flush=True)
-encoder.encode_to_file([f"text {{n}}" for n in range(100)], sys.argv[2], batch_size=2)
-"""
+def _encode_slowly(encoder, path):
+    encoded_file._BATCHES_A_FLUSH = 1
+    forward = encoder.forward
+    encoder.forward = lambda *a, **k: (time.sleep(0.1), forward(*a, **k))[1]
+    encoder.encode_to_file([f"text {n}" for n in range(100)], path, batch_size=2)
 
 
-def test_a_killed_run_goes_on_where_it_was(checkpoint, encoder, tmp_path):
+@needs_fork
+def test_a_killed_run_goes_on_where_it_was(encoder, tmp_path):
     path = tmp_path / "e.npy"
-    run = subprocess.Popen(
-        [sys.executable, "-c", SLOW_ENCODER, str(checkpoint()), str(path)], stdout=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
     deadline = time.monotonic() + 60
     progress = path.with_suffix(".progress.npy")
-    while not (progress.exists() and (np.load(progress) == 1).sum() >= 6) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    with forked(_encode_slowly, encoder, path):
+        while not (progress.exists() and (np.load(progress) == 1).sum() >= 6) and time.monotonic() < deadline:
+            time.sleep(0.02)
     done = int((np.load(progress) == 1).sum())
     assert 6 <= done < 100
     inputs = [f"text {n}" for n in range(100)]

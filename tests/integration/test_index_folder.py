@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import multiprocessing
 import sqlite3
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import faiss
 import pytest
 
 from slq_embed.index import EmbeddingIndex, Hit
+from tests.forks import forked, needs_fork
 from tests.integration.test_index import filled, names, vectors
-
-ROOT = str(Path(__file__).parents[2])
 
 
 def test_a_mapped_index_can_change_and_be_saved_in_place(tmp_path):
@@ -120,31 +115,25 @@ def test_saving_leaves_what_belongs_to_others(tmp_path):
     assert (tmp_path / "other" / "index.json").read_text() == "[1]"
 
 
-SAVER = f"""
-import sys
-sys.path.insert(0, {ROOT!r})
-from slq_embed.index import EmbeddingIndex, Hit
-from tests.integration.test_index import names, vectors
-index = EmbeddingIndex.load(sys.argv[1], mmap=False)
-print("ready", flush=True)
-number = len(index)
-while True:
-    index.add_embeddings(vectors(50, seed=number), names(number, number + 50))
-    number += 50
-    index.save(sys.argv[1])
-"""
+def _save_again_and_again(folder, ready):
+    index = EmbeddingIndex.load(folder, mmap=False)
+    ready.set()
+    number = len(index)
+    while True:
+        index.add_embeddings(vectors(50, seed=number), names(number, number + 50))
+        number += 50
+        index.save(folder)
 
 
+@needs_fork
 def test_a_killed_save_leaves_the_index_whole(tmp_path):
     filled(count=500).save(tmp_path)
     count = 500
     for turn in range(2):
-        run = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-        time.sleep(0.15 + 0.1 * turn)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        ready = multiprocessing.get_context("fork").Event()
+        with forked(_save_again_and_again, tmp_path, ready):
+            assert ready.wait(60)
+            time.sleep(0.15 + 0.1 * turn)
         index = EmbeddingIndex.load(tmp_path)
         assert len(index) == len(index._table.vectors) >= count
         count = len(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import Counter
 from contextlib import contextmanager
 
@@ -19,8 +18,9 @@ import slq_embed.prefix.disk as prefix_disk
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
+from tests.forks import forked, needs_fork
 from tests.training import toy_pairs, toy_train
-from tests.unit.prefix.rows import flip, forked
+from tests.unit.prefix.rows import flip
 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
@@ -355,8 +355,7 @@ def _encode(encoder, folder, inputs, start, results):
     results.put((embeddings.tolist(), encoder.prefix_store.counts.computed))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked here")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@needs_fork
 def test_processes_that_share_a_folder_compute_each_prefix_once_in_all(checkpoint, tmp_path):
     encoder, pairs = build(checkpoint), toy_pairs()
     inputs = [*pairs.dataset["image"], *pairs.dataset["text"]]

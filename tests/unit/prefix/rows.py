@@ -1,13 +1,9 @@
-"""Prefixes to keep, and processes to keep them in."""
+"""Prefixes to keep."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,21 +54,3 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
         (byte,) = file.read(1)
         file.seek(position)
         file.write(bytes([byte ^ 1 << bit]))
-
-
-@contextmanager
-def forked(work: Callable[..., Any], *args: Any) -> Iterator[BaseProcess]:
-    """Run a function in a forked process: it starts in milliseconds, where importing slq_embed takes seconds."""
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(work, args))
-    process.start()
-    try:
-        yield process
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
-
-
-def _work(work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)  # the threads of the parent are not there
-    work(*args)

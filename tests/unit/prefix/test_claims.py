@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 import time
 
-import pytest
-
 from slq_embed import PrefixStore
-from tests.unit.prefix.rows import fill, forked, kept, key
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked here")
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+from tests.forks import forked, needs_fork
+from tests.unit.prefix.rows import fill, kept, key
 
 
 def wait(entries, keys):

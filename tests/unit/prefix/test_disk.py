@@ -13,10 +13,8 @@ from safetensors import safe_open
 
 import slq_embed.prefix.disk as prefix_disk
 from slq_embed import PrefixStore
-from tests.unit.prefix.rows import file_of, fill, flip, forked, kept, key, row
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked here")
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+from tests.forks import forked, needs_fork
+from tests.unit.prefix.rows import file_of, fill, flip, kept, key, row
 
 
 @pytest.fixture
