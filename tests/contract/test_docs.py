@@ -35,6 +35,7 @@ AVAILABLE = {
     "the hub": False,
     "pypdfium2": find_spec("pypdfium2") is not None,
     "torchao": find_spec("torchao") is not None,
+    "vector databases": all(map(find_spec, ("lancedb", "pymilvus", "milvus_lite", "qdrant_client"))),
     "mteb_model": find_spec("mteb") is not None and hasattr(slq_embed.evaluation, "mteb_model"),
 }
 """What a marker may name. A block that needs what is missing is only compiled."""

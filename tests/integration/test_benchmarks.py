@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 
 from slq_embed import pretrained
 from tests.published import write_picture
-from tests.scripts import run_script
+from tests.scripts import ROOT, run_script
 
 
 @pytest.mark.slow
@@ -135,3 +136,9 @@ def test_quantization_changes_little_and_memory_is_counted(tmp_path):
     for row in json.loads((tmp_path / "memory.json").read_text())["checks"].values():
         assert abs(row["error"]["weights"]) < 1e-3
         assert abs(row["whole"]) < 0.4
+
+
+def test_the_page_on_large_corpora_shows_what_the_simulation_prints(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("corpus").main([])
+    assert capsys.readouterr().out in (ROOT / "docs/guides/large-corpora.md").read_text("utf8")

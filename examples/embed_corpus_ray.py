@@ -1,0 +1,230 @@
+"""Embed a corpus of images and texts on a Ray cluster, into parquet files that a vector database reads.
+
+    python examples/embed_corpus_ray.py --model slq-photos --input photos --output embeddings
+    python examples/embed_corpus_ray.py --model slq-photos --input rows.parquet --id id --image image --text caption --keep url
+    python examples/embed_corpus_ray.py --model slq-photos --input shards/*.tar --image jpg --actors 8 --dtype bfloat16
+
+--input is a folder of images, or files: parquet, jsonl or WebDataset shards (*.tar). An image is bytes, a dict of bytes and path
+as `datasets` writes it, or a path relative to the first file's folder. CPU tasks decode and preprocess; actors hold the model, one
+on each GPU, or one on CPUs. Ray starts an actor again that was killed, and gives it the same rows.
+
+The same command again goes on with what is missing. OUTPUT/embeddings has the id, the columns of --keep and `embedding`;
+OUTPUT/skipped.jsonl names each input that cannot be read, with the reason. On several machines OUTPUT must be a folder that all of
+them see. Hardware: anything that runs Ray (`pip install "ray[data]"`). Expected output: how many inputs were embedded, and what was skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from accelerate.utils import send_to_device
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.encoding import encoder_digest
+
+IMAGES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"]
+
+
+@dataclass
+class Preprocess:
+    """Turns rows into features, in CPU tasks: the images of a batch are decoded, and a bad one is left out.
+
+    Args:
+        reader: What reads inputs, in Ray's object store; without the backbone's weights.
+        columns: Names of the columns with ids, images and texts; an image or a text may be missing.
+        keep: Columns that go into the result.
+        root: Folder that paths of images are relative to.
+        prompt: A system message.
+        skipped: Folder for what cannot be read.
+    """
+
+    reader: ray.ObjectRef
+    columns: tuple[str, str | None, str | None]
+    keep: Sequence[str]
+    root: Path
+    prompt: str | None
+    skipped: Path
+    transformer: Any = None
+    """The reader, taken out of the store once a task."""
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """One row that holds the features of a batch, and what is kept beside them."""
+        kept = rows.select([self.columns[0], *self.keep])
+        inputs = [self.input_of(row) for row in rows.to_pylist()]
+        try:
+            features = self.features(inputs)
+        except (ValueError, OSError, RuntimeError):  # which of them was it?
+            readable = [
+                self.can_read(value, str(name)) for value, name in zip(inputs, kept[0].to_pylist(), strict=True)
+            ]
+            kept = kept.filter(pa.array(readable, pa.bool_()))
+            features = self.features([value for value, good in zip(inputs, readable, strict=True) if good])
+        # Arrow has no type for features.
+        return pa.table({"batch": [pickle.dumps((kept, features))] if len(kept) else pa.array([], pa.binary())})
+
+    def input_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as the encoder takes it."""
+        _, image, text = (row.get(column) if column else None for column in self.columns)
+        if isinstance(image, str):
+            image = self.root / image
+        elif isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+            image = self.root / image["path"]
+        return {"image": image, "text": text}
+
+    def features(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Features of a batch."""
+        self.transformer = self.transformer or ray.get(self.reader)
+        features: dict[str, Any] = self.transformer.preprocess(inputs, self.prompt, keyed=False)
+        return features
+
+    def can_read(self, value: dict[str, Any], name: str) -> bool:
+        """Whether an input can be read. If not, a file says why: its name depends on the id, so a task may run again."""
+        try:
+            self.features([value])
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = str(error).removeprefix("Input 0 of 1: ")
+            path = self.skipped / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+            path.write_text(json.dumps({self.columns[0]: name, "reason": reason}), "utf8")
+            return False
+        return True
+
+
+class Embed:
+    """An actor that holds the model.
+
+    Args:
+        model: Folder or hub name of the SLQ model.
+        dtype: Precision of the backbone.
+    """
+
+    def __init__(self, model: str, dtype: str) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoder = SLQEncoder(model, device=device, model_kwargs={"dtype": getattr(torch, dtype)}).eval()
+
+    @torch.inference_mode()
+    def __call__(self, batches: pa.Table) -> pa.Table:
+        """The id and the embedding of each input, ``(inputs, H)`` float32, as lists of equal length."""
+        tables = []
+        for batch in batches["batch"].to_pylist():
+            table, features = pickle.loads(batch)
+            rows = self.encoder(send_to_device(features, self.encoder.device))["sentence_embedding"].float().cpu()
+            values = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[1])
+            tables.append(table.append_column("embedding", values))
+        return pa.concat_tables(tables)
+
+
+def kind_of(files: list[str]) -> str:
+    """What the files are: a folder of images, or files that end in .parquet, .jsonl or .tar.
+
+    Raises:
+        SystemExit: If there are no such files, or they are of other kinds.
+    """
+    if missing := [file for file in files if not Path(file).exists()]:
+        raise SystemExit(f"There is no {missing[0]}. Give a folder of images, or parquet, jsonl or tar files.")
+    kinds = {"folder" if Path(file).is_dir() else Path(file).suffix for file in files}
+    if len(kinds) > 1 or not kinds <= {"folder", ".parquet", ".jsonl", ".tar"}:
+        raise SystemExit(
+            f"The input is {', '.join(sorted(kinds))}: one of a folder, .parquet, .jsonl and .tar is needed."
+        )
+    return kinds.pop()
+
+
+def read(files: list[str], kind: str) -> Any:
+    """A Ray data set of rows."""
+    if kind == "folder":
+        return ray.data.read_binary_files(files, include_paths=True, file_extensions=IMAGES)
+    if kind == ".tar":
+        return ray.data.read_webdataset(files, decoder=None)
+    return ray.data.read_parquet(files) if kind == ".parquet" else ray.data.read_json(files)
+
+
+def begin(output: Path, digest: str) -> None:
+    """Make the output folder, or go on in it.
+
+    Raises:
+        SystemExit: If it has the embeddings of another model.
+    """
+    record = output / "model.json"
+    if record.is_file() and json.loads(record.read_text("utf8"))["digest"] != digest:
+        raise SystemExit(f"{output} has embeddings of another model or prompt. Give another --output.")
+    shutil.rmtree(output / "skipped", ignore_errors=True)  # these are tried again
+    (output / "skipped").mkdir(parents=True)
+    record.write_text(json.dumps({"digest": digest}), "utf8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(pretrained("slq-tiny")), help="folder or hub name of the SLQ model")
+    add("--input", nargs="+", required=True, help="a folder of images; parquet, jsonl or tar files")
+    add("--output", type=Path, default=Path("output/embeddings"))
+    add("--id", help="column that names each row (parquet, jsonl)")
+    add("--image", help="column with images; in a folder, the files")
+    add("--text", help="column with texts")
+    add("--keep", nargs="*", default=[], help="columns to keep beside the embeddings")
+    add("--prompt", help="a system message; by default the model's prompt for documents")
+    add("--batch", type=int, default=32, help="inputs a batch")
+    add("--actors", type=int, help="copies of the model; by default one a GPU, or one")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    output, root = args.output.resolve(), Path(args.input[0]).resolve().parent
+    kind = kind_of(args.input)
+    id_column = {"folder": "path", ".tar": "__key__"}.get(kind, args.id)
+    image = "bytes" if kind == "folder" else args.image
+    if id_column is None:
+        raise SystemExit("Which column names each row? Say so with --id; its values must differ.")
+    if image is None and args.text is None:
+        raise SystemExit("Nothing to embed: name a column with --image, --text, or both.")
+    model = SLQEncoder(args.model, device="cpu")
+    prompt = model.prompts.get("document") if args.prompt is None else args.prompt
+    begin(output, hashlib.sha256(f"{encoder_digest(model)} {prompt} {args.dtype}".encode()).hexdigest())
+    ray.init(ignore_reinit_error=True, include_dashboard=False)
+    # What Ray has written it will not read again. A data set keeps the configuration that it was made with.
+    DataContext.get_current().checkpoint_config = CheckpointConfig(
+        id_column, f"file://{output}/done", delete_checkpoint_on_success=False
+    )
+    rows = read([str(Path(file).resolve()) for file in args.input], kind)
+    model.backbone.to("meta")  # reading needs its configuration, and no weights
+    columns = (id_column, image, args.text)
+    reader = ray.put(model.transformer)
+    preprocess = Preprocess(reader, columns, args.keep, root, prompt, output / "skipped")
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    features = rows.map_batches(preprocess, batch_size=args.batch, batch_format="pyarrow")
+    embeddings = features.map_batches(
+        Embed,
+        fn_constructor_args=(args.model, args.dtype),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_gpus=1 if gpus else 0,
+        num_cpus=0,  # else the actors of a small machine would take the CPUs that reading and writing wait for
+        compute=ActorPoolStrategy(size=args.actors or gpus or 1),
+    )
+    embeddings.write_parquet(str(output / "embeddings"))
+    skipped = [path.read_text("utf8") for path in sorted((output / "skipped").iterdir())]
+    (output / "skipped.jsonl").write_text("".join(f"{line}\n" for line in skipped), "utf8")
+    count = sum(pq.read_metadata(path).num_rows for path in (output / "embeddings").glob("*.parquet"))
+    print(f"{count} embeddings in {args.output / 'embeddings'}; {len(skipped)} skipped")
+    for line in skipped:
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
