@@ -8,7 +8,7 @@ INTEGRATIONS := $(wildcard integrations/*)
 # Where other work runs, threads that spin while they wait for each other cost several times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-min test-slow test-gpu check build clean
+.PHONY: help demo test test-min test-slow test-gpu gpu gpu-wheels check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -41,6 +41,17 @@ test-slow: $(READY) ## The slow tests as well
 
 test-gpu: $(READY) ## The tests that need CUDA
 	$(BIN)/python -m pytest --quiet -m gpu
+
+gpu: ## All that waits for a GPU, most wanted first, in nine minutes; again for the rest. Needs no .venv, and no registry
+	$(PYTHON) benchmarks/gpu.py
+
+# What a GPU machine with PyTorch, Transformers, Sentence Transformers, peft and pytest may lack: pure Python.
+WHEELS := datasets dill multiprocess pytest-socket
+GPU_PYTHON ?= 3.12
+gpu-wheels: ## The wheels that `make gpu` takes along to a machine without a registry, in .wheels
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest .wheels $(WHEELS)
+	@du -sh .wheels
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .

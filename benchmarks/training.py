@@ -56,17 +56,17 @@ METHODS = (*OURS, *OTHERS)
 EPOCHS, CAPTIONS = 5, 5
 
 
-def build_encoder(args: argparse.Namespace, method: str = "prefix") -> SLQEncoder:
-    backbone = build_backbone(args.shape, args.device, args.dtype)
+def build_encoder(args: argparse.Namespace, method: str = "prefix", backbone: Any = None) -> SLQEncoder:
+    backbone = build_backbone(args.shape, args.device, args.dtype) if backbone is None else backbone
     pixels = args.image_size[0] * args.image_size[1]
     processor = build_processor(args.shape, pixels, pixels)
     parts = PARTS.get(method.removesuffix("_stored"), {})
     return SLQEncoder.from_backbone(backbone, processor, num_queries=QUERIES, seed=0, backbone_name="random", **parts)
 
 
-def build_step(method: str, args: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes one step of a method on the same batch."""
-    model = build_encoder(args, method)
+def build_step(method: str, args: argparse.Namespace, backbone: Any = None) -> Callable[[], None]:
+    """A function that takes one step of a method on the same batch, with this backbone if the method does not change it."""
+    model = build_encoder(args, method, None if method in ("lora", "full_finetuning") else backbone)
     inputs = build_inputs(args.batch, args.image_size)
     if method.endswith("_stored"):
         model.prefix_store = PrefixStore()
@@ -188,7 +188,8 @@ def main() -> None:
     if args.memory_of:
         print(peak_above_weights(build_step(args.memory_of, args), args.device))
         return
-    steps = {method: build_step(method, args) for method in args.methods}
+    backbone = build_backbone(args.shape, args.device, args.dtype)
+    steps = {method: build_step(method, args, backbone) for method in args.methods}
     if args.quick:
         ours = {method: step for method, step in steps.items() if method in OURS}
         others = {method: step for method, step in steps.items() if method not in OURS}
@@ -196,7 +197,7 @@ def main() -> None:
         del ours, others
     else:
         times = rounds_of(steps, args.rounds, args.device)
-    del steps
+    del steps, backbone
     seconds = medians(times)
     batches = [2] if args.quick else [args.batch, args.batch // 2]
     peaks = measure_peaks(args, batches)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import pytest
 
-from slq_embed.index import EmbeddingIndex
-from tests.integration.test_index import names, vectors
+faiss = pytest.importorskip("faiss")
+
+from slq_embed.index import EmbeddingIndex  # noqa: E402 - it needs faiss
+from tests.integration.test_index import names, vectors  # noqa: E402
 
 ON_GPU = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no faiss-gpu, or no GPU")]

@@ -1,0 +1,100 @@
+"""Whether torch.compile and CUDA graphs pay for the query pass, forward and backward.
+
+    python benchmarks/compiled.py [--quick] [--batch 16] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-2b]
+
+The prefixes of a batch are computed once, as in later epochs, where the query pass is all that is left to run. The layers of the
+language model are compiled one by one. All forms take their turns in each round; the compilation is counted apart. The gradients
+of each form are compared with those of the eager one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from common import QUERIES, build_inputs, machine, medians, parser, quiet, timed, to_device, write
+from shapes import build_backbone, build_processor
+
+from slq_embed import SLQEncoder
+
+FORMS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {"dynamic": False},
+    "with CUDA graphs": {"dynamic": False, "mode": "reduce-overhead"},
+}
+
+
+@contextmanager
+def compiled(layers: Any, options: dict[str, Any] | None) -> Iterator[None]:
+    """Layers that are compiled while they are used here."""
+    for layer in layers:
+        if options is not None:
+            layer.compile(**options)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+def build_step(model: SLQEncoder, batch: int, size: tuple[int, int]) -> Callable[[], None]:
+    """A function that runs the queries after the prefixes of a batch of images, and back."""
+    transformer = model.transformer
+    features = to_device(model.preprocess(build_inputs(batch, size)[0], keyed=False), model.device)
+    model.train()
+    prefix = transformer.prefix(features)
+    weight = torch.randn(
+        transformer.query_states(prefix).shape, device=model.device
+    )  # the norm of states has no gradient
+
+    def step() -> None:
+        transformer.queries.grad = None
+        (transformer.query_states(prefix) * weight).sum().backward()
+
+    return step
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--image-size", type=int, nargs=2, default=(448, 448), help="width and height in pixels")
+    args = options.parse_args()
+    quiet()
+    args.rounds = args.rounds or (2 if args.quick else 20)
+    pixels = args.image_size[0] * args.image_size[1]
+    backbone = build_backbone(args.shape, args.device, args.dtype)
+    processor = build_processor(args.shape, pixels, pixels)
+    model = SLQEncoder.from_backbone(backbone, processor, num_queries=QUERIES, seed=0, backbone_name="random")
+    step = build_step(model, 2 if args.quick else args.batch, args.image_size)
+    layers = backbone.base_model.get_decoder().layers
+    forms = {name: form for name, form in FORMS.items() if args.device != "cpu" or "CUDA" not in name}
+    first, difference, times = {}, {}, {name: [] for name in forms}
+    for turn in range(2):  # forms take turns twice: a compiled form does not stay behind when another runs
+        for name, form in forms.items():
+            torch.compiler.reset()
+            with compiled(layers, form):
+                seconds = timed(step, args.device)
+                if not turn:
+                    first[name] = seconds
+                    gradient = model.queries.grad.clone()
+                    reference = gradient if form is None else reference  # noqa: F821 - eager is the first
+                    difference[name] = float((gradient - reference).norm() / reference.norm())
+                timed(step, args.device)
+                times[name] += [timed(step, args.device) for _ in range(args.rounds)]
+    seconds = medians(times)
+    print(f"{machine(args)['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds twice")
+    print(f"{'form':>18} {'s a pass':>9} {'x eager':>8} {'first, s':>9} {'gradient differs by':>20}")
+    for name in forms:
+        ratio = seconds[name] / seconds["eager"]
+        print(f"{name:>18} {seconds[name]:9.4f} {ratio:8.2f} {first[name]:9.1f} {difference[name]:20.1e}")
+    write(
+        args.json,
+        machine(args)
+        | {"batch": args.batch, "seconds": seconds, "all_seconds": times, "first": first, "difference": difference},
+    )
+
+
+if __name__ == "__main__":
+    main()
