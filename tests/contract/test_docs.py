@@ -35,6 +35,7 @@ BLOCK = re.compile(
 )
 AVAILABLE = {
     "the hub": False,
+    "a server": False,
     "pypdfium2": find_spec("pypdfium2") is not None,
     "torchao": find_spec("torchao") is not None,
     "mteb_model": find_spec("mteb") is not None and hasattr(slq_embed.evaluation, "mteb_model"),

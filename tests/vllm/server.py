@@ -35,7 +35,7 @@ class Process:
 
 
 @contextmanager
-def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True) -> Iterator[Process]:
+def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True, threads: str = "1") -> Iterator[Process]:
     """Run a server until it answers, or until it has ended by itself.
 
     Args:
@@ -43,13 +43,14 @@ def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True) -> Iterator[
         log: Where its output goes.
         *flags: Further arguments of ``vllm serve``.
         plugin: Whether it loads plugins.
+        threads: How many each of its processes computes with.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {
         "PYTHONPATH": str(ROOT / ".ci" / "vllm"),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": threads,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",

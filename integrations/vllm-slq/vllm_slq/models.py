@@ -29,7 +29,7 @@ def as_slq_model(base: type[nn.Module]) -> type[nn.Module]:
     """A model class of vLLM, with the pooler of SLQ models."""
     embedding: Any = as_embedding_model(base)
 
-    class SLQModel(embedding):  # type: ignore[misc]
+    class SLQModel(embedding):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self.pooler = build_pooler(vllm_config.model_config).to(vllm_config.device_config.device)

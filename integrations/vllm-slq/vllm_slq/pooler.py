@@ -11,20 +11,12 @@ from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
 from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead, SequencePooler, SequencePoolingMethod
 from vllm.tasks import PoolingTask
-from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from vllm_slq.record import CONFIG_NAME, HEAD_NAME, Record, read_record
+from vllm_slq.config import record_of
+from vllm_slq.record import HEAD_NAME, Record
 from vllm_slq.tail import ends_with, keep_tail
-
-
-def record_of(model_config: ModelConfig) -> Record:
-    """The record of the served folder or hub name.
-
-    Raises:
-        ValueError: If it is no SLQ model, or one that vLLM cannot serve.
-    """
-    return read_record(get_hf_file_to_dict(CONFIG_NAME, model_config.model, model_config.revision), model_config.model)
 
 
 class QueryPool(SequencePoolingMethod):

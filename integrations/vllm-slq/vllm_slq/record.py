@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 CONFIG_NAME = "slq_config.json"
-HEAD_CONFIG_NAME, HEAD_NAME = "1_Dense/config.json", "1_Dense/model.safetensors"
+HEAD_NAME = "1_Dense/model.safetensors"
 MASTER_NAME = "queries"  # a tensor beside the weights: the queries in float32, which the table holds already
 
 _OWN_STATES = {
@@ -25,11 +25,13 @@ class Record:
         query_ids: Token ids of the latent queries, in order; every prompt ends with them.
         mean: Whether the mean over all queries is taken, or the last one alone.
         projection: Width of the projection head, if there is one.
+        image_kwargs: How the image processor is called.
     """
 
     query_ids: tuple[int, ...]
     mean: bool
     projection: int | None
+    image_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -54,4 +56,5 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
             f"{folder} cannot be served by vLLM: it has {' and '.join(own)}, which act inside the layers at the positions of the "
             "queries only. Train queries alone, or with a projection head."
         )
-    return Record(tuple(values["tokens"]["ids"]), values["pooling"] == "mean", values.get("projection"))
+    ids, image_kwargs = tuple(values["tokens"]["ids"]), values.get("image_kwargs") or {}
+    return Record(ids, values["pooling"] == "mean", values.get("projection"), image_kwargs)
