@@ -53,13 +53,12 @@ class Case:
 
 FP32, BF16 = ("--dtype", "float32"), ("--dtype", "bfloat16")
 IN_STEPS = ("--max-num-batched-tokens", "256", "--max-num-seqs", "8", "--enable-chunked-prefill")
+CACHING = ("--enable-prefix-caching", "--block-size", "32")
 CASES = {
     "mean": Case("slq-tiny", 0.99999, FP32),
-    "head, in steps, prefix caching asked for": Case(
-        "slq-tiny-head", 0.99999, (*FP32, *IN_STEPS, "--enable-prefix-caching")
-    ),
+    "head, in steps, prefix caching asked for": Case("slq-tiny-head", 0.99999, (*FP32, *IN_STEPS, *CACHING)),
     "head, bfloat16": Case("slq-tiny-head", 0.999, BF16),
-    "last query, prefix caching": Case("last", 0.99999, (*FP32, "--enable-prefix-caching")),
+    "last query, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
 }
 
 
@@ -113,6 +112,14 @@ def test_the_vectors_are_ours_alone_in_a_batch_and_again(served: Served, capsys:
         cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosines.min() > served.case.cosine, f"{how}: {dict(zip(INPUTS, cosines, strict=True))}"
         assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-3
+
+
+def test_a_prompt_that_vllm_has_seen_whatever_its_length(served: Served):
+    """Of a prompt in its cache, vLLM computes what comes after the last full block: one token, or up to a block."""
+    texts = ["red " * words for words in range(40, 73)]
+    expected = embed(served.local, texts)
+    for _ in range(2):
+        assert (embed(served.remote, texts) * expected).sum(1).min() > served.case.cosine
 
 
 def test_prompts_reach_the_server(served: Served):
