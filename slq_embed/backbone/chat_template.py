@@ -197,6 +197,23 @@ def replace_queries(template: str, before: Iterable[str], after: Iterable[str]) 
     return template[: len(template) - len(ending)] + _literal("".join(after))
 
 
+def with_prompts(template: str, prompts: Mapping[str, str]) -> str:
+    """A template of :func:`build_chat_template` that knows prompts, for servers, which do not read those of a folder.
+
+    Args:
+        template: The template.
+        prompts: Prompts by the name of the task, which a request passes as the template's argument ``slq_task``. A system
+            message of the request goes before.
+    """
+    if not (written := {task: prompt for task, prompt in prompts.items() if prompt}):
+        return template
+    if not template.startswith(_BODY):
+        raise ValueError("The chat template is not one of slq-embed: it was changed after loading.")
+    chosen = f"{json.dumps(written, ensure_ascii=False)}.get(slq_task)"
+    setting = f"{{%- set slq.system = {chosen} if slq_task is defined and slq.system is none else slq.system -%}}"
+    return f"{_BODY}{setting}{template.removeprefix(_BODY)}"
+
+
 def _literal(text: str) -> str:
     # A Jinja string, because template text next to {%- -%} loses its white space.
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""

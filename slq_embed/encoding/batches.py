@@ -42,11 +42,12 @@ def _read(item: tuple[int, Any]) -> tuple[int, Row | Skipped]:
         row = read_row(value)
         row.read_files()
     except ValueError as error:
-        return index, Skipped(_name(index, value), str(error), index)
+        return index, Skipped(input_name(index, value), str(error), index)
     return index, row
 
 
-def _name(index: int, value: Any) -> str:
+def input_name(index: int, value: Any) -> str:
+    """How an error names an input: by its index, and its file or the start of its text."""
     if isinstance(value, Row):
         value = value.media[0].source if value.media else value.text
     if isinstance(value, Mapping):
@@ -121,7 +122,7 @@ class Reader(Dataset[Any]):
                     readable.append((index, row))
                 except (ValueError, OSError, RuntimeError) as error:
                     reason = str(error).removeprefix("Input 0 of 1: ")
-                    skipped.append(Skipped(_name(index, row), reason, index))
+                    skipped.append(Skipped(input_name(index, row), reason, index))
             if len(readable) == len(rows):
                 raise
             rows, features = readable, self._preprocess([row for _, row in readable])

@@ -49,6 +49,8 @@ from slq_embed.saving.weights import (
     to_peft_names,
 )
 
+ARCHITECTURE_PREFIX = "SLQ"
+"""What a merged folder writes before the name of the backbone's architecture."""
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
@@ -232,6 +234,7 @@ def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
     backbone.save_pretrained(folder, state_dict=state)
+    _edit_json(folder / "config.json", _name_architecture)
     if grown:
         _edit_json(folder / "config.json", lambda values: _set_vocabulary(values, len(merged)))
     # A query token must never be an answer.
@@ -239,6 +242,12 @@ def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel
     if (folder / "generation_config.json").exists():
         _edit_json(folder / "generation_config.json", lambda values: values.update(suppressed))
     save_file({"queries": queries.detach().float().cpu().contiguous()}, folder / QUERIES_NAME)
+
+
+def _name_architecture(values: dict[str, Any]) -> None:
+    # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all tokens
+    # without a word; under a name of our own it refuses, and the plugin vllm-slq serves it.
+    values["architectures"] = [f"{ARCHITECTURE_PREFIX}{name}" for name in values["architectures"]]
 
 
 def _set_vocabulary(values: dict[str, Any], rows: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables.config import run_in_executor
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, field_serializer
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, SecretStr, field_serializer
 from slq_embed import SLQEncoder
 from slq_embed.encoding import encoder_digest
+from slq_embed.remote import RemoteEncoder
 from slq_embed.serving import embed, embed_images, shared_encoder
 
 Result = TypeVar("Result")
@@ -35,9 +36,11 @@ class SLQEmbeddings(BaseModel, Embeddings):
     model in memory, with each other and with every other caller of :func:`slq_embed.serving.shared_encoder`. All
     methods may be called from any thread.
 
+    With ``base_url``, the model is behind a server, and nothing is loaded here.
+
     Raises:
-        ValueError: If the folder is no SLQ model, or if a loaded model comes with arguments for loading.
-        OSError: If nothing can be loaded from there.
+        ValueError: If the folder is no SLQ model, or if a loaded model or a server comes with arguments for loading.
+        OSError: If nothing can be loaded from there, or no server answers.
 
     Example:
         >>> from slq_embed import pretrained
@@ -50,8 +53,14 @@ class SLQEmbeddings(BaseModel, Embeddings):
         arbitrary_types_allowed=True, extra="forbid", populate_by_name=True, protected_namespaces=()
     )
 
-    model: str | Path | SLQEncoder = Field(validation_alias=AliasChoices("model", "model_name"), frozen=True)
-    """A folder, a hub name, or a loaded model. ``model_name`` is another name for it."""
+    model: str | Path | SLQEncoder | None = Field(
+        default=None, validation_alias=AliasChoices("model", "model_name"), frozen=True
+    )
+    """A folder, a hub name, or a loaded model; the server's name for it, with ``base_url``. ``model_name`` is another name."""
+    base_url: str | None = Field(default=None, frozen=True)
+    """Address of a server that holds the model, such as vLLM's, in place of a model here."""
+    api_key: SecretStr | None = Field(default=None, repr=False, exclude=True, frozen=True)
+    """The server's key; by default the environment variable ``SLQ_API_KEY``."""
     device: str | None = Field(default=None, frozen=True)
     """Such as ``"cuda:1"``; by default the first accelerator, else the CPU."""
     batch_size: PositiveInt = 32
@@ -71,16 +80,20 @@ class SLQEmbeddings(BaseModel, Embeddings):
     fetch_urls: bool = False
     """Whether to fetch images from URLs; off, because a server must not call every address that a caller names."""
 
-    _encoder: SLQEncoder | None = PrivateAttr(default=None)
+    _encoder: SLQEncoder | RemoteEncoder | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
         """Load the model now, so that a wrong name fails here."""
         _ = self.encoder
 
     @property
-    def encoder(self) -> SLQEncoder:
-        """The model itself, ready for everything else that it does."""
+    def encoder(self) -> SLQEncoder | RemoteEncoder:
+        """The model itself, ready for everything else that it does; with ``base_url``, what asks the server."""
+        if self._encoder is None and self.base_url is not None:
+            self._encoder = self._connect(self.base_url)
         if self._encoder is None:
+            if self.model is None:
+                raise ValueError("There is no model. Pass model=, a folder, a hub name or an SLQEncoder, or base_url=.")
             if str(self.model).startswith(_IN_MEMORY):
                 raise ValueError(
                     f"{self.model} describes a model that was in memory, and cannot be loaded. Pass the "
@@ -91,13 +104,26 @@ class SLQEmbeddings(BaseModel, Embeddings):
             )
         return self._encoder
 
+    def _connect(self, base_url: str) -> RemoteEncoder:
+        given = [name for name in ("device", "model_kwargs") if getattr(self, name)]
+        if given or isinstance(self.model, SLQEncoder):
+            raise ValueError(
+                f"The model is behind a server, so {' and '.join(given) or 'an SLQEncoder'} cannot be given."
+            )
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        return RemoteEncoder(base_url, None if self.model is None else str(self.model), key, self.truncate_dim)
+
     @property
     def model_name(self) -> str:
-        """The ``model`` argument; a description where that is a loaded model."""
-        return self._describe_model(self.model)
+        """The ``model`` argument; a description where that is a loaded model; the server's name for it."""
+        if self.model is None and isinstance(self.encoder, RemoteEncoder):
+            return str(self.encoder.model)
+        return str(self._describe_model(self.model))
 
     @field_serializer("model")
-    def _describe_model(self, model: str | Path | SLQEncoder) -> str:
+    def _describe_model(self, model: str | Path | SLQEncoder | None) -> str | None:
+        if model is None:
+            return None
         if isinstance(model, SLQEncoder):
             size = f"{len(model.queries)} x {model.get_embedding_dimension()}"
             return f"{_IN_MEMORY}, {size}, {encoder_digest(model)[:12]}>"  # caches tell models apart by it

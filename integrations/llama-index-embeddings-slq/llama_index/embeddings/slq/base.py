@@ -18,6 +18,7 @@ from llama_index.embeddings.slq.threads import in_thread
 
 from slq_embed import SLQEncoder
 from slq_embed.encoding import encoder_digest
+from slq_embed.remote import RemoteEncoder
 from slq_embed.serving import embed, embed_images, shared_encoder
 
 _LOADING = (
@@ -42,15 +43,18 @@ class SLQEmbedding(MultiModalEmbedding):
     ``callback_manager``, ``num_workers``, ``embeddings_cache``.
 
     Args:
-        model_name: A saved SLQ model: a folder or a hub name. Beside ``model``, where that can be loaded from.
+        model_name: A saved SLQ model: a folder or a hub name. Beside ``model``, where that can be loaded from. Beside
+            ``base_url``, the server's name for it; by default the first one that the server lists.
         model: A loaded encoder, which is shared, in place of ``model_name`` and the arguments for loading.
         token: Hub token, for loading only: it is kept nowhere, and no serialised form holds it.
+        api_key: Key of the server at ``base_url``, which no serialised form holds; by default the environment variable
+            ``SLQ_API_KEY``.
         **kwargs: The fields of this class.
 
     Raises:
-        ValueError: If there is neither ``model_name`` nor ``model``, an argument is unknown or does not fit, or the
-            folder is no SLQ model.
-        OSError: If nothing can be loaded from there.
+        ValueError: If there is neither ``model_name`` nor ``model`` nor ``base_url``, an argument is unknown or does not
+            fit, or the folder is no SLQ model.
+        OSError: If nothing can be loaded from there, or no server answers.
 
     Example:
         >>> from slq_embed import pretrained
@@ -61,6 +65,11 @@ class SLQEmbedding(MultiModalEmbedding):
 
     model_config = ConfigDict(extra="forbid")  # a misspelt argument is an error
 
+    base_url: str | None = Field(
+        frozen=True,
+        default=None,
+        description="A server that holds the model, such as vLLM's, in place of a model here.",
+    )
     device: str | None = Field(
         frozen=True, default=None, description="Where to compute; by default a GPU if there is one."
     )
@@ -89,7 +98,7 @@ class SLQEmbedding(MultiModalEmbedding):
         frozen=True, default_factory=dict, description="For loading the backbone, such as {'dtype': 'bfloat16'}."
     )
 
-    _encoder: SLQEncoder = PrivateAttr()
+    _encoder: SLQEncoder | RemoteEncoder = PrivateAttr()
 
     def __init__(
         self,
@@ -97,13 +106,25 @@ class SLQEmbedding(MultiModalEmbedding):
         *,
         model: SLQEncoder | None = None,
         token: str | bool | None = None,
+        api_key: str | None = None,
         **kwargs: Any,
     ) -> None:
         name = _UNKNOWN if model_name is None else str(model_name)
+        remote = None
+        if (base_url := kwargs.get("base_url")) is not None:
+            given = [key for key in _LOADING if kwargs.get(key) and key != "truncate_dim"]
+            if given or model is not None or token is not None:
+                named = " and ".join(given or (["model"] if model is not None else ["token"]))
+                raise ValueError(f"The model is behind a server, so {named} cannot be given.")
+            remote = RemoteEncoder(base_url, None if name == _UNKNOWN else name, api_key, kwargs.get("truncate_dim"))
+            name = str(remote.model)
         if model is not None and _is_no_place(name):
             name = f"{_IN_MEMORY}{encoder_digest(model)[:12]}"
         kwargs.pop("class_name", None)  # of what was dumped
         super().__init__(model_name=name, **kwargs)
+        if remote is not None:
+            self._encoder = remote
+            return
         if model is None and _is_no_place(name):
             raise ValueError(
                 "There is no model to load. Pass model_name=, a folder or hub name of an SLQ model, or model=, an "
@@ -138,8 +159,11 @@ class SLQEmbedding(MultiModalEmbedding):
         return "SLQEmbedding"
 
     @property
-    def encoder(self) -> SLQEncoder:
-        """The model, shared with everyone who has loaded the same; ``encoder.backbone`` can generate."""
+    def encoder(self) -> SLQEncoder | RemoteEncoder:
+        """The model, shared with everyone who has loaded the same; ``encoder.backbone`` can generate.
+
+        With ``base_url``, what asks the server.
+        """
         return self._encoder
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], SLQEmbedding], tuple[dict[str, Any]]]:

@@ -1,0 +1,70 @@
+"""What must hold of prompts that are computed in several steps; the rest is tested with vLLM: make test-vllm."""
+
+import pytest
+import torch
+
+from vllm_slq.record import read_record
+from vllm_slq.tail import ends_with, keep_tail
+
+RECORD = {"tokens": {"ids": [7, 8, 9]}, "pooling": "mean"}
+
+
+@pytest.mark.parametrize("steps", [[10], [5, 5], [7, 3], [8, 2], [6, 1, 1, 1, 1], [1] * 10])
+def test_the_states_at_the_last_positions_however_a_prompt_is_cut(steps):
+    prompt = torch.randn(10, 4)
+    kept, start, found = [], 0, None
+    for size in steps:
+        assert found is None
+        found = keep_tail(kept, prompt[start : start + size], start + size, 10, 3)
+        start += size
+    assert found is not None
+    assert torch.equal(found, prompt[-3:])
+    assert not kept
+
+
+def test_a_prompt_that_was_put_off_begins_anew():
+    prompt = torch.randn(10, 4)
+    kept = []
+    assert keep_tail(kept, prompt[:9], 9, 10, 3) is None
+    found = keep_tail(kept, prompt, 10, 10, 3)
+    assert found is not None
+    assert torch.equal(found, prompt[-3:])
+
+
+def test_what_is_kept_is_a_copy():
+    prompt = torch.zeros(10, 4)
+    kept = []
+    keep_tail(kept, prompt[:9], 9, 10, 3)
+    prompt += 1
+    assert not kept[0].any()
+
+
+def test_positions_that_were_never_computed_are_missed():
+    found = keep_tail([], torch.randn(1, 4), 10, 10, 3)
+    assert found is not None
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "length", "right"),
+    [([1, 7, 8, 9], 4, True), ([1, 7, 8, 9, 5], 4, True), ([7, 8, 9, 1], 4, False), ([8, 9], 2, False)],
+)
+def test_whether_a_prompt_ends_with_the_queries(ids, length, right):
+    assert ends_with(torch.tensor(ids), length, [7, 8, 9]) is right
+
+
+def test_the_record_of_a_folder():
+    assert read_record(RECORD, "folder").count == 3
+    assert read_record({**RECORD, "pooling": "last"}, "folder").count == 1
+    assert read_record({**RECORD, "projection": 16}, "folder").projection == 16
+
+
+@pytest.mark.parametrize("part", ["query_adapter", "deep_queries", "query_token_type"])
+def test_a_model_that_vllm_has_no_place_for_is_refused(part):
+    with pytest.raises(ValueError, match="cannot be served by vLLM: it has"):
+        read_record({**RECORD, part: 1}, "folder")
+
+
+def test_a_folder_without_a_record_is_refused():
+    with pytest.raises(ValueError, match="no SLQ model"):
+        read_record(None, "folder")

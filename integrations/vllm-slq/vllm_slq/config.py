@@ -1,0 +1,68 @@
+"""How vLLM is to run an SLQ model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from vllm_slq.record import CONFIG_NAME, Record, read_record
+
+logger = logging.getLogger("vllm.slq")
+
+
+def record_of(model_config: ModelConfig) -> Record:
+    """The record of the served folder or hub name.
+
+    Raises:
+        ValueError: If it is no SLQ model, or one that vLLM cannot serve.
+    """
+    return read_record(get_hf_file_to_dict(CONFIG_NAME, model_config.model, model_config.revision), model_config.model)
+
+
+def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdateConfig]:
+    """What vLLM calls with the settings of a server, before it loads the model.
+
+    Args:
+        base: What it calls for the architecture itself.
+    """
+    inner: Any = base or VerifyAndUpdateConfig
+
+    class SLQModelConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_model_config(model_config: ModelConfig) -> None:
+            inner.verify_and_update_model_config(model_config)
+            if model_config.runner_type != "pooling" or model_config.pooler_config is None:
+                raise ValueError(f"{model_config.model} gives embeddings. Serve it with --runner pooling.")
+            _say_what_transformers_does(model_config)
+            _call_the_processor_alike(model_config)
+            # To vLLM, a pooler that needs the last positions alone: so prompts may be computed in several steps.
+            model_config.pooler_config.seq_pooling_type = "LAST"
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            inner.verify_and_update_config(vllm_config)
+            cache = vllm_config.cache_config
+            if record_of(vllm_config.model_config).count > 1 and cache.enable_prefix_caching:
+                # vLLM computes at least the last token of a cached prompt, but the states of all queries are needed.
+                cache.enable_prefix_caching = False
+                logger.info("SLQ: prefix caching is off, because the states at all queries are needed.")
+
+    return SLQModelConfig
+
+
+def _say_what_transformers_does(model_config: ModelConfig) -> None:
+    text = model_config.hf_text_config
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "mrope_section" in rope and "mrope_interleaved" in getattr(text, "ignore_keys_at_rope_validation", ()):
+        # The families whose configuration may say this do it in any case; vLLM does it only if the configuration says so.
+        rope.setdefault("mrope_interleaved", True)
+
+
+def _call_the_processor_alike(model_config: ModelConfig) -> None:
+    settings = model_config.multimodal_config
+    if (kwargs := record_of(model_config).image_kwargs) and settings is not None:
+        settings.mm_processor_kwargs = {**(settings.mm_processor_kwargs or {}), **kwargs}

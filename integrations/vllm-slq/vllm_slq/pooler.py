@@ -1,0 +1,97 @@
+"""The pooler: the mean over the latent queries, the projection head, L2."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+from vllm.model_executor.layers.pooler.activations import PoolerNormalize
+from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead, SequencePooler, SequencePoolingMethod
+from vllm.tasks import PoolingTask
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from vllm_slq.config import record_of
+from vllm_slq.record import HEAD_NAME, Record
+from vllm_slq.tail import ends_with, keep_tail
+
+
+class QueryPool(SequencePoolingMethod):
+    """The mean of the states at the last positions, where the queries stand, in float32.
+
+    A prompt that does not end with the queries gets NaN: no text was put through the chat template, or it was cut.
+
+    Args:
+        record: The model's record.
+    """
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+    def get_supported_tasks(self) -> Set[PoolingTask]:
+        """Embeddings alone: states of single tokens mean nothing here."""
+        return {"embed"}
+
+    def get_pooling_updates(self, task: PoolingTask) -> PoolingParamsUpdate:
+        """Ask for the token ids."""
+        return PoolingParamsUpdate(requires_token_ids=True)
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor]:
+        """Pool what is complete; of the others keep what is computed.
+
+        Args:
+            hidden_states: ``(tokens, H)``: what this step computed of all prompts, one after another.
+            pooling_metadata: What vLLM knows of the prompts.
+
+        Returns:
+            ``(H,)`` in float32 for each prompt; NaN for those that are not complete, which vLLM drops.
+        """
+        cursor = pooling_metadata.get_pooling_cursor()
+        token_ids = pooling_metadata.prompt_token_ids_cpu
+        lengths, ends = cursor.prompt_lens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
+        parts = hidden_states.split(cursor.num_scheduled_tokens_cpu.tolist())
+        unknown = hidden_states.new_full((hidden_states.shape[-1],), torch.nan, dtype=torch.float32)
+        rows = []
+        for row, (states, end, length) in enumerate(zip(parts, ends, lengths, strict=True)):
+            kept = pooling_metadata.pooling_states[row].hidden_states_cache
+            tail = keep_tail(kept, states, end, length, self.record.count)
+            ids = self.record.query_ids
+            right = tail is not None and token_ids is not None and ends_with(token_ids[row], length, ids)
+            rows.append(
+                tail.float().mean(0) if right and tail is not None and len(tail) == self.record.count else unknown
+            )
+        return rows
+
+
+def build_pooler(model_config: ModelConfig) -> SequencePooler:
+    """The pooler of the served folder.
+
+    Raises:
+        ValueError: If a file is missing or does not fit.
+    """
+    record = record_of(model_config)
+    head = EmbeddingPoolerHead(
+        head_dtype=torch.float32, projector=_read_head(record, model_config), activation=PoolerNormalize()
+    )
+    return SequencePooler(pooling=QueryPool(record), head=head)
+
+
+def _read_head(record: Record, model_config: ModelConfig) -> nn.Module | None:
+    # Not vLLM's own reader of Dense modules: it logs an error, and goes on without the head.
+    from safetensors.torch import load
+
+    if record.projection is None:
+        return None
+    content = get_hf_file_bytes(HEAD_NAME, model_config.model, model_config.revision)
+    if not content:
+        raise ValueError(f"{model_config.model} names a projection head, but has no file {HEAD_NAME}.")
+    weights = {name.removeprefix("linear."): value.float() for name, value in load(content).items()}
+    head = nn.Linear(weights["weight"].shape[1], record.projection, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(weights[name])
+    return head

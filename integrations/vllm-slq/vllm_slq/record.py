@@ -1,0 +1,60 @@
+"""What the pooler must know of an SLQ model, read from the folder's ``slq_config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CONFIG_NAME = "slq_config.json"
+HEAD_NAME = "1_Dense/model.safetensors"
+MASTER_NAME = "queries"  # a tensor beside the weights: the queries in float32, which the table holds already
+
+_OWN_STATES = {
+    "query_adapter": "a query adapter",
+    "deep_queries": "deep queries",
+    "query_token_type": "a token type of its queries",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The part of an SLQ model that comes after its last layer.
+
+    Args:
+        query_ids: Token ids of the latent queries, in order; every prompt ends with them.
+        mean: Whether the mean over all queries is taken, or the last one alone.
+        projection: Width of the projection head, if there is one.
+        image_kwargs: How the image processor is called.
+    """
+
+    query_ids: tuple[int, ...]
+    mean: bool
+    projection: int | None
+    image_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """At how many positions, counted from the last, the states are needed."""
+        return len(self.query_ids) if self.mean else 1
+
+
+def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
+    """Read the record of a folder.
+
+    Args:
+        values: The content of ``slq_config.json``; None where there is none.
+        folder: Its name, for errors.
+
+    Raises:
+        ValueError: If there is none, or the model has parts that vLLM has no place for.
+    """
+    if values is None:
+        raise ValueError(f"{folder} has no {CONFIG_NAME}: it is no SLQ model. Write it with slq_embed's export_vllm.")
+    if own := [what for name, what in _OWN_STATES.items() if values.get(name)]:
+        raise ValueError(
+            f"{folder} cannot be served by vLLM: it has {' and '.join(own)}, which act inside the layers at the positions of the "
+            "queries only. Train queries alone, or with a projection head."
+        )
+    ids, image_kwargs = tuple(values["tokens"]["ids"]), values.get("image_kwargs") or {}
+    return Record(ids, values["pooling"] == "mean", values.get("projection"), image_kwargs)

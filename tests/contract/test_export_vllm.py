@@ -1,0 +1,65 @@
+"""A folder for vLLM: what it names, that all else loads it, what is refused. make test-vllm serves it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from slq_embed import SLQEncoder
+from slq_embed.saving import export_vllm
+
+PROMPTS = {"query": "find the picture", "document": ""}
+
+
+@pytest.mark.parametrize("options", [{}, {"projection": 16}, {"pooling": "last"}], ids=["mean", "head", "last"])
+def test_all_that_loads_a_merged_folder_loads_it(checkpoint, mixed, options, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=PROMPTS, **options)
+    export_vllm(encoder, tmp_path)
+    assert np.array_equal(SLQEncoder(tmp_path).encode_query(mixed), encoder.encode_query(mixed))
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.abs(stock.encode_query(mixed) - encoder.encode_query(mixed)).max() < 1e-6
+    assert encoder.slq_config.form == "adapter", "the model in memory is as it was"
+
+
+@pytest.mark.parametrize("options", [{}, {"deep_queries": True}, {"pooling": "last"}], ids=["mean", "deep", "last"])
+def test_a_merged_folder_names_an_architecture_that_servers_do_not_know(checkpoint, options, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", **options)
+    encoder.save_pretrained(tmp_path, form="merged")
+    named = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert named == ["SLQQwen3VLForConditionalGeneration"]
+    assert not set(named) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    assert AutoConfig.from_pretrained(tmp_path).architectures == named
+    SLQEncoder(tmp_path).save_pretrained(tmp_path / "again", form="merged")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == named, "not twice"
+
+
+def test_the_template_knows_the_prompts(encoder, tmp_path):
+    encoder.prompts = {"query": 'find "it" <|im_end|>', "passage": "read it"}
+    export_vllm(encoder, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    system = [{"role": "system", "content": [{"type": "text", "text": "another"}]}]
+
+    def render(messages, **arguments):
+        return processor.apply_chat_template(messages, tokenize=False, **arguments)
+
+    plain = encoder.processor.apply_chat_template(chat, tokenize=False)
+    assert render(chat) == render(chat, slq_task="unknown") == plain
+    assert 'find "it" < |im_end|>' in render(chat, slq_task="query"), "it spells no control token"
+    assert "read it" in render(chat, slq_task="document")
+    assert render([*system, *chat], slq_task="query") == render([*system, *chat])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"deep_queries": True}, "deep queries"), ({"query_adapter": True}, "a query adapter")]
+)
+def test_what_acts_inside_the_layers_is_refused(checkpoint, options, named, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", **options)
+    with pytest.raises(ValueError, match=f"vLLM cannot serve this model: it has {named}, which act inside the layers"):
+        export_vllm(encoder, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

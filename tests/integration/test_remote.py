@@ -1,0 +1,180 @@
+"""A model behind a server: the same vectors, rules and errors as for one that is loaded here."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+from langchain_slq import SLQEmbeddings
+from llama_index.embeddings.slq import SLQEmbedding
+from PIL import Image
+
+from slq_embed import SLQEncoder
+from slq_embed.remote import RemoteEncoder
+from slq_embed.serving import UnreadableInputsError, embed, embed_images
+from tests.server import LONGEST, NAME, serving
+
+PROMPTS = {"query": "find the picture", "document": ""}
+
+
+@pytest.fixture(scope="module")
+def local(checkpoint) -> SLQEncoder:
+    return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def server(local):
+    with serving(local) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def remote(server) -> RemoteEncoder:
+    return RemoteEncoder(server.url)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A file with an orientation and an alpha channel: both must be resolved before it is sent."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 40, 4), np.uint8)
+    image, exif = Image.fromarray(noise, "RGBA"), Image.Exif()
+    exif[0x0112] = 6
+    image.save(path := tmp_path / "photo.png", exif=exif)
+    return path
+
+
+def test_all_kinds_of_inputs_give_the_same_vectors(local, remote, photo):
+    other = Image.new("RGB", (32, 20), "red")
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": other}]}]
+    inputs = ["a red circle", "", {"image": photo, "text": "in blue"}, photo, {"images": [photo, other]}, chat]
+    for options in (
+        {},
+        {"task": "query"},
+        {"task": "document"},
+        {"prompt": "another"},
+        {"prompt": "", "task": "query"},
+    ):
+        expected = embed(local, inputs, **options)
+        assert np.abs(embed(remote, inputs, batch_size=4, **options) - expected).max() < 1e-5, options
+    assert np.abs(embed(local, inputs, task="query") - embed(local, inputs)).max() > 1e-3, "the prompt changes nothing"
+
+
+def test_images_as_callers_name_them(local, remote, photo):
+    sources = [str(photo), photo.read_bytes(), io.BytesIO(photo.read_bytes()), {"image": str(photo), "text": "in blue"}]
+    expected = embed_images(local, sources, task="document")
+    assert np.abs(embed_images(remote, sources, task="document") - expected).max() < 1e-5
+
+
+def test_inputs_go_in_batches_as_chats(server, remote):
+    server.batches.clear()
+    embed(remote, ["a", "b", "c"], batch_size=2)
+    assert server.batches == [2, 1]
+    assert "input" not in server.bodies[-1], "raw strings get no template"
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_embedded(local, remote, photo, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    inputs = ["a", tmp_path / "broken.png", tmp_path / "missing.png", 3, photo]
+    with pytest.raises(UnreadableInputsError) as here:
+        embed(local, inputs)
+    with pytest.raises(UnreadableInputsError) as there:
+        embed(remote, inputs)
+    assert str(there.value) == str(here.value)
+    assert np.isnan(there.value.embeddings[[1, 2, 3]]).all()
+    assert np.abs(there.value.embeddings - here.value.embeddings)[[0, 4]].max() < 1e-5
+
+
+def test_what_the_server_refuses_costs_the_others_nothing(local, remote):
+    with pytest.raises(UnreadableInputsError, match=r"input 1: the server refuses it: .* maximum context") as raised:
+        embed(remote, ["a", "b" * (LONGEST + 1), "c"])
+    assert np.abs(raised.value.embeddings[[0, 2]] - embed(local, ["a", "c"])).max() < 1e-5
+
+
+def test_a_video_is_refused(remote):
+    with pytest.raises(UnreadableInputsError, match="videos"):
+        embed(remote, [{"video": np.zeros((4, 32, 32, 3), np.uint8)}])
+
+
+def test_no_server_no_model_no_key(server, local):
+    with pytest.raises(ConnectionError, match=r"No server answers at http://127\.0\.0\.1:9"):
+        RemoteEncoder("http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=f"has no model 'another'. It has: {NAME}"):
+        RemoteEncoder(server.url, "another")
+    with pytest.raises(ValueError, match="an address such as"):
+        RemoteEncoder("file:///etc")
+    with serving(local, key="secret") as locked:
+        with pytest.raises(RuntimeError, match="401: Unauthorized"):
+            RemoteEncoder(locked.url)
+        with_key = RemoteEncoder(f"{locked.url}/v1/", api_key="secret")
+        assert embed(with_key, ["a"]).shape == (1, 32)
+        assert "secret" not in repr(with_key)
+
+
+def test_the_key_can_come_from_the_environment(local, monkeypatch):
+    monkeypatch.setenv("SLQ_API_KEY", "secret")
+    with serving(local, key="secret") as locked:
+        assert embed(RemoteEncoder(locked.url), ["a"]).shape == (1, 32)
+
+
+def test_numbers_that_are_none_are_an_error(remote, monkeypatch):
+    monkeypatch.setattr("slq_embed.remote._numbers", lambda embedding: np.full(32, np.nan, np.float32))
+    with pytest.raises(RuntimeError, match="no numbers"):
+        embed(remote, ["a"])
+
+
+def test_langchain(local, server, photo):
+    here, there = SLQEmbeddings(model=local), SLQEmbeddings(base_url=server.url)
+    pairs = [
+        (here.embed_documents(["a", "b"]), there.embed_documents(["a", "b"])),
+        ([here.embed_query("a")], [there.embed_query("a")]),
+        (here.embed_image([str(photo)]), there.embed_image([str(photo)])),
+        (
+            here.embed_inputs([{"image": str(photo), "text": "in blue"}]),
+            there.embed_inputs([{"image": str(photo), "text": "in blue"}]),
+        ),
+    ]
+    for expected, found in pairs:
+        assert np.abs(np.array(found) - expected).max() < 1e-5
+    assert there.model_name == NAME
+    assert there.embed_documents([]) == []
+    for again in (pickle.loads(pickle.dumps(there)), copy.deepcopy(there), there.model_copy()):
+        assert again.embed_query("a") == pairs[1][1][0]
+    short = SLQEmbeddings(base_url=server.url, truncate_dim=8).embed_query("a")
+    cut = np.array(pairs[1][0][0][:8])
+    assert np.abs(np.array(short) - cut / np.linalg.norm(cut)).max() < 1e-5
+    assert "secret" not in str(SLQEmbeddings(base_url=server.url, api_key="secret").model_dump())
+
+
+def test_langchain_refuses_a_server_with_arguments_for_loading(local, server):
+    with pytest.raises(ValueError, match="behind a server, so device and model_kwargs cannot"):
+        SLQEmbeddings(base_url=server.url, device="cpu", model_kwargs={"revision": "main"})
+    with pytest.raises(ValueError, match="behind a server, so an SLQEncoder cannot"):
+        SLQEmbeddings(base_url=server.url, model=local)
+    with pytest.raises(ValueError, match="There is no model"):
+        SLQEmbeddings()
+
+
+def test_llama_index(local, server, photo):
+    here, there = SLQEmbedding(model=local), SLQEmbedding(base_url=server.url)
+    pairs = [
+        (here.get_query_embedding("a"), there.get_query_embedding("a")),
+        (here.get_text_embedding("a"), there.get_text_embedding("a")),
+        (here.get_image_embedding(str(photo)), there.get_image_embedding(str(photo))),
+    ]
+    for expected, found in pairs:
+        assert np.abs(np.array(found) - expected).max() < 1e-5
+    assert there.model_name == NAME
+    restored = (pickle.loads(pickle.dumps(there)), copy.deepcopy(there), SLQEmbedding.from_dict(there.to_dict()))
+    for again in restored:
+        assert again.get_query_embedding("a") == pairs[0][1]
+    assert "secret" not in str(SLQEmbedding(base_url=server.url, api_key="secret").to_dict())
+
+
+def test_llama_index_refuses_a_server_with_arguments_for_loading(local, server):
+    with pytest.raises(ValueError, match="behind a server, so device cannot"):
+        SLQEmbedding(base_url=server.url, device="cpu")
+    with pytest.raises(ValueError, match="behind a server, so model cannot"):
+        SLQEmbedding(base_url=server.url, model=local)

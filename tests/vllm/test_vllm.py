@@ -1,0 +1,199 @@
+"""What vLLM serves is what SLQEncoder gives; what it would serve wrong, it refuses. Run by make test-vllm."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_slq import SLQEmbeddings
+from llama_index.embeddings.slq import SLQEmbedding
+
+from slq_embed import SLQEncoder, pretrained
+from slq_embed.remote import RemoteEncoder
+from slq_embed.saving import export_vllm
+from slq_embed.serving import UnreadableInputsError, embed
+from slq_embed.toy import render, sample_scenes
+from tests.vllm.server import NAME, PYTHON, Process, vllm
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = {"query": "Find the picture", "document": ""}
+LONG = "a red circle above two green stars and a yellow heart " * 40  # more tokens than a step of "head" computes
+IMAGES = [render(scene) for scene in sample_scenes(4, "train")]
+INPUTS: dict[str, Any] = {
+    "a text": "a red circle",
+    "another text": "two green stars",
+    "no text": {"text": ""},
+    "control tokens": "<|im_end|> <|slq_0|> <|image_pad|>",
+    "a long text": LONG,
+    "an image": IMAGES[0],
+    "another image": IMAGES[1],
+    "a large image": IMAGES[2].resize((200, 120)),
+    "both": {"image": IMAGES[0], "text": "now in green"},
+    "both, long": {"image": IMAGES[3], "text": LONG},
+    "two images": {"images": IMAGES[:2]},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is served, and how near its vectors are to ours at least, as a cosine."""
+
+    model: str
+    cosine: float
+    flags: tuple[str, ...]
+
+
+FP32, BF16 = ("--dtype", "float32"), ("--dtype", "bfloat16")
+IN_STEPS = ("--max-num-batched-tokens", "256", "--max-num-seqs", "8", "--enable-chunked-prefill")
+CACHING = ("--enable-prefix-caching", "--block-size", "32")
+CASES = {
+    "mean": Case("slq-tiny", 0.99999, FP32),
+    "head, in steps, prefix caching asked for": Case("slq-tiny-head", 0.99999, (*FP32, *IN_STEPS, *CACHING)),
+    "head, bfloat16": Case("slq-tiny-head", 0.999, BF16),
+    "last query, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
+}
+
+
+def build(name: str) -> SLQEncoder:
+    if name.startswith("slq-"):
+        return SLQEncoder(pretrained(name), device="cpu", prompts=PROMPTS)
+    settings: dict[str, Any] = {"pooling": "last"} if name == "last" else {"deep_queries": True}
+    return SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=4, seed=0, device="cpu", **settings)
+
+
+@dataclass
+class Served:
+    """A server, and the model that it serves."""
+
+    local: SLQEncoder
+    remote: RemoteEncoder
+    case: Case
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> None:
+    assert PYTHON.exists(), f"There is no vLLM at {PYTHON}. Run make test-vllm, or set SLQ_VLLM_PYTHON."
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    case, folder = request.param, tmp_path_factory.mktemp("served")
+    local = build(case.model)
+    export_vllm(local, folder / "model")
+    with vllm(folder / "model", folder / "log.txt", *case.flags) as process:
+        assert process.code is None, process.log.read_text()[-5000:]
+        yield Served(local, RemoteEncoder(process.url), case)
+
+
+def test_the_vectors_are_ours_alone_in_a_batch_and_again(served: Served, capsys: pytest.CaptureFixture[str]):
+    expected = embed(served.local, list(INPUTS.values()), batch_size=4)
+    rounds = {
+        "alone": embed(served.remote, list(INPUTS.values()), batch_size=1),
+        "again": embed(served.remote, list(INPUTS.values()), batch_size=1),
+        "in a batch": embed(served.remote, list(INPUTS.values()), batch_size=len(INPUTS)),
+    }
+    with capsys.disabled():
+        print(f"\n{served.case.model} {' '.join(served.case.flags)}: largest difference of a number, and 1 - cosine")  # noqa: T201
+        for number, name in enumerate(INPUTS):
+            differences = [
+                f"{how} {np.abs(found[number] - expected[number]).max():.1e} {1 - found[number] @ expected[number]:.0e}"
+                for how, found in rounds.items()
+            ]
+            print(f"  {name:15} {'   '.join(differences)}")  # noqa: T201
+    for how, found in rounds.items():
+        cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+        assert cosines.min() > served.case.cosine, f"{how}: {dict(zip(INPUTS, cosines, strict=True))}"
+        assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-3
+
+
+def test_a_prompt_that_vllm_has_seen_whatever_its_length(served: Served):
+    """Of a prompt in its cache, vLLM computes what comes after the last full block: one token, or up to a block."""
+    texts = ["red " * words for words in range(40, 73)]
+    expected = embed(served.local, texts)
+    for _ in range(2):
+        assert (embed(served.remote, texts) * expected).sum(1).min() > served.case.cosine
+
+
+def test_prompts_reach_the_server(served: Served):
+    for options in ({"task": "query"}, {"task": "document"}, {"prompt": "Another one", "task": "query"}):
+        expected = embed(served.local, ["a red circle", IMAGES[0]], **options)
+        found = embed(served.remote, ["a red circle", IMAGES[0]], **options)
+        assert (found * expected).sum(1).min() > served.case.cosine
+
+
+def test_langchain_and_llama_index(served: Served, tmp_path: Path):
+    IMAGES[0].save(path := tmp_path / "scene.png")
+    url = served.remote.base_url
+    pairs = [
+        (
+            embed(served.local, ["a red circle"], task="query"),
+            [SLQEmbeddings(base_url=url).embed_query("a red circle")],
+        ),
+        (embed(served.local, [path], task="document"), SLQEmbeddings(base_url=url).embed_image([str(path)])),
+        (
+            embed(served.local, ["a red circle"], task="query"),
+            [SLQEmbedding(base_url=url).get_query_embedding("a red circle")],
+        ),
+        (embed(served.local, [path], task="document"), [SLQEmbedding(base_url=url).get_image_embedding(str(path))]),
+    ]
+    for expected, found in pairs:
+        assert (np.array(found) * expected).sum(1).min() > served.case.cosine
+
+
+def test_what_is_too_long_costs_the_others_nothing(served: Served):
+    with pytest.raises(
+        UnreadableInputsError, match=r"input 1: the server refuses it: .*maximum context length"
+    ) as raised:
+        embed(served.remote, ["a", "zq" * 4000])
+    assert np.abs(np.linalg.norm(raised.value.embeddings[0]) - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        {"input": "a red circle"},
+        {
+            "messages": [{"role": "user", "content": "a red circle"}],
+            "truncate_prompt_tokens": 5,
+            "truncation_side": "right",
+        },
+    ],
+    ids=["a raw text", "the queries are cut off"],
+)
+def test_a_prompt_without_the_queries_gets_no_vector(served: Served, request_of: dict[str, Any]):
+    content = json.dumps({"model": NAME, **request_of}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{served.remote.base_url}/v1/embeddings", content, headers)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request)
+    assert embed(served.remote, ["a"]).shape[0] == 1, "the server goes on"
+
+
+def ended(folder: Path, log: Path, *, plugin: bool) -> Process:
+    with vllm(folder, log, *FP32, plugin=plugin) as process:
+        return process
+
+
+@pytest.mark.parametrize("model", ["slq-tiny", "last"])
+def test_without_the_plugin_no_folder_is_served(model: str, tmp_path: Path):
+    export_vllm(build(model), tmp_path / "model")
+    (tmp_path / "model" / "latent_queries.safetensors").unlink()  # vLLM overlooks it where shards have an index
+    process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=False)
+    assert process.code, "it is served"
+    assert "SLQQwen3VLForConditionalGeneration" in process.log.read_text()
+    assert "are not supported" in process.log.read_text()
+
+
+def test_what_acts_inside_the_layers_is_refused_with_the_plugin(tmp_path: Path):
+    build("deep").save_pretrained(tmp_path / "model", form="merged")
+    process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=True)
+    assert process.code, "it is served"
+    assert "cannot be served by vLLM: it has deep queries" in process.log.read_text()
