@@ -82,6 +82,7 @@ def build(
     seed: int,
     precision: torch.dtype = torch.float32,
     store: PrefixStore | None = None,
+    parts: float | None = None,
 ) -> Retriever:
     """A retriever that is to be trained.
 
@@ -94,6 +95,7 @@ def build(
         seed: Of what is drawn.
         precision: Of the computations. Frozen weights are rounded to it.
         store: Where latent queries find prefixes that were computed before.
+        parts: The learning rate of what is trained beside the queries; by default, that of :func:`learning_rate_mapping`.
     """
     torch.manual_seed(seed)
     if method in FROZEN:
@@ -106,6 +108,7 @@ def build(
         groups: dict[float, list[nn.Parameter]] = {rate: [reader.queries]}
         for pattern, value in learning_rate_mapping(reader).items():
             weights = [weight for name, weight in reader.named_parameters() if re.search(pattern, name)]
+            value = parts or value
             groups[value] = [*groups.get(value, []), *weights]
         reader.prefix_store = store
         return Retriever(reader, lambda features: reader(features)["sentence_embedding"], backbone, groups, precision)

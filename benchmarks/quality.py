@@ -4,9 +4,9 @@
     python benchmarks/quality.py --world photos --seeds 0 1 2 [--prefixes FOLDER]
     python benchmarks/quality.py --quick --json FILE
 
-The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rate of each, out of RATES,
-and when it stops, out of STOPS, are chosen on the validation split with the first seed; what is reported comes from the test
-split. Methods without latent queries read the embedding from the last token, and from the others in READOUTS where nothing is
+The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rates of each, out of RATES
+and PART_RATES, and when it stops, out of STOPS, are chosen on the validation split with the first seed; what is reported comes from
+the test split. Methods without latent queries read the embedding from the last token, and from the others in READOUTS where nothing is
 trained; the best is chosen on validation, too. Each run has a process of its own and writes a file into the output folder: a run
 that was killed goes on.
 
@@ -42,9 +42,12 @@ from slq_embed.evaluation import best_ranks
 
 RATES: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(OURS, (1e-2, 4e-2, 1.6e-1)),
-    "lora": (3e-4, 1e-3, 3e-3),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full_finetuning": (3e-5, 1e-4, 3e-4),
 }
+PART_RATES = {method: (2e-3, 8e-3) for method in OURS if method != "slq"}
+"""Of what is trained beside the queries. These then have PART_OF; RATES are tried with the default rates of the parts."""
+PART_OF = 4e-2
 STOPS = [0.5, 1.0]  # shares of the steps; the schedule is that of all steps
 QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
 TEMPERATURE_RATE = 4e-2
@@ -69,6 +72,7 @@ def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
         options["seed"],
         precision,
         store,
+        options.get("parts"),
     )
     before = world.knowledge(backbone, processor)
     seconds, peaks, stops = 0.0, [0], {}
@@ -132,7 +136,8 @@ def recalls(retriever: Retriever, world: Any, split: str) -> dict[str, float]:
 
 def result_of(folder: Path, options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
     """The result of a run: that of an earlier one with the same options, or else of a process of its own."""
-    name = "-".join(map(str, (*(options[key] for key in ("method", "readout", "rate", "seed")), options["stops"][-1])))
+    named = [options[key] for key in ("method", "readout", "rate", "parts", "seed") if key in options]
+    name = "-".join(map(str, (*named, options["stops"][-1])))
     path = folder / f"{name}.json"
     if path.exists() and (done := json.loads(path.read_text()))["options"] == options:
         return done["result"]
@@ -155,8 +160,10 @@ def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str,
     readouts = READOUTS if method == "zero_shot" else ("last",)
     tried = []
     for readout in readouts:
-        for rate in RATES.get(method, (None,)):
-            setting = {"method": method, "readout": readout, "rate": rate}
+        rates: list[dict[str, Any]] = [{"rate": rate} for rate in RATES.get(method, (None,))]
+        rates += [{"rate": PART_OF, "parts": rate} for rate in PART_RATES.get(method, ())]
+        for rate in rates:
+            setting = {"method": method, "readout": readout, **rate}
             found = result_of(folder, {**options, **setting, "stops": STOPS}, prefixes)["validation"]
             for share, recall in found.items():
                 until = [stop for stop in STOPS if stop <= float(share)]
@@ -205,7 +212,13 @@ def main() -> None:
     print_table(table, kinds, WORLDS[args.world].recall_at)
     write(
         args.json,
-        machine(args) | {"search_space": {"rates": RATES, "stops": STOPS}, "common": common, "seeds": seeds, **table},
+        machine(args)
+        | {
+            "search_space": {"rates": RATES, "part_rates": PART_RATES, "stops": STOPS},
+            "common": common,
+            "seeds": seeds,
+            **table,
+        },
     )
 
 
