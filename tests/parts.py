@@ -68,3 +68,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def files(folder: Path) -> Iterable[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def offloading(folder: Path) -> dict[str, Any]:
+    """Arguments that leave the second of two layers of a Qwen3-VL on the disk."""
+    names = [
+        "model.visual",
+        "lm_head",
+        *(f"model.language_model.{name}" for name in ("embed_tokens", "norm", "rotary_emb")),
+    ]
+    layers = {"model.language_model.layers.0": "cpu", "model.language_model.layers.1": "disk"}
+    return {"device_map": dict.fromkeys(names, "cpu") | layers, "model_kwargs": {"offload_folder": str(folder)}}

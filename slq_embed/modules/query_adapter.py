@@ -91,11 +91,16 @@ def adapt(
         layer with ``/`` in place of ``.``.
 
     Raises:
-        ValueError: If a target is no linear layer, or the rank does not fit.
+        ValueError: If a target is no linear layer, the rank does not fit, or a layer's weights are not in the memory of its device.
     """
     from peft import inject_adapter_in_model
 
     layers = adapter.layers(decoder)
+    if offloaded := [name for name in layers if decoder.get_submodule(name).weight.is_meta]:
+        raise ValueError(
+            f"A query adapter needs its layers' weights in memory, but {len(offloaded)} layers, such as {offloaded[0]}, are offloaded. "
+            "Use a device_map without offloading to the CPU or the disk, or train queries alone or with deep queries."
+        )
     twin = twin_of(decoder)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # the table is no target

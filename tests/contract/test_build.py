@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 import slq_embed
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.backbone.families import family_of
+from tests.parts import offloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -89,6 +90,26 @@ def test_a_missing_package_of_a_family_is_named(checkpoint, monkeypatch):
 def test_a_device_map_is_left_in_charge(checkpoint):
     encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, device_map="cpu")
     assert encoder.encode(["a"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("parts", [{}, {"projection": 8, "deep_queries": True}], ids=["queries", "more"])
+def test_a_backbone_that_is_not_in_memory_trains_and_encodes_the_same(checkpoint, mixed, parts, tmp_path):
+    """Half of its layers are on the disk; on GPUs they would be on several."""
+    settings = {"num_queries": 4, "seed": 0, **parts}
+    results = []
+    for place in ({"device": "cpu"}, offloading(tmp_path)):
+        encoder = SLQEncoder.from_backbone(checkpoint(), **settings, **place)
+        embeddings = encoder.encode(mixed)
+        encoder.train()
+        encoder(encoder.preprocess(mixed))["sentence_embedding"][:, 0].sum().backward()
+        results.append((embeddings, {name: weight.grad for name, weight in encoder.named_parameters()}))
+    assert any(weight.is_meta for weight in encoder.backbone.parameters())
+    (one, gradients), (other, gradients_of_other) = results
+    assert np.array_equal(one, other)
+    assert gradients.keys() == gradients_of_other.keys()
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        assert torch.equal(gradient, gradients_of_other[name])
 
 
 def test_max_pixels_bounds_the_image(checkpoint, images):

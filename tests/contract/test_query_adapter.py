@@ -17,7 +17,7 @@ from slq_embed.encoding.protocol import encoder_digest
 from slq_embed.prefix.passes import run_all_positions
 from tests import checkpoints
 from tests.checkpoints import FAMILIES
-from tests.parts import SMALL, build, furthest, on, same_weights, trained
+from tests.parts import SMALL, build, furthest, offloading, on, same_weights, trained
 
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 EVERY_FAMILY = pytest.mark.parametrize("kind", FAMILIES)
@@ -222,6 +222,15 @@ def test_a_device_map_is_left_in_charge(checkpoint, mixed):
     placed = build(checkpoint, query_adapter=SMALL, device_map={"": "cpu"})
     placed.load_state_dict(encoder.state_dict())
     assert furthest(placed.encode(mixed), encoder.encode(mixed)) < 1e-6
+
+
+def test_layers_that_are_offloaded_are_refused(checkpoint, tmp_path):
+    """peft would make the adapter where the weights are: nowhere."""
+    with pytest.raises(
+        ValueError,
+        match=r"in memory, but 7 layers, such as language_model\.layers\.1\.self_attn\.q_proj, are offloaded",
+    ):
+        build(checkpoint, query_adapter=SMALL, **offloading(tmp_path))
 
 
 def test_a_backbone_with_the_hooks_of_accelerate_works(checkpoint, mixed):
