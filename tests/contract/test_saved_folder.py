@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
 import re
 import shutil
 import warnings
@@ -16,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
 from tests.checkpoints import build
+from tests.forks import needs_fork
 
 
 def files(folder) -> set[str]:
@@ -109,7 +112,7 @@ def test_the_last_query_alone_needs_no_weights(checkpoint, mixed, tmp_path):
     assert np.abs(stock.encode(mixed) - encoder.encode(mixed)).max() < 1e-6
 
 
-def test_prompts_truncation_precision_and_a_process_agree_with_stock(checkpoint, mixed, tmp_path):
+def test_prompts_truncation_and_precision_agree_with_stock(checkpoint, mixed, tmp_path):
     prompts = {"query": "find the picture", "document": ""}
     encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=prompts)
     encoder.save_pretrained(tmp_path)
@@ -124,9 +127,20 @@ def test_prompts_truncation_precision_and_a_process_agree_with_stock(checkpoint,
         assert np.abs(call(encoder) - call(stock)).max() < 1e-6
     assert np.abs(encoder.encode_query(mixed) - encoder.encode_document(mixed)).max() > 1e-3
     assert encoder.encode(mixed, precision="binary").dtype == np.int8
-    assert np.abs(encoder.encode(mixed, device=["cpu"]) - encoder.encode(mixed)).max() < 1e-6
     scores = encoder.similarity(encoder.encode(mixed), encoder.encode(mixed))
     assert torch.allclose(scores.diagonal(), torch.ones(len(mixed)), atol=1e-5)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_processes_of_the_host_encode_the_same(encoder, mixed, monkeypatch):
+    """They are spawned, so the model is pickled; here they are forked, because a spawned one imports for seconds."""
+    expected = encoder.encode(mixed)
+    assert np.array_equal(pickle.loads(pickle.dumps(encoder)).encode(mixed), expected)
+    monkeypatch.setattr(
+        "sentence_transformers.base.model.mp.get_context", lambda _: multiprocessing.get_context("fork")
+    )
+    assert np.abs(encoder.encode(mixed, device=["cpu", "cpu"]) - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "internvl"])
