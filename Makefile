@@ -42,7 +42,7 @@ demo: $(READY) ## Train, save, reload and search on the embedded default; writes
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## The plain tests: offline, on a CPU, in two processes (PROCESSES=4 on more cores; COVERAGE=--cov takes a third longer)
-	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder $(COVERAGE)
+	$(BIN)/python -m pytest --quiet --numprocesses=$(PROCESSES) --dist=loadfile $(COVERAGE)
 
 test-min: $(MIN)/.ready ## The contract tests on the lowest sentence-transformers and transformers
 	$(MIN)/bin/python -m pytest --quiet tests/contract
