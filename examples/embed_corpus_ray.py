@@ -34,7 +34,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
 from slq_embed import SLQEncoder, pretrained
-from slq_embed.encoding import encoder_digest
+from slq_embed.encoding import encoder_digest, resolve_prompt
 
 IMAGES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"]
 
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     if image is None and args.text is None:
         raise SystemExit("Nothing to embed: name a column with --image, --text, or both.")
     model = SLQEncoder(args.model, device="cpu")
-    prompt = model.prompts.get("document") if args.prompt is None else args.prompt
+    prompt = resolve_prompt(model, args.prompt, task="document")
     begin(output, hashlib.sha256(f"{encoder_digest(model)} {prompt} {args.dtype}".encode()).hexdigest())
     ray.init(ignore_reinit_error=True, include_dashboard=False)
     # What Ray has written it will not read again. A data set keeps the configuration that it was made with.

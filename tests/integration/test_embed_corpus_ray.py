@@ -82,6 +82,9 @@ def corpus(tmp_path_factory) -> Path:
                 info = tarfile.TarInfo(f"{name}.png")
                 info.size = len(content[name])
                 tar.addfile(info, io.BytesIO(content[name]))
+    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
+    model.prompts = {"document": "Describe what this shows."}
+    model.save(root / "model")
     return root
 
 
@@ -110,9 +113,12 @@ def embeddings(output: Path) -> dict[str, np.ndarray]:
     return dict(zip(ids, np.array(table["embedding"].to_pylist(), np.float32), strict=True))
 
 
-def furthest(found: dict[str, np.ndarray], inputs: list[object]) -> float:
+def furthest(found: dict[str, np.ndarray], corpus: Path, inputs: list[object]) -> float:
+    """The largest difference of a number from what encode_document gives with the corpus' model, which has a prompt."""
     assert sorted(found) == [f"{number:02}" for number in range(12)]
-    expected = SLQEncoder(pretrained("slq-tiny"), device="cpu").encode(inputs)
+    model = SLQEncoder(corpus / "model", device="cpu")
+    expected = model.encode_document(inputs)
+    assert np.abs(expected - model.encode(inputs)).max() > 1e-3, "the prompt changes nothing"
     return max(float(np.abs(found[f"{number:02}"] - expected[number]).max()) for number in range(12))
 
 
@@ -123,7 +129,7 @@ def done(corpus, tmp_path_factory) -> tuple[Path, str]:
     jsonl = ["--id", "id", "--image", "image", "--text", "caption", "--keep", "price"]
     parquet = [corpus / f"part-{part}.parquet" for part in range(4)]
     shards = [corpus / "0.tar", corpus / "1.tar"]
-    shared = ["--batch", 5, "--output"]
+    shared = ["--model", corpus / "model", "--batch", 5, "--output"]
     calls = [
         ["plain", "--input", corpus / "photos", *shared, folder / "folder"],
         ["plain", "--input", corpus / "photos", *shared, folder / "folder"],
@@ -142,7 +148,7 @@ def test_each_form_gives_the_vectors_of_encode(done, corpus, kind):
     if kind == "jsonl":
         texts = [captions(scene)[0] for scene in SCENES]
         inputs = [{"image": path, "text": text} for path, text in zip(inputs, texts, strict=True)]
-    assert furthest(embeddings(folder / kind), inputs) < 1e-5
+    assert furthest(embeddings(folder / kind), corpus, inputs) < 1e-5
     assert (folder / "marker").exists(), "no actor died"
     assert output.count("12 embeddings in") == 5
 
@@ -167,7 +173,20 @@ def test_the_files_are_plain_parquet(done):
 
 def test_a_killed_run_goes_on(corpus, tmp_path):
     parquet = [corpus / f"part-{part}.parquet" for part in range(4)]
-    options = ["--input", *parquet, "--id", "id", "--image", "image", "--batch", 2, "--output", tmp_path / "out"]
+    options = [
+        "--model",
+        corpus / "model",
+        "--input",
+        *parquet,
+        "--id",
+        "id",
+        "--image",
+        "image",
+        "--batch",
+        2,
+        "--output",
+        tmp_path / "out",
+    ]
     killed = subprocess.Popen(**command([["slow", *options]], tmp_path), start_new_session=True)
     while killed.poll() is None and not list((tmp_path / "out").glob("done/*.parquet")):
         time.sleep(0.02)
@@ -178,7 +197,7 @@ def test_a_killed_run_goes_on(corpus, tmp_path):
     output = run([["plain", *options]], tmp_path)
     assert "12 embeddings in" in output
     inputs = [corpus / "photos" / f"{number:02}.png" for number in range(12)]
-    assert furthest(embeddings(tmp_path / "out"), inputs) < 1e-5
+    assert furthest(embeddings(tmp_path / "out"), corpus, inputs) < 1e-5
     kept = [
         name for name, when in before.items() if (tmp_path / "out" / "embeddings" / name).stat().st_mtime_ns == when
     ]
