@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --rehearse        # the same commands on a CPU, small: do they run?
 
 A piece is a command with a time limit. Its output goes into OUTPUT/NAME.log, its results into OUTPUT/NAME.json. A piece with results
-is not run again, so the same command goes on where the last one stopped; one that failed is, after those that are left. A piece starts
-only where --minutes leave its time. What a machine lacks is skipped by name.
+is not run again, so the same command goes on where the last one stopped; one that failed is, after those that are left. A piece is begun
+while a quarter of --minutes is left, and stopped at their end. What a machine lacks is skipped by name.
 
 Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, are used where they are: a GPU machine may reach none.
 """
