@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +57,13 @@ def mixed(images) -> list:
         {"text": "now in blue", "image": images[0]},
         {"image": images[1], "text": "larger"},
     ]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a full garbage collection, of which each training does one, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries report leaks when the process ends
