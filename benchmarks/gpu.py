@@ -82,6 +82,7 @@ PIECES = (
     Piece("encoding-qwen3-vl-4b", 480, (ENCODING, *TRUE, "--shape", "qwen3-vl-4b", "--images", "256", "--texts", "512")),
     training("qwen3-vl-2b", 32, "--checkpointing"),
     Piece("quantization", 480, ("benchmarks/quantization.py", "--device", "cuda"), ("benchmarks/quantization.py", "--quick"), "torchao"),
+    Piece("index", 500, ("benchmarks/index.py", "--gpu"), needs="faiss"),
     Piece("quality-toy", 540, ("benchmarks/quality.py", "--device", "cuda"), ("benchmarks/quality.py", "--quick", "--methods", "slq"), "peft"),
 )  # fmt: skip
 
