@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -141,6 +142,16 @@ def test_the_processes_of_the_host_encode_the_same(encoder, mixed, monkeypatch):
         "sentence_transformers.base.model.mp.get_context", lambda _: multiprocessing.get_context("fork")
     )
     assert np.abs(encoder.encode(mixed, device=["cpu", "cpu"]) - expected).max() < 1e-6
+
+
+def test_threads_share_a_stock_model(encoder, mixed, tmp_path):
+    """As in a web service, whose requests come in threads."""
+    encoder.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    chosen = [n % len(mixed) for n in range(48)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: stock.encode([mixed[n], *mixed[: n % 3]])[0], chosen))
+    assert np.abs(np.stack(found) - encoder.encode(mixed)[chosen]).max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl", "internvl"])
