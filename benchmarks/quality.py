@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py [--world toy] [--seeds 0 1 2 3 4] [--output FOLDER] [--json FILE]
     python benchmarks/quality.py --world photos --seeds 0 1 2 [--prefixes FOLDER]
+    python benchmarks/quality.py --world photos --time 4
     python benchmarks/quality.py --quick --json FILE
 
 The same backbone, pairs, batches, steps, loss, schedule and evaluation for all methods. The learning rates of each, out of RATES
@@ -15,6 +16,7 @@ training), same_bits (whether the logits are), numbers trained, seconds and peak
 
 --quick: one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
 and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
+--time N: the seconds of N steps, in place of all else. The methods take turns, twice, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, parser, peak_above_weights, quiet, write
+from common import machine, parser, peak_above_weights, quiet, timed, write
 from methods import METHODS, OURS, READOUTS, Retriever, build, train
 from photo_world import PhotoWorld
 from worlds import ToyWorld
@@ -105,6 +107,19 @@ def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
     return result | {"validation": stops, "test": recalls(retriever, world, "test")}
 
 
+def time_steps(options: dict[str, Any]) -> list[float]:
+    """Seconds of some training steps, after one that is not counted. Nothing is kept between them."""
+    world = WORLDS[options["world"]](**options["sizes"])
+    backbone, processor = world.load()
+    backbone = backbone.to(options["device"]).eval()
+    rate = RATES[options["method"]][0]
+    precision = SIZES[options["world"]][2]
+    retriever = build(options["method"], "last", backbone, processor, rate, options["seed"], precision)
+    steps = options["time"] + 1
+    step = train(retriever, world.batches(options["seed"], steps, options["batch"]), steps, TEMPERATURE_RATE)
+    return [timed(partial(next, step), options["device"]) for _ in range(steps)][1:]
+
+
 def fill(retriever: Retriever, batches: Any, record: Path) -> float:
     """Compute the prefixes of all batches, or read how many seconds that took in an earlier run."""
     if not record.exists():
@@ -142,17 +157,22 @@ def result_of(folder: Path, options: dict[str, Any], prefixes: Path | None) -> d
     if path.exists() and (done := json.loads(path.read_text()))["options"] == options:
         return done["result"]
     print(f"{name} ...", flush=True, file=sys.stderr)
-    command = [sys.executable, "-W", "ignore", __file__, "--run", json.dumps(options)]
-    command += ["--prefixes", str(prefixes)] if prefixes else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-    if done.returncode:
-        raise RuntimeError(f"The run {name} failed: {done.stderr[-3000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = in_its_process(options, prefixes)
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"options": options, "result": result}, indent=2) + "\n")
     partial.replace(path)  # a killed run leaves no half file
     return result
+
+
+def in_its_process(options: dict[str, Any], prefixes: Path | None = None) -> Any:
+    """What a run returns, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", __file__, "--run", json.dumps(options)]
+    command += ["--prefixes", str(prefixes)] if prefixes else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        raise RuntimeError(f"The run {options} failed: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str, ...], prefixes: Path | None) -> Any:
@@ -180,17 +200,23 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=None)
     options.add_argument("--output", type=Path, default=Path("output/quality"), help="folder of the finished runs")
     options.add_argument("--prefixes", type=Path, help="folder in which runs with latent queries share prefixes")
+    options.add_argument("--time", type=int, metavar="N", help="the seconds of N steps of each method, in turns")
     options.add_argument("--run", help=argparse.SUPPRESS)
     args = options.parse_args()
     quiet()
     if args.run:
-        print(json.dumps(run(json.loads(args.run), args.prefixes)))
+        run_options = json.loads(args.run)
+        print(json.dumps(time_steps(run_options) if "time" in run_options else run(run_options, args.prefixes)))
         return
     seeds = args.seeds[:1] if args.quick else args.seeds
     sizes = {"held_out": 200, "asked": 40} if args.quick else {}
     steps, batch, _ = (40, 32, None) if args.quick else SIZES[args.world]
     common = {"world": args.world, "sizes": sizes, "device": args.device}
     common |= {"steps": args.steps or steps, "batch": args.batch or batch}
+    if args.time:
+        trained = [method for method in args.methods if method != "zero_shot"]
+        write(args.json, machine(args) | {"common": common, "seconds_a_step": take_turns(common, trained, args.time)})
+        return
     folder = args.output / ("quick" if args.quick else args.world)
     kinds = WORLDS[args.world].kinds
     table: dict[str, dict[str, Any]] = {}
@@ -220,6 +246,18 @@ def main() -> None:
             **table,
         },
     )
+
+
+def take_turns(common: dict[str, Any], methods: list[str], steps: int) -> dict[str, float]:
+    """Median seconds of a training step of each method."""
+    taken: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(2):
+        for method in methods:
+            taken[method] += in_its_process({**common, "method": method, "seed": 0, "time": steps})
+    seconds = {method: statistics.median(values) for method, values in taken.items()}
+    for method, value in seconds.items():
+        print(f"{method:>16} {value:8.2f} s a step, {value / seconds[methods[0]]:5.2f} x {methods[0]}")
+    return seconds
 
 
 def print_table(table: dict[str, dict[str, Any]], kinds: tuple[str, ...], recall_at: int) -> None:
