@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 _COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _OPERATORS = ("$eq", "$ne", "$in", "$nin", "$contains", *_COMPARISONS)
 _ENTRY = "SELECT {} FROM json_each(metadata) AS entry WHERE entry.key = ?"
+# Of a list or a dict, the database gives the text, which would equal a string of these characters.
+_VALUE = "(" + _ENTRY.format("CASE WHEN entry.type IN ('array', 'object') THEN x'' ELSE entry.value END") + ")"
 
 Condition = tuple[str, list[Any]]
 """An SQL expression over the column ``metadata``, and its values."""
@@ -46,14 +50,14 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
     if operator in ("$in", "$nin"):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"The filter of {key!r} has {operator} {value!r}, but a list is needed.")
-        each, none, word = ("$eq", "0", " OR ") if operator == "$in" else ("$ne", "1", " AND ")
-        return _joined([_compared(key, each, one) for one in value], word, none)
-    if not isinstance(value, str | int | float | None):
-        raise ValueError(
-            f"The filter of {key!r} compares with a {type(value).__name__}, but a str, a number, a bool or None is needed."
-        )
-    if isinstance(value, int) and abs(value) >= 2**63:
-        value = float(value)  # as the database reads it
+        values = [_checked(key, one) for one in value]
+        listed = f"{_VALUE} IN (SELECT value FROM json_each(?))"  # NULL if there is no value
+        missing = f"{_VALUE} IS NULL" if None in values else "0"
+        sql = f"({missing} OR COALESCE({listed}, 0))"
+        keys = [key, key] if None in values else [key]
+        given = [*keys, json.dumps([one for one in values if one is not None])]
+        return (sql if operator == "$in" else f"NOT {sql}"), given
+    value = _checked(key, value)
     if operator == "$contains":
         listed = _ENTRY.format("CASE WHEN entry.type = 'array' THEN entry.value ELSE '[]' END")
         return f"EXISTS (SELECT 1 FROM json_each(({listed})) AS element WHERE element.value IS ?)", [key, value]
@@ -63,11 +67,28 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
         types = "'text'" if isinstance(value, str) else "'integer', 'real', 'true', 'false'"
         entry = _ENTRY.format("1")
         return f"EXISTS ({entry} AND entry.type IN ({types}) AND entry.value {_COMPARISONS[operator]} ?)", [key, value]
-    word = "IS" if operator == "$eq" else "IS NOT"
-    return f"({_ENTRY.format('entry.value')}) {word} ?", [key, value]
+    return f"{_VALUE} {'IS' if operator == '$eq' else 'IS NOT'} ?", [key, value]
+
+
+def _checked(key: str, value: Any) -> Any:
+    """A value as the database reads it from JSON."""
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(
+            f"The filter of {key!r} compares with a {type(value).__name__}, but a str, a number, a bool or None is needed."
+        )
+    if isinstance(value, int) and abs(value) >= 2**63:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"The filter of {key!r} compares with {value}, but a finite number is needed.")
+    return value
 
 
 def _joined(conditions: list[Condition], word: str, none: str) -> Condition:
+    """In halves: the database takes an expression of any length, but none that is nested a thousand times."""
     if not conditions:
         return none, []
-    return f"({word.join(sql for sql, _ in conditions)})", [value for _, values in conditions for value in values]
+    if len(conditions) == 1:
+        return conditions[0]
+    middle = len(conditions) // 2
+    (left, first), (right, second) = _joined(conditions[:middle], word, none), _joined(conditions[middle:], word, none)
+    return f"({left}{word}{right})", [*first, *second]

@@ -122,7 +122,7 @@ def mine_negatives(
                 found = found[keep]
             chosen[number] = found[:num_negatives]
 
-    rows, negatives, skipped = [], [], []
+    rows, used, negatives, skipped = [], [], [], []
     for row, (a, c) in enumerate(zip(anchor_of.tolist(), candidate_of.tolist(), strict=True)):
         if (reason := bad_anchors.get(a) or bad_candidates.get(c)) is not None:
             skipped.append(Skipped(f"row {row}", reason, row))
@@ -130,6 +130,7 @@ def mine_negatives(
             skipped.append(Skipped(f"row {row}", f"{count} of {num_negatives} negatives found", row))
         else:
             rows.append(row)
+            used.append((anchors[a], candidates[c]))
             negatives.append(candidates[chosen[a]])
     if not rows:
         raise ValueError(
@@ -146,7 +147,9 @@ def mine_negatives(
             skipped[0].name,
             skipped[0].reason,
         )
-    return ImageTextPairs(_as_dataset(dataset, anchor, positive, rows, np.stack(negatives), labels), skipped)
+    return ImageTextPairs(
+        _as_dataset(dataset, anchor, positive, np.array(used), np.stack(negatives), labels[rows]), skipped
+    )
 
 
 def _checked(pairs: ImageTextPairs | Dataset, anchor: str, positive: str) -> Dataset:
@@ -242,14 +245,15 @@ def _as_dataset(
     dataset: Dataset,
     anchor: str,
     positive: str,
-    rows: Sequence[int],
+    pairs: NDArray[np.int64],
     negatives: NDArray[np.int64],
     labels: NDArray[Any],
 ) -> Dataset:
+    """Rows of numbers. Equal values have the same number."""
     from datasets import Dataset
 
     searched = {f"negative_{number}": column for number, column in enumerate(negatives.T, start=1)}
-    numbers = {"anchor": rows, "positive": rows, **searched}
+    numbers = {"anchor": pairs[:, 0], "positive": pairs[:, 1], **searched}
     queries, values = dataset.select_columns(anchor), dataset.select_columns(positive)
     sources = {name: queries if name == "anchor" else values for name in numbers}
-    return Dataset.from_dict({**numbers, "label": labels[list(rows)]}).with_transform(ReadRows(sources))
+    return Dataset.from_dict({**numbers, "label": labels}).with_transform(ReadRows(sources))

@@ -19,6 +19,7 @@ from slq_embed.prefix.budget import free_bytes, parse_bytes
 from slq_embed.prefix.packing import Precision
 from slq_embed.prefix.store import Level, PrefixStore
 from slq_embed.prefix.vision import takes_vision_features
+from slq_embed.training.read_rows import ReadRows
 
 LABELS = ("label", "labels", "score", "scores")  # columns that the host does not encode
 
@@ -145,7 +146,7 @@ def plan_prefixes(
     spread = np.linspace(0, len(different) - 1, min(sample, len(different))).astype(int)
     chosen = [dataset[int(index)] for index in different[spread]]
     batches = {name: [row[name] for row in chosen] for name in columns}
-    distinct = {name: _distinct(dataset, name) for name in columns}
+    distinct = _distinct(dataset, columns)
     before = model.prefix_store
     options = []
     try:
@@ -177,28 +178,46 @@ def plan_prefixes(
 def _pass(model: SLQEncoder, batches: Mapping[str, Sequence[Any]], store: PrefixStore | None) -> dict[str, float]:
     """Seconds for a row of each column in a training step, preprocessing included."""
     model.prefix_store = store
-    was_training, gradient = model.training, model.queries.grad
-    model.queries.grad = None  # backward would add to the gradient that is kept
+    was_training = model.training
+    gradients = [(weight, weight.grad) for weight in model.parameters() if weight.requires_grad]
+    for weight, _ in gradients:
+        weight.grad = None  # backward would add to the gradient that is kept
     model.train()
     seconds = {}
-    for name, batch in batches.items():
-        started = time.perf_counter()
-        features = batch_to_device(model.preprocess(batch), model.device)
-        model(features)["sentence_embedding"].sum().backward()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[name] = (time.perf_counter() - started) / len(batch)
-    model.queries.grad = gradient
-    model.train(was_training)
+    try:
+        for name, batch in batches.items():
+            started = time.perf_counter()
+            features = batch_to_device(model.preprocess(batch), model.device)
+            model(features)["sentence_embedding"].sum().backward()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] = (time.perf_counter() - started) / len(batch)
+    finally:
+        for weight, gradient in gradients:
+            weight.grad = gradient
+        model.train(was_training)
     return seconds
 
 
-def _distinct(dataset: Any, column: str) -> int:
-    if "label" in dataset.column_names and type(dataset.features[column]).__name__ == "Image":
-        return len(set(dataset["label"]))
-    if getattr(dataset.features[column], "dtype", None) == "string":
-        return len(set(dataset[column]))
-    return len(dataset)
+def _distinct(dataset: Any, columns: Sequence[str]) -> dict[str, int]:
+    """How many values each column has. A value that mined columns share counts in the first of them."""
+    transform = (dataset.format["format_kwargs"] or {}).get("transform")
+    sources = transform.sources if isinstance(transform, ReadRows) else {}
+    seen: dict[int, set[int]] = {}
+    counts = {}
+    for name in columns:
+        if name in sources:
+            numbers = set(dataset.with_format(None)[name])
+            already = seen.setdefault(id(sources[name]), set())
+            counts[name] = len(numbers - already)
+            already |= numbers
+        elif "label" in dataset.column_names and type(dataset.features[name]).__name__ == "Image":
+            counts[name] = len(set(dataset["label"]))
+        elif getattr(dataset.features[name], "dtype", None) == "string":
+            counts[name] = len(set(dataset[name]))
+        else:
+            counts[name] = len(dataset)
+    return counts
 
 
 def _existing(folder: Path | None) -> Path | None:

@@ -52,6 +52,15 @@ FILTERS: list[tuple[dict[str, Any], Any]] = [
     ({"$or": [{"number": 5}, {"kind": "page", "share": {"$lt": 0.1}}]}, lambda m: m["number"] == 5 or (m["kind"] == "page" and m["share"] < 0.1)),
     ({"$and": [{"number": {"$gt": 5}}, {"$or": [{"number": {"$lt": 9}}, {"rare": True}]}]}, lambda m: m["number"] > 5 and (m["number"] < 9 or m.get("rare") is True)),
     ({"$or": []}, lambda m: False),
+    ({"number": {"$in": list(range(300, 5000))}}, lambda m: m["number"] >= 300),
+    ({"number": {"$nin": list(range(300, 5000))}}, lambda m: m["number"] < 300),
+    ({"$or": [{"number": n} for n in range(3000)]}, lambda m: True),
+    ({"rare": {"$in": [None, False]}}, lambda m: not m.get("rare")),
+    ({"rare": {"$nin": [None, False]}}, lambda m: m.get("rare")),
+    ({"rare": {"$nin": [True]}}, lambda m: m.get("rare") is not True),
+    ({"year": {"$in": [2003, "2014"]}}, lambda m: m["year"] in (2003, "2014")),
+    ({"tags": '["red","tag 3"]'}, lambda m: False),
+    ({"tags": {"$ne": '["red","tag 3"]'}}, lambda m: True),
 ]  # fmt: skip
 
 
@@ -74,7 +83,7 @@ def expected(vectors, queries, k, fits, left=range(COUNT)):
 
 
 @pytest.mark.parametrize("chunk", [65_536, 7])
-@pytest.mark.parametrize(("where", "fits"), FILTERS, ids=[str(where) for where, _ in FILTERS])
+@pytest.mark.parametrize(("where", "fits"), FILTERS, ids=[str(where)[:80] for where, _ in FILTERS])
 def test_only_what_fits_is_found(vectors, where, fits, chunk, monkeypatch):
     monkeypatch.setattr(faiss_index, "_CHUNK", chunk)
     index, queries = filled(vectors), vectors[:3] + 0.1
@@ -124,6 +133,9 @@ def test_a_saved_index(vectors, tmp_path):
         ({"$or": {"kind": "photo"}}, "a list of dicts is needed"),
         ({"$not": {"kind": "photo"}}, "a metadata key"),
         ({"kind": {"$contains": {"a": 1}}}, "compares with a dict"),
+        ({"kind": {"$in": ["a", ["b"]]}}, "compares with a list"),
+        ({"number": float("nan")}, "a finite number is needed"),
+        ({"number": {"$lt": 10**400}}, "a finite number is needed"),
     ],
 )
 def test_what_is_no_filter_is_named(vectors, where, message):

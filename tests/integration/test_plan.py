@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slq_embed import PrefixStore
-from slq_embed.data import from_records
+from slq_embed import PrefixStore, SLQEncoder
+from slq_embed.data import ImageTextPairs, from_records
+from slq_embed.training import mine_negatives
 from slq_embed.training.plan import Option, Plan, plan_prefixes
 from tests.training import toy_pairs, toy_train
 
@@ -30,6 +31,33 @@ def test_bytes_are_those_of_the_run(encoder, tmp_path, where):
     toy_train(encoder, pairs, tmp_path, num_train_epochs=1, max_steps=-1)
     (_, keys_values) = plan.options
     assert keys_values.nbytes == pytest.approx(store.nbytes, rel=0.1)
+
+
+def test_mined_negatives_share_what_they_repeat(encoder, tmp_path):
+    pytest.importorskip("faiss")
+    pairs = toy_pairs(8)
+    pairs = from_records([(str(n), row["image"], [row["text"], f"again {n}"]) for n, row in enumerate(pairs.dataset)])
+    mined = mine_negatives(encoder, pairs, num_negatives=2, duplicate_score=None).dataset
+    plan = plan_prefixes(encoder, mined, epochs=2, levels=["keys_values"], sample=16)
+    store = encoder.prefix_store = PrefixStore()
+    toy_train(encoder, ImageTextPairs(mined, []), tmp_path, num_train_epochs=1, max_steps=-1)
+    assert len(store) == 8 + 16
+    assert plan.options[1].nbytes == pytest.approx(store.nbytes, rel=0.1)
+
+
+def test_nothing_is_left_behind(checkpoint, monkeypatch):
+    """No gradient, of no part; also where the work fails."""
+    model = SLQEncoder.from_backbone(
+        checkpoint(), num_queries=4, seed=0, device="cpu", projection=8, query_adapter=True, deep_queries=True
+    ).eval()
+    pairs = toy_pairs(4).dataset
+    plan_prefixes(model, pairs, epochs=2)
+    assert all(weight.grad is None for weight in model.parameters())
+    monkeypatch.setattr(model, "preprocess", None)
+    with pytest.raises(TypeError):
+        plan_prefixes(model, pairs, epochs=2)
+    assert not model.training
+    assert model.prefix_store is None
 
 
 def test_the_choice_follows_the_measurement_and_can_be_read(tmp_path):
