@@ -160,9 +160,9 @@ def plan_prefixes(
                 sizes: dict[str, float] = {}
                 computed: dict[str, float] = {}
                 for name, batch in batches.items():
-                    bytes_before = store.nbytes
+                    bytes_before, entries_before = store.nbytes, len(store)
                     computed |= _pass(model, {name: batch}, store)
-                    sizes[name] = (store.nbytes - bytes_before) / len(chosen)
+                    sizes[name] = (store.nbytes - bytes_before) / max(1, len(store) - entries_before)
                 read = _pass(model, batches, store)
                 store.close()
             nbytes = int(sum(sizes[name] * distinct[name] for name in columns))

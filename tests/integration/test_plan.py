@@ -38,7 +38,7 @@ def test_mined_negatives_share_what_they_repeat(encoder, tmp_path):
     pairs = toy_pairs(8)
     pairs = from_records([(str(n), row["image"], [row["text"], f"again {n}"]) for n, row in enumerate(pairs.dataset)])
     mined = mine_negatives(encoder, pairs, num_negatives=2, duplicate_score=None).dataset
-    plan = plan_prefixes(encoder, mined, epochs=2, levels=["keys_values"], sample=16)
+    plan = plan_prefixes(encoder, mined, epochs=2, levels=["keys_values"], sample=4)
     store = encoder.prefix_store = PrefixStore()
     toy_train(encoder, ImageTextPairs(mined, []), tmp_path, num_train_epochs=1, max_steps=-1)
     assert len(store) == 8 + 16
