@@ -135,9 +135,9 @@ class RemoteEncoder:
                 rows[index] = row
             if rows is None and sum(row.reason == _NO_NUMBERS for row in skipped) > 1:
                 break  # it will give none for the others either
-        if rows is None and any(row.reason == _NO_NUMBERS for row in skipped):
+        if rows is None and (empty := [row.name for row in skipped if row.reason == _NO_NUMBERS]):
             raise RuntimeError(
-                f"The server at {self.base_url} gave no numbers for any input. Serve a folder of "
+                f"The server at {self.base_url} gave no numbers for any input so far ({', '.join(empty)}). Serve a folder of "
                 "slq_embed.saving.export_vllm, with its own chat template."
             )
         skipped.sort(key=lambda row: row.index or 0)
