@@ -35,7 +35,9 @@ _BODY = """\
 {%- if message['content'] is string -%}
 {%- if message['role'] == 'system' -%}{%- set slq.system = message['content'] -%}
 {%- else -%}{%- set slq.text = (slq.text or '') + message['content'] -%}{%- endif -%}
-{%- else -%}{%- for part in message['content'] -%}
+{%- else -%}
+{%- if message['role'] == 'system' -%}{%- set slq.system = '' -%}{%- endif -%}
+{%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}{%- set slq.images = slq.images + 1 -%}
 {%- elif part['type'] == 'video' -%}{%- set slq.videos = slq.videos + 1 -%}
 {%- elif part['type'] == 'text' -%}
@@ -43,6 +45,9 @@ _BODY = """\
 {%- else -%}{%- set slq.text = (slq.text or '') + part['text'] -%}{%- endif -%}
 {%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}
 """
+"""What is read of the messages. Of several system messages the last one counts: a chat's own comes after the host's prompt."""
+_BODY_END = _BODY.splitlines(keepends=True)[-1]
+_PROMPTS = re.compile(r"{%- set slq\.system = {.*}\.get\(slq_task.*? else slq\.system -%}")  # JSON holds no line break
 
 
 def control_strings(processor: Any) -> list[str]:
@@ -197,21 +202,32 @@ def replace_queries(template: str, before: Iterable[str], after: Iterable[str]) 
     return template[: len(template) - len(ending)] + _literal("".join(after))
 
 
-def with_prompts(template: str, prompts: Mapping[str, str]) -> str:
+def with_prompts(template: str, prompts: Mapping[str, str], default: str = "") -> str:
     """A template of :func:`build_chat_template` that knows prompts, for servers, which do not read those of a folder.
 
     Args:
-        template: The template.
-        prompts: Prompts by the name of the task, which a request passes as the template's argument ``slq_task``. A system
-            message of the request goes before.
+        template: The template. Prompts that it knows already are dropped.
+        prompts: Prompts by the name of the task, which a request passes as the template's argument ``slq_task``. Another
+            name, such as ``"none"``, stands for no prompt. A system message of the request goes before.
+        default: The prompt of requests that pass no ``slq_task``.
+
+    Raises:
+        ValueError: If the template is not one of :func:`build_chat_template`.
     """
-    if not (written := {task: prompt for task, prompt in prompts.items() if prompt}):
+    template = without_prompts(template)
+    if not (written := {task: prompt for task, prompt in {**prompts, "default": default}.items() if prompt}):
         return template
-    if not template.startswith(_BODY):
+    body, end, turns = template.partition(_BODY_END)
+    if not is_slq_template(template) or not end:
         raise ValueError("The chat template is not one of slq-embed: it was changed after loading.")
-    chosen = f"{json.dumps(written, ensure_ascii=False)}.get(slq_task)"
-    setting = f"{{%- set slq.system = {chosen} if slq_task is defined and slq.system is none else slq.system -%}}"
-    return f"{_BODY}{setting}{template.removeprefix(_BODY)}"
+    chosen = f'{json.dumps(written, ensure_ascii=False)}.get(slq_task if slq_task is defined else "default")'
+    setting = f"{{%- set slq.system = {chosen} if slq.system is none else slq.system -%}}"
+    return f"{body}{end}{setting}{turns}"
+
+
+def without_prompts(template: str) -> str:
+    """A template without what :func:`with_prompts` has written: here, prompts come as system messages."""
+    return _PROMPTS.sub("", template)
 
 
 def _literal(text: str) -> str:

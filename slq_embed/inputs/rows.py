@@ -134,13 +134,16 @@ class Row:
         return len(self.text or "") / _CHARACTERS_PER_TOKEN + area / _PIXELS_PER_TOKEN
 
     def messages(self, prompt: str | None = None) -> list[dict[str, Any]]:
-        """The input as a chat without pixels, the prompt as its system message: as Sentence Transformers sends it."""
+        """The input as a chat without pixels, the prompt as its system message: as Sentence Transformers sends it.
+
+        A system message of the chat's own takes the place of the prompt.
+        """
         content: list[dict[str, Any]] = [{"type": "image"} for _ in self.pictures]
         content += [{"type": "video"} for _ in self.videos]
         if self.text is not None:
             content.append({"type": "text", "text": self.text})
         chat = [{"role": "user", "content": content}] if self.chat is None else list(self.chat)
-        if prompt:
+        if prompt and all(message["role"] != "system" for message in chat):
             chat.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt}]})
         return chat
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
     """Write a model as a folder that vLLM serves with the same embeddings, where the plugin ``vllm-slq`` is installed.
 
     It is the merged form, which everything else loads as well. Its chat template also knows the model's prompts: a request names
-    one as ``chat_template_kwargs={"slq_task": "query"}``. Without the plugin, vLLM refuses the folder.
+    one as ``chat_template_kwargs={"slq_task": "query"}``, and gets the default prompt if it names none. Without the plugin, vLLM
+    refuses the folder.
 
     Args:
         model: The encoder. Its backbone is one of vLLM's; vLLM says so if not.
@@ -38,6 +40,18 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
         )
     folder = Path(folder)
     prompts = {task: resolve_prompt(model, task=task) or "" for task in ("query", "document")}
-    template = with_prompts(model.processor.chat_template, prompts)
+    default = resolve_prompt(model) or ""
+    template = with_prompts(model.processor.chat_template, prompts, default)
     model.save_pretrained(folder, form="merged")
     (folder / "chat_template.jinja").write_text(template, "utf8")
+    if default:
+        _leave_prompts_to_the_host(folder / "sentence_bert_config.json")
+
+
+def _leave_prompts_to_the_host(path: Path) -> None:
+    # Plain Sentence Transformers sends its prompt as a system message, and "" as none, where the default must not come back.
+    values = json.loads(path.read_text("utf8"))
+    settings = values["processing_kwargs"].setdefault("chat_template", {})
+    if "chat_template" not in settings:  # else the host renders that template, which knows no prompts
+        settings["slq_task"] = "none"
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf8")

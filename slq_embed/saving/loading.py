@@ -14,6 +14,7 @@ from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slq_embed.backbone.chat_template import without_prompts
 from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor
 from slq_embed.backbone.fingerprint import difference
 from slq_embed.backbone.quantization import IN_MEMORY
@@ -150,11 +151,14 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
         )
     host_config, card = find("config_sentence_transformers.json"), find("README.md")
     hub = hub_arguments(arguments)
+    processor = load_processor(folder, **hub, **(arguments.get("processor_kwargs") or {}))
+    if isinstance(processor.chat_template, str):
+        processor.chat_template = without_prompts(processor.chat_template)
     return SavedModel(
         slq_config,
         read_weights(find, slq_config),
         _find_backbone(folder, slq_config, hub, dict(arguments.get("model_kwargs") or {}), backbone),
-        load_processor(folder, **hub, **(arguments.get("processor_kwargs") or {})),
+        processor,
         {} if host_config is None else json.loads(Path(host_config).read_text("utf8")),
         None if card is None else Path(card).read_text("utf8"),
     )

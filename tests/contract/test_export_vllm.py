@@ -55,6 +55,51 @@ def test_the_template_knows_the_prompts(encoder, tmp_path):
     assert render([*system, *chat], slq_task="query") == render([*system, *chat])
 
 
+def test_a_default_prompt_is_the_servers_and_is_not_applied_twice(checkpoint, mixed, tmp_path):
+    """What loads the folder sends its prompt as a system message, or none; a server knows only what a request names."""
+    encoder = SLQEncoder.from_backbone(
+        checkpoint(), num_queries=4, seed=0, device="cpu", prompts={"all": "look at it"}, default_prompt_name="all"
+    )
+    export_vllm(encoder, tmp_path / "a")
+    again, stock = SLQEncoder(tmp_path / "a", device="cpu"), SentenceTransformer(str(tmp_path / "a"), device="cpu")
+    for options in ({}, {"prompt": ""}, {"prompt_name": "document"}, {"prompt": "another"}):
+        expected = encoder.encode(mixed, **options)
+        assert np.array_equal(again.encode(mixed, **options), expected), options
+        assert np.abs(stock.encode(mixed, **options) - expected).max() < 1e-6, options
+    assert np.abs(encoder.encode(mixed) - encoder.encode(mixed, prompt="")).max() > 1e-3, "the prompt changes nothing"
+    chat = [{"role": "user", "content": "a"}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "a")
+    assert "look at it" in processor.apply_chat_template(chat, tokenize=False)
+    again.save_pretrained(tmp_path / "b", form="merged")
+    assert "look at it" not in (tmp_path / "b" / "chat_template.jinja").read_text("utf8"), (
+        "stock loading would apply it"
+    )
+
+
+def test_a_folder_that_is_loaded_and_exported_again_has_the_new_prompts_only(encoder, tmp_path):
+    encoder.prompts = {"query": "OLD", "document": "OLD"}
+    export_vllm(encoder, tmp_path / "a")
+    again = SLQEncoder(tmp_path / "a", device="cpu")
+    again.prompts = {"query": "NEW", "document": ""}
+    export_vllm(again, tmp_path / "b")
+    template = (tmp_path / "b" / "chat_template.jinja").read_text("utf8")
+    assert "NEW" in template
+    assert "OLD" not in template
+
+
+@pytest.mark.parametrize("content", ["Look.", [{"type": "text", "text": "Look."}]], ids=["a str", "parts"])
+def test_a_chats_own_system_message_takes_the_place_of_the_prompt(checkpoint, content, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=PROMPTS)
+    encoder.save_pretrained(tmp_path)
+    chats = [[{"role": "system", "content": content}, {"role": "user", "content": "a red circle"}]]
+    expected = encoder.encode(chats)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    for options in ({}, {"prompt_name": "query"}):
+        assert np.array_equal(encoder.encode(chats, **options), expected)
+        assert np.abs(stock.encode(chats, **options) - expected).max() < 1e-6
+    assert np.abs(encoder.encode([chats[0][1:]]) - expected).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "named"), [({"deep_queries": True}, "deep queries"), ({"query_adapter": True}, "a query adapter")]
 )

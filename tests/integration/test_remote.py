@@ -62,6 +62,31 @@ def test_all_kinds_of_inputs_give_the_same_vectors(local, remote, photo):
     assert np.abs(embed(local, inputs, task="query") - embed(local, inputs)).max() > 1e-3, "the prompt changes nothing"
 
 
+@pytest.mark.parametrize("content", ["Look. ", [{"type": "text", "text": "Look. "}]], ids=["a str", "parts"])
+def test_a_chat_with_its_own_system_message_gets_no_prompt(local, remote, content):
+    asked = {"role": "user", "content": "a red circle"}
+    chat = [{"role": "system", "content": content}, asked]
+    expected = embed(local, [chat], prompt="")
+    for options in ({}, {"task": "query"}, {"prompt": "another"}, {"prompt": "another", "task": "query"}):
+        assert np.array_equal(embed(local, [chat], **options), expected), options
+        assert np.abs(embed(remote, [chat], **options) - expected).max() < 1e-5, options
+    assert np.abs(embed(local, [[asked]], prompt="") - expected).max() > 1e-3
+
+
+def test_the_default_prompt_holds_where_no_task_is_named(checkpoint):
+    prompts = {"query": "find the picture", "everything": "say it in one word"}
+    local = SLQEncoder.from_backbone(
+        checkpoint(), num_queries=4, seed=0, device="cpu", prompts=prompts, default_prompt_name="everything"
+    )
+    plain = embed(local, ["a red circle"], prompt="")
+    with serving(local) as running:
+        remote = RemoteEncoder(running.url)
+        for options in ({}, {"task": "query"}, {"prompt": ""}, {"prompt": "", "task": "query"}, {"prompt": "b"}):
+            expected = embed(local, ["a red circle"], **options)
+            assert np.abs(embed(remote, ["a red circle"], **options) - expected).max() < 1e-5, options
+            assert (np.abs(expected - plain).max() > 1e-3) == (options.get("prompt") != ""), options
+
+
 def test_images_as_callers_name_them(local, remote, photo):
     sources = [str(photo), photo.read_bytes(), io.BytesIO(photo.read_bytes()), {"image": str(photo), "text": "in blue"}]
     expected = embed_images(local, sources, task="document")
@@ -88,7 +113,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_embedded(local, remote, photo
 
 
 def test_what_the_server_refuses_costs_the_others_nothing(local, remote):
-    with pytest.raises(UnreadableInputsError, match=r"input 1: the server refuses it: .* maximum context") as raised:
+    with pytest.raises(
+        UnreadableInputsError, match=r"input 1 \(b+\.\.\.\): the server refuses it: .* maximum context"
+    ) as raised:
         embed(remote, ["a", "b" * (LONGEST + 1), "c"])
     assert np.abs(raised.value.embeddings[[0, 2]] - embed(local, ["a", "c"])).max() < 1e-5
 
@@ -96,33 +123,6 @@ def test_what_the_server_refuses_costs_the_others_nothing(local, remote):
 def test_a_video_is_refused(remote):
     with pytest.raises(UnreadableInputsError, match="videos"):
         embed(remote, [{"video": np.zeros((4, 32, 32, 3), np.uint8)}])
-
-
-def test_no_server_no_model_no_key(server, local):
-    with pytest.raises(ConnectionError, match=r"No server answers at http://127\.0\.0\.1:9"):
-        RemoteEncoder("http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=f"has no model 'another'. It has: {NAME}"):
-        RemoteEncoder(server.url, "another")
-    with pytest.raises(ValueError, match="an address such as"):
-        RemoteEncoder("file:///etc")
-    with serving(local, key="secret") as locked:
-        with pytest.raises(RuntimeError, match="401: Unauthorized"):
-            RemoteEncoder(locked.url)
-        with_key = RemoteEncoder(f"{locked.url}/v1/", api_key="secret")
-        assert embed(with_key, ["a"]).shape == (1, 32)
-        assert "secret" not in repr(with_key)
-
-
-def test_the_key_can_come_from_the_environment(local, monkeypatch):
-    monkeypatch.setenv("SLQ_API_KEY", "secret")
-    with serving(local, key="secret") as locked:
-        assert embed(RemoteEncoder(locked.url), ["a"]).shape == (1, 32)
-
-
-def test_numbers_that_are_none_are_an_error(remote, monkeypatch):
-    monkeypatch.setattr("slq_embed.remote._numbers", lambda embedding: np.full(32, np.nan, np.float32))
-    with pytest.raises(RuntimeError, match="no numbers"):
-        embed(remote, ["a"])
 
 
 def test_langchain(local, server, photo):

@@ -58,14 +58,15 @@ CASES = {
     "mean": Case("slq-tiny", 0.99999, FP32),
     "head, in steps, prefix caching asked for": Case("slq-tiny-head", 0.99999, (*FP32, *IN_STEPS, *CACHING)),
     "head, bfloat16": Case("slq-tiny-head", 0.999, BF16),
-    "last query, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
+    "last query, default prompt, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
 }
 
 
 def build(name: str) -> SLQEncoder:
     if name.startswith("slq-"):
         return SLQEncoder(pretrained(name), device="cpu", prompts=PROMPTS)
-    settings: dict[str, Any] = {"pooling": "last"} if name == "last" else {"deep_queries": True}
+    default = {"prompts": {"all": "Look at it"}, "default_prompt_name": "all"}
+    settings: dict[str, Any] = {"pooling": "last", **default} if name == "last" else {"deep_queries": True}
     return SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=4, seed=0, device="cpu", **settings)
 
 
@@ -123,9 +124,20 @@ def test_a_prompt_that_vllm_has_seen_whatever_its_length(served: Served):
 
 
 def test_prompts_reach_the_server(served: Served):
-    for options in ({"task": "query"}, {"task": "document"}, {"prompt": "Another one", "task": "query"}):
-        expected = embed(served.local, ["a red circle", IMAGES[0]], **options)
-        found = embed(served.remote, ["a red circle", IMAGES[0]], **options)
+    chats = [
+        [{"role": "system", "content": content}, {"role": "user", "content": "a red circle"}]
+        for content in ("Look.", [{"type": "text", "text": "Look."}])
+    ]
+    inputs = ["a red circle", IMAGES[0], *chats]
+    for options in (
+        {},
+        {"task": "query"},
+        {"task": "document"},
+        {"prompt": ""},
+        {"prompt": "Another", "task": "query"},
+    ):
+        expected = embed(served.local, inputs, **options)
+        found = embed(served.remote, inputs, **options)
         assert (found * expected).sum(1).min() > served.case.cosine
 
 
@@ -197,3 +209,10 @@ def test_what_acts_inside_the_layers_is_refused_with_the_plugin(tmp_path: Path):
     process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=True)
     assert process.code, "it is served"
     assert "cannot be served by vLLM: it has deep queries" in process.log.read_text()
+
+
+def test_a_folder_whose_prompts_would_be_lost_is_refused(tmp_path: Path):
+    build("slq-tiny").save_pretrained(tmp_path / "model", form="merged")
+    process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=True)
+    assert process.code, "it is served"
+    assert "has prompts (query) that its chat template does not know" in process.log.read_text()

@@ -11,7 +11,17 @@ from typing import Any, Literal, TypeVar
 
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables.config import run_in_executor
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, SecretStr, field_serializer
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    SecretStr,
+    field_serializer,
+)
 from slq_embed import SLQEncoder
 from slq_embed.encoding import encoder_digest
 from slq_embed.remote import RemoteEncoder
@@ -61,6 +71,8 @@ class SLQEmbeddings(BaseModel, Embeddings):
     """Address of a server that holds the model, such as vLLM's, in place of a model here."""
     api_key: SecretStr | None = Field(default=None, repr=False, exclude=True, frozen=True)
     """The server's key; by default the environment variable ``SLQ_API_KEY``."""
+    timeout_s: PositiveFloat = Field(default=RemoteEncoder.timeout_s, frozen=True)
+    """Longest time to wait for the server's answer to a request, in seconds."""
     device: str | None = Field(default=None, frozen=True)
     """Such as ``"cuda:1"``; by default the first accelerator, else the CPU."""
     batch_size: PositiveInt = 32
@@ -111,7 +123,8 @@ class SLQEmbeddings(BaseModel, Embeddings):
                 f"The model is behind a server, so {' and '.join(given) or 'an SLQEncoder'} cannot be given."
             )
         key = None if self.api_key is None else self.api_key.get_secret_value()
-        return RemoteEncoder(base_url, None if self.model is None else str(self.model), key, self.truncate_dim)
+        name = None if self.model is None else str(self.model)
+        return RemoteEncoder(base_url, name, key, self.truncate_dim, self.timeout_s)
 
     @property
     def model_name(self) -> str:

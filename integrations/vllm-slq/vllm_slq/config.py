@@ -7,9 +7,9 @@ from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
 
-from vllm_slq.record import CONFIG_NAME, Record, read_record
+from vllm_slq.record import CONFIG_NAME, HOST_CONFIG_NAME, TEMPLATE_NAME, Record, read_record, require_prompts
 
 logger = logging.getLogger("vllm.slq")
 
@@ -37,6 +37,7 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
             inner.verify_and_update_model_config(model_config)
             if model_config.runner_type != "pooling" or model_config.pooler_config is None:
                 raise ValueError(f"{model_config.model} gives embeddings. Serve it with --runner pooling.")
+            _lose_no_prompt(model_config)
             _say_what_transformers_does(model_config)
             _call_the_processor_alike(model_config)
             # To vLLM, a pooler that needs the last positions alone: so prompts may be computed in several steps.
@@ -52,6 +53,12 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
                 logger.info("SLQ: prefix caching is off, because the states at all queries are needed.")
 
     return SLQModelConfig
+
+
+def _lose_no_prompt(model_config: ModelConfig) -> None:
+    folder, revision = model_config.model, model_config.revision
+    template = get_hf_file_bytes(TEMPLATE_NAME, folder, revision) or b""
+    require_prompts(get_hf_file_to_dict(HOST_CONFIG_NAME, folder, revision), template.decode(), folder)
 
 
 def _say_what_transformers_does(model_config: ModelConfig) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 CONFIG_NAME = "slq_config.json"
 HEAD_NAME = "1_Dense/model.safetensors"
+HOST_CONFIG_NAME, TEMPLATE_NAME = "config_sentence_transformers.json", "chat_template.jinja"
 MASTER_NAME = "queries"  # a tensor beside the weights: the queries in float32, which the table holds already
 
+_OF_TASKS = ("query", "document", "passage", "corpus")
 _OWN_STATES = {
     "query_adapter": "a query adapter",
     "deep_queries": "deep queries",
@@ -58,3 +60,24 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
         )
     ids, image_kwargs = tuple(values["tokens"]["ids"]), values.get("image_kwargs") or {}
     return Record(ids, values["pooling"] == "mean", values.get("projection"), image_kwargs)
+
+
+def require_prompts(host: Mapping[str, Any] | None, template: str, folder: str) -> None:
+    """Make sure that no prompt of a folder is lost: vLLM reads the chat template only, and drops the name of a task that it lacks.
+
+    Args:
+        host: The content of ``config_sentence_transformers.json``; None where there is none.
+        template: The chat template.
+        folder: Its name, for errors.
+
+    Raises:
+        ValueError: If the folder has a prompt for queries or documents, or a default one, and its template knows none.
+    """
+    prompts, default = (host or {}).get("prompts") or {}, (host or {}).get("default_prompt_name")
+    if "slq_task" not in template and (
+        lost := sorted({str(name) for name in (*_OF_TASKS, default) if prompts.get(name)})
+    ):
+        raise ValueError(
+            f"{folder} has prompts ({', '.join(lost)}) that its chat template does not know, so they would be lost. "
+            "Write the folder with slq_embed.saving.export_vllm."
+        )

@@ -4,7 +4,13 @@ import pytest
 from jinja2 import Environment, TemplateError
 from transformers import AutoProcessor, Qwen3VLConfig
 
-from slq_embed.backbone.chat_template import build_chat_template, neutralising_filters, reads_videos
+from slq_embed.backbone.chat_template import (
+    build_chat_template,
+    neutralising_filters,
+    reads_videos,
+    with_prompts,
+    without_prompts,
+)
 from tests.families import others
 
 
@@ -60,6 +66,56 @@ def test_texts_and_prompts_are_capped_and_neutralised(processor):
     assert said.count("<|im_end|>") == 2
     assert (said.count("x"), said.count("y")) == (10, 11)  # one y of "system"
     assert said.endswith("<|slq_0|>")
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_of_several_system_messages_the_last_one_counts(processor, parts):
+    """The host puts its prompt before a chat's own system message."""
+    template = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=50)
+    told = [[{"type": "text", "text": text}] if parts else text for text in ("prompt", "own", "hi")]
+    roles = ("system", "system", "user")
+    chat = [{"role": role, "content": content} for role, content in zip(roles, told, strict=True)]
+    said = processor.apply_chat_template(chat, chat_template=template, tokenize=False)
+    assert said == processor.apply_chat_template(chat[1:], chat_template=template, tokenize=False)
+    assert "system\nown<|im_end|>" in said
+
+
+OLD = {"query": "OLD-Q", "document": '}.get(slq_task) "OLD-D" -%} \n x'}
+
+
+def test_prompts_in_a_template_are_replaced_not_stacked(processor):
+    plain = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=50)
+    chat = [{"role": "user", "content": "hi"}]
+
+    def said(template, **arguments):
+        return processor.apply_chat_template(chat, chat_template=template, tokenize=False, **arguments)
+
+    old = with_prompts(plain, OLD, default="OLD-0")
+    assert "OLD-Q" in said(old, slq_task="query")
+    assert "OLD-D" in said(old, slq_task="document")
+    assert "OLD-0" in said(old)
+    assert said(old, slq_task="none") == said(plain)
+    new = with_prompts(old, {"query": "NEW-Q", "document": ""})
+    assert "NEW-Q" in said(new, slq_task="query")
+    assert "OLD" not in new
+    assert said(new) == said(new, slq_task="document") == said(plain)
+    assert with_prompts(new, {"query": ""}) == without_prompts(old) == plain
+    with pytest.raises(ValueError, match="not one of slq-embed"):
+        with_prompts("{{ messages }}", OLD)
+
+
+def test_a_template_of_before_takes_prompts_too(processor):
+    plain = build_chat_template(processor, ["<|slq_0|>"], max_text_chars=50)
+    before = plain.replace("{%- if message['role'] == 'system' -%}{%- set slq.system = '' -%}{%- endif -%}\n", "")
+    assert before != plain
+    setting = '{%- set slq.system = {"query": "OLD"}.get(slq_task) if slq_task is defined and slq.system is none else slq.system -%}'
+    head, _, turns = before.partition("{%- if (slq.images")
+    exported = f"{head}{setting}{{%- if (slq.images{turns}"
+    assert without_prompts(exported) == before
+    chat = [{"role": "user", "content": "hi"}]
+    written = with_prompts(exported, {"query": "NEW"})
+    assert "OLD" not in written
+    assert "NEW" in processor.apply_chat_template(chat, chat_template=written, tokenize=False, slq_task="query")
 
 
 def test_instructions_are_text_of_the_user_turn(processor):

@@ -99,7 +99,8 @@ def test_a_chat_is_rendered_as_it_came():
     ]
     row = read_row(chat)
     assert (row.text, len(row.pictures), len(row.videos)) == ("ab", 1, 1)
-    assert row.messages("p")[0]["content"][0]["text"] == "p"
+    assert row.messages() == row.messages("p"), "its own system message takes the place of a prompt"
     assert row.messages()[0] == chat[0]
     assert row.messages()[1]["content"] == [content[0], {"type": "image"}, {"type": "video"}]
     assert read_row(chat[2]).messages() == [chat[2]]
+    assert [message["role"] for message in read_row(chat[2]).messages("p")] == ["system", "user"]

@@ -70,6 +70,12 @@ class SLQEmbedding(MultiModalEmbedding):
         default=None,
         description="A server that holds the model, such as vLLM's, in place of a model here.",
     )
+    timeout_s: float = Field(
+        frozen=True,
+        default=RemoteEncoder.timeout_s,
+        gt=0,
+        description="Longest time to wait for the server's answer to a request, in seconds.",
+    )
     device: str | None = Field(
         frozen=True, default=None, description="Where to compute; by default a GPU if there is one."
     )
@@ -116,7 +122,8 @@ class SLQEmbedding(MultiModalEmbedding):
             if given or model is not None or token is not None:
                 named = " and ".join(given or (["model"] if model is not None else ["token"]))
                 raise ValueError(f"The model is behind a server, so {named} cannot be given.")
-            remote = RemoteEncoder(base_url, None if name == _UNKNOWN else name, api_key, kwargs.get("truncate_dim"))
+            settings = {key: kwargs[key] for key in ("truncate_dim", "timeout_s") if key in kwargs}
+            remote = RemoteEncoder(base_url, None if name == _UNKNOWN else name, api_key, **settings)
             name = str(remote.model)
         if model is not None and _is_no_place(name):
             name = f"{_IN_MEMORY}{encoder_digest(model)[:12]}"
