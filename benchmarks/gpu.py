@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --rehearse        # the same commands on a CPU, small: do they run?
 
 A piece is a command with a time limit. Its output goes into OUTPUT/NAME.log, its results into OUTPUT/NAME.json. A piece with results
-is not run again, so the same command goes on where the last one stopped; one that failed is, after those that are left. A piece is begun
-while a quarter of --minutes is left, and stopped at their end. What a machine lacks is skipped by name.
+is not run again, so the same command goes on where the last one stopped; one that failed (a test, too) has none, and is, after those
+that are left. A piece is begun while a quarter of --minutes is left, and stopped at their end. What a machine lacks is skipped by name.
 
 Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, are used where they are: a GPU machine may reach none.
 """
@@ -117,12 +117,12 @@ def run(piece: Piece, output: Path, limit: float, rehearse: bool, settings: dict
             code = None
     seconds = time.monotonic() - started
     tail = (output / f"{piece.name}.log").read_text("utf8", errors="replace").splitlines()[-3:]
-    if code is None or (code and json_of_its_own):
+    if code != 0:
         results.unlink(missing_ok=True)
         return f"{'stopped' if code is None else 'FAILED'} after {seconds:.0f} s: {' | '.join(tail)}"
     if not json_of_its_own:
         results.write_text(json.dumps({"command": command, "exit_code": code, "end_of_log": tail}, indent=2) + "\n")
-    return f"{'done' if not code else f'exit code {code}'} in {seconds:.0f} s: {tail[-1] if tail else ''}"
+    return f"done in {seconds:.0f} s: {tail[-1] if tail else ''}"
 
 
 def missing(piece: Piece, rehearse: bool, folder: str) -> str | None:
@@ -146,6 +146,9 @@ def main(argv: list[str] | None = None) -> None:
     end = time.monotonic() + 60 * args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
     chosen = [piece for piece in PIECES if args.only is None or piece.name in args.only]
+    for piece in chosen:
+        if (results := args.output / f"{piece.name}.json").exists():
+            print(f"{piece.name}: done before, see {results}", flush=True)
     chosen = [piece for piece in chosen if not (args.output / f"{piece.name}.json").exists()]
     failed = [piece for piece in chosen if (args.output / f"{piece.name}.log").exists()]
     with tempfile.TemporaryDirectory() as folder:

@@ -5,12 +5,14 @@
     python examples/embed_corpus_ray.py --model slq-photos --input shards/*.tar --image jpg --actors 8 --dtype bfloat16
 
 --input is a folder of images, or files: parquet, jsonl or WebDataset shards (*.tar). An image is bytes, a dict of bytes and path
-as `datasets` writes it, or a path relative to the first file's folder. CPU tasks decode and preprocess; actors hold the model, one
+as `datasets` writes it, or a path relative to the first file's folder. A text is a string, or bytes in UTF-8. CPU tasks decode and preprocess; actors hold the model, one
 on each GPU, or one on CPUs. Ray starts an actor again that was killed, and gives it the same rows.
 
-The same command again goes on with what is missing. OUTPUT/embeddings has the id, the columns of --keep and `embedding`;
-OUTPUT/skipped.jsonl names each input that cannot be read, with the reason. On several machines OUTPUT must be a folder that all of
-them see. Hardware: anything that runs Ray (`pip install "ray[data]"`). Expected output: how many inputs were embedded, and what was skipped.
+The same command again goes on with what is missing, and one with another --input adds to it: an id that OUTPUT has is not embedded
+again, so ids must differ over all inputs. Other settings need another OUTPUT, which records them in OUTPUT/model.json.
+OUTPUT/embeddings has the id, the columns of --keep and `embedding`; OUTPUT/skipped.jsonl names each input that the last run
+could not read, with the reason. On several machines all must see OUTPUT, the inputs and the folder of the model under the same paths. Hardware: anything
+that runs Ray (`pip install "ray[data]"`). Expected output: how many inputs were embedded, and what was skipped.
 """
 
 from __future__ import annotations
@@ -64,37 +66,42 @@ class Preprocess:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One row that holds the features of a batch, and what is kept beside them."""
         kept = rows.select([self.columns[0], *self.keep])
-        inputs = [self.input_of(row) for row in rows.to_pylist()]
+        found = rows.to_pylist()
         try:
-            features = self.features(inputs)
+            features = self.features(found)
         except (ValueError, OSError, RuntimeError):  # which of them was it?
-            readable = [
-                self.can_read(value, str(name)) for value, name in zip(inputs, kept[0].to_pylist(), strict=True)
-            ]
+            readable = [self.can_read(row, str(name)) for row, name in zip(found, kept[0].to_pylist(), strict=True)]
             kept = kept.filter(pa.array(readable, pa.bool_()))
-            features = self.features([value for value, good in zip(inputs, readable, strict=True) if good])
+            features = self.features([row for row, good in zip(found, readable, strict=True) if good])
         # Arrow has no type for features.
         return pa.table({"batch": [pickle.dumps((kept, features))] if len(kept) else pa.array([], pa.binary())})
 
     def input_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row as the encoder takes it."""
+        """A row as the encoder takes it.
+
+        Raises:
+            ValueError: If a text is bytes that are not UTF-8.
+        """
         _, image, text = (row.get(column) if column else None for column in self.columns)
         if isinstance(image, str):
             image = self.root / image
         elif isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
             image = self.root / image["path"]
+        if isinstance(text, bytes):  # what shards hold is bytes
+            text = text.decode("utf8")
         return {"image": image, "text": text}
 
-    def features(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def features(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Features of a batch."""
         self.transformer = self.transformer or ray.get(self.reader)
+        inputs = [self.input_of(row) for row in rows]
         features: dict[str, Any] = self.transformer.preprocess(inputs, self.prompt, keyed=False)
         return features
 
-    def can_read(self, value: dict[str, Any], name: str) -> bool:
-        """Whether an input can be read. If not, a file says why: its name depends on the id, so a task may run again."""
+    def can_read(self, row: dict[str, Any], name: str) -> bool:
+        """Whether a row can be read. If not, a file says why: its name depends on the id, so a task may run again."""
         try:
-            self.features([value])
+            self.features([row])
         except (ValueError, OSError, RuntimeError) as error:
             reason = str(error).removeprefix("Input 0 of 1: ")
             path = self.skipped / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
@@ -152,18 +159,49 @@ def read(files: list[str], kind: str) -> Any:
     return ray.data.read_parquet(files) if kind == ".parquet" else ray.data.read_json(files)
 
 
-def begin(output: Path, digest: str) -> None:
+def begin(output: Path, settings: dict[str, Any]) -> None:
     """Make the output folder, or go on in it.
 
     Raises:
-        SystemExit: If it has the embeddings of another model.
+        SystemExit: If it was made with other settings.
     """
     record = output / "model.json"
-    if record.is_file() and json.loads(record.read_text("utf8"))["digest"] != digest:
-        raise SystemExit(f"{output} has embeddings of another model or prompt. Give another --output.")
+    before = json.loads(record.read_text("utf8")) if record.is_file() else settings
+    if differing := [name for name in settings if before.get(name) != settings[name]]:
+        changes = "; ".join(f"{name} was {before.get(name)!r}, and is {settings[name]!r}" for name in differing)
+        raise SystemExit(
+            f"{output} has embeddings with other settings: {changes}. Give another --output, or these settings."
+        )
     shutil.rmtree(output / "skipped", ignore_errors=True)  # these are tried again
     (output / "skipped").mkdir(parents=True)
-    record.write_text(json.dumps({"digest": digest}), "utf8")
+    record.write_text(json.dumps(settings, indent=2) + "\n", "utf8")
+
+
+def columns_of(kind: str, args: argparse.Namespace) -> tuple[str, str | None, str | None]:
+    """Names of the columns with ids, images and texts.
+
+    Raises:
+        SystemExit: If one is missing, or is named where it is none.
+    """
+    fixed = {"folder": ["id", "image", "text"], ".tar": ["id"]}.get(kind, [])
+    if named := [f"--{option}" for option in fixed if getattr(args, option) is not None]:
+        what = (
+            "a folder, where the path of an image is its id" if kind == "folder" else "shards, where the key is the id"
+        )
+        raise SystemExit(f"{named[0]} names a column, but the input is {what}. Leave it out.")
+    if kind == "folder":
+        return "path", "bytes", None
+    id_column = "__key__" if kind == ".tar" else args.id
+    if id_column is None:
+        raise SystemExit("Which column names each row? Say so with --id; its values must differ.")
+    if args.image is None and args.text is None:
+        raise SystemExit("Nothing to embed: name a column with --image, --text, or both.")
+    return id_column, args.image, args.text
+
+
+def embedded(output: Path) -> int:
+    """How many embeddings the output folder has."""
+    return sum(pq.read_metadata(path).num_rows for path in (output / "embeddings").glob("*.parquet"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -173,8 +211,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--input", nargs="+", required=True, help="a folder of images; parquet, jsonl or tar files")
     add("--output", type=Path, default=Path("output/embeddings"))
     add("--id", help="column that names each row (parquet, jsonl)")
-    add("--image", help="column with images; in a folder, the files")
-    add("--text", help="column with texts")
+    add("--image", help="column with images (not for a folder)")
+    add("--text", help="column with texts (not for a folder)")
     add("--keep", nargs="*", default=[], help="columns to keep beside the embeddings")
     add("--prompt", help="a system message; by default the model's prompt for documents")
     add("--batch", type=int, default=32, help="inputs a batch")
@@ -187,30 +225,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     output, root = args.output.resolve(), Path(args.input[0]).resolve().parent
     kind = kind_of(args.input)
-    id_column = {"folder": "path", ".tar": "__key__"}.get(kind, args.id)
-    image = "bytes" if kind == "folder" else args.image
-    if id_column is None:
-        raise SystemExit("Which column names each row? Say so with --id; its values must differ.")
-    if image is None and args.text is None:
-        raise SystemExit("Nothing to embed: name a column with --image, --text, or both.")
-    model = SLQEncoder(args.model, device="cpu")
+    columns = columns_of(kind, args)
+    # Actors of a cluster that is running have another working folder.
+    name = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    model = SLQEncoder(name, device="cpu")
     prompt = resolve_prompt(model, args.prompt, task="document")
-    begin(output, hashlib.sha256(f"{encoder_digest(model)} {prompt} {args.dtype}".encode()).hexdigest())
+    options = dict(zip(("--id", "--image", "--text"), columns, strict=True)) | {"--keep": args.keep}
+    settings = {"digest of the model": encoder_digest(model), "prompt": prompt, "--dtype": args.dtype, **options}
+    begin(output, settings)
+    before = embedded(output)
     ray.init(ignore_reinit_error=True, include_dashboard=False)
     # What Ray has written it will not read again. A data set keeps the configuration that it was made with.
     DataContext.get_current().checkpoint_config = CheckpointConfig(
-        id_column, f"file://{output}/done", delete_checkpoint_on_success=False
+        columns[0], f"file://{output}/done", delete_checkpoint_on_success=False
     )
     rows = read([str(Path(file).resolve()) for file in args.input], kind)
     model.backbone.to("meta")  # reading needs its configuration, and no weights
-    columns = (id_column, image, args.text)
     reader = ray.put(model.transformer)
     preprocess = Preprocess(reader, columns, args.keep, root, prompt, output / "skipped")
     gpus = int(ray.cluster_resources().get("GPU", 0))
     features = rows.map_batches(preprocess, batch_size=args.batch, batch_format="pyarrow")
     embeddings = features.map_batches(
         Embed,
-        fn_constructor_args=(args.model, args.dtype),
+        fn_constructor_args=(name, args.dtype),
         batch_size=1,
         batch_format="pyarrow",
         num_gpus=1 if gpus else 0,
@@ -220,8 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     embeddings.write_parquet(str(output / "embeddings"))
     skipped = [path.read_text("utf8") for path in sorted((output / "skipped").iterdir())]
     (output / "skipped.jsonl").write_text("".join(f"{line}\n" for line in skipped), "utf8")
-    count = sum(pq.read_metadata(path).num_rows for path in (output / "embeddings").glob("*.parquet"))
-    print(f"{count} embeddings in {args.output / 'embeddings'}; {len(skipped)} skipped")
+    count = embedded(output)
+    print(f"{count} embeddings in {args.output / 'embeddings'}, {count - before} of them new; {len(skipped)} skipped")
     for line in skipped:
         print(line)
 

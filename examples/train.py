@@ -1,13 +1,13 @@
 """Train latent queries on your own images with captions, on one GPU or many, from memory or as a stream.
 
-    python examples/train.py --data photos --holdout 300
+    python examples/train.py --data photos --holdout 20
     python examples/train.py --data photos --backbone Qwen/Qwen3-VL-2B-Instruct --learning-rate 5e-4 --queries 20
     torchrun --nproc-per-node 4 examples/train.py --data photos --batch 1024 --chunk 32
     python examples/train.py --stream shards/*.tar --columns jpg txt --test photos --steps 1000
 
 --data is a folder with `captions.jsonl` (`image`, `captions`, and `split` with train and val, or --holdout). --stream
-takes WebDataset shards or parquet files, which are read as they are needed; --test is then such a folder. The same command again
-goes on from the last checkpoint. Hardware: 2 CPU cores and some ten minutes with the embedded default, which has hardly
+takes WebDataset shards or parquet files, which are read as they are needed and mixed in a buffer; --test is then such a folder. The
+same command again goes on from the last checkpoint. Hardware: 2 CPU cores and some ten minutes with the embedded default, which has hardly
 seen a photo: recall is low, and printed as it is. A GPU for a real backbone. Expected output: the loss, seconds, pairs a second, recall
 at 1, 5 and 10 both ways, before and after, with the model in OUTPUT/model.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,19 +38,27 @@ def load(folder: Path, holdout: int, limit: int | None) -> tuple[ImageTextPairs,
         return from_folder(folder, split="train", limit=limit), from_folder(folder, split="val")
     pairs = from_folder(folder)
     labels = pairs.dataset["label"][:]
+    if not 0 < holdout <= labels[-1]:
+        raise SystemExit(
+            f"--holdout is {holdout}, but {folder} has {labels[-1] + 1} images that can be read. Hold out at least one, and fewer "
+            "than all."
+        )
     first = labels.index(labels[-1] + 1 - holdout)
     parts = range(first if limit is None else labels.index(min(limit, labels[first]))), range(first, len(labels))
     training, test = (ImageTextPairs(pairs.dataset.select(rows), pairs.skipped) for rows in parts)
     return training, test
 
 
-def stream(files: list[str], image_column: str, text_column: str) -> ImageTextPairs:
-    """Pairs of many files, read as they are needed."""
+def stream(files: list[str], image_column: str, text_column: str, buffer: int = 1000, seed: int = 0) -> ImageTextPairs:
+    """Pairs of many files, read as they are needed, and mixed in a buffer, in another order in each epoch."""
     if missing := [file for file in files if not Path(file).is_file()]:
         raise SystemExit(f"There is no file {missing[0]}. Give WebDataset shards (*.tar) or parquet files.")
     kind = "webdataset" if files[0].endswith(".tar") else "parquet"
     rows = load_dataset(kind, data_files=files, split="train", streaming=True)
-    return from_dataset(rows, image_column, text_column)  # a bad image is left out, and listed
+    pairs = from_dataset(rows, image_column, text_column)  # a bad image is left out, and listed
+    # Mixed after reading: so the captions of an image come apart too, and a bad row has its number in the files.
+    pairs.dataset = pairs.dataset.shuffle(seed, buffer_size=buffer)
+    return pairs
 
 
 def build_trainer(
@@ -76,6 +84,9 @@ def build_trainer(
         temperature: Initial temperature.
         evaluator: For metrics during the training.
         **settings: For SentenceTransformerTrainingArguments.
+
+    Raises:
+        SystemExit: If one process has several GPUs.
     """
     arguments: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),  # else several processes on CPUs would not find each other
@@ -93,16 +104,38 @@ def build_trainer(
     loss = CachedSymmetricInfoNCELoss(
         model, temperature, mini_batch_size=chunk, gather_across_devices=training.world_size > 1
     )
-    return SentenceTransformerTrainer(model, training, train_dataset=rows, loss=loss, evaluator=evaluator)
+    trainer = SentenceTransformerTrainer(model, training, train_dataset=rows, loss=loss, evaluator=evaluator)
+    if trainer.args.n_gpu > 1:  # 1 where the layers of a large model lie on several GPUs
+        raise SystemExit(
+            f"One process has {trainer.args.n_gpu} GPUs, and would split batches among them in a way that latent queries do not "
+            f"support. Start one process for each: torchrun --nproc-per-node {trainer.args.n_gpu} ..., or choose one GPU: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    return trainer
 
 
 def train(trainer: SentenceTransformerTrainer) -> None:
-    """Train, from the last checkpoint on if there is one."""
+    """Train, from the last checkpoint on if there is one.
+
+    Raises:
+        SystemExit: If several processes have fewer rows than a step takes, or not one step was run.
+    """
+    share, processes, rows = trainer.args.per_device_train_batch_size, trainer.args.world_size, trainer.train_dataset
+    if processes > 1 and isinstance(rows, Dataset) and len(rows) < share * processes:
+        raise SystemExit(
+            f"A step takes {share * processes} pairs, {share} in each of {processes} processes, but there are {len(rows)} to train "
+            "on. Several processes take full batches only: lower --batch."
+        )
     folder = Path(trainer.args.output_dir)
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is not None:
         print(f"going on from {checkpoint}; for a new run, give another --output")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.state.global_step:
+        raise SystemExit(
+            f"Nothing was trained: the data did not fill one batch of {share} different images in each of {processes} processes. "
+            "Lower --batch."
+        )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -111,6 +144,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA, help="folder with captions.jsonl")
     add("--stream", nargs="+", help="WebDataset shards or parquet files, in place of --data")
     add("--columns", nargs=2, default=["image", "text"], help="of the streamed files: image and text")
+    add("--buffer", type=int, default=1000, help="mix so many streamed pairs at a time: as many images are in memory")
     add("--test", type=Path, help="folder with captions.jsonl to measure on; by default a part of --data")
     add("--holdout", type=int, default=0, help="measure on so many last images (files without split)")
     add("--limit", type=int, help="train on so many images only")
@@ -138,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     test = None if args.test is None else from_folder(args.test)
     if args.stream is not None:
-        training = stream(args.stream, *args.columns)
+        training = stream(args.stream, *args.columns, args.buffer, args.seed)
     elif test is not None:
         training = from_folder(args.data, limit=args.limit)
     else:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
@@ -167,6 +167,14 @@ class SLQEncoder(SentenceTransformer):
     transformers_model = backbone
 
     @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where the layers are, if on several GPUs: trainers then do not copy the model to each GPU. Else there is no such attribute."""
+        devices: dict[str, Any] = self.backbone.hf_device_map
+        if len({*devices.values()} - {"cpu", "disk"}) < 2:
+            raise AttributeError("The layers are not on several GPUs.")
+        return devices
+
+    @property
     def queries(self) -> nn.Parameter:
         """The latent queries, ``(Q, H)`` in float32."""
         return self.transformer.queries
@@ -206,6 +214,13 @@ class SLQEncoder(SentenceTransformer):
         if self.prefix_store is None:
             raise ValueError("There is nothing to forget: no prefix store is attached (model.prefix_store is None).")
         return self.prefix_store.forget(self.transformer.prefix_keys(inputs, resolve_prompt(self, prompt, prompt_name)))
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # nn.DataParallel would split the batch by rows, and pixels lie by patch; all copies would share one backbone.
+        raise RuntimeError(
+            "An SLQEncoder was wrapped in nn.DataParallel, which Trainers do where one process sees several GPUs. That is not "
+            "supported: start one process for each GPU (torchrun --nproc-per-node N ...), or choose one with CUDA_VISIBLE_DEVICES."
+        )
 
     def is_singular_input(self, inputs: Any) -> bool:
         """Whether this is one input and not a batch; a path and a dict are one input."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,13 +21,13 @@ import pytest
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.toy import captions, render, sample_scenes
-from tests.scripts import EXAMPLES
+from tests.scripts import EXAMPLES, ROOT
 
 pytest.importorskip("ray", reason='Ray is not installed: pip install "ray[data]"')
 pytestmark = pytest.mark.slow  # each process of a cluster imports all
 
 SCENES = sample_scenes(12, "test")
-BAD = b"no image"
+BAD, LATIN = b"no image", "café".encode("latin-1")
 SCRIPT = """
 import json, os, pathlib, sys, time
 import ray
@@ -48,6 +50,7 @@ class Slow(example.Embed):
 
 if __name__ == "__main__":
     ray.init(num_cpus=2, include_dashboard=False)
+    os.chdir(sys.argv[3])  # what the cluster starts from now on stays where it was
     plain = example.Embed
     for kind, *argv in json.loads(sys.argv[1]):
         example.Embed = {"plain": plain, "dying": Dying, "slow": Slow}[kind]
@@ -62,7 +65,7 @@ def png(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Twelve scenes and a bad image as a folder, jsonl, parquet (four files) and two shards."""
+    """Twelve scenes and a bad image as a folder, jsonl, parquet (four files) and two shards, which have a bad text, too."""
     root = tmp_path_factory.mktemp("corpus")
     (root / "photos").mkdir()
     content = {f"{number:02}": png(number) for number in range(12)} | {"bad": BAD}
@@ -78,30 +81,41 @@ def corpus(tmp_path_factory) -> Path:
         pq.write_table(pa.table({"id": chosen, "image": images}), root / f"part-{part}.parquet")
     for shard in range(2):
         with tarfile.open(root / f"{shard}.tar", "w") as tar:
-            for name in names[shard::2]:
-                info = tarfile.TarInfo(f"{name}.png")
-                info.size = len(content[name])
-                tar.addfile(info, io.BytesIO(content[name]))
+            members = {f"{name}.png": content[name] for name in names[shard::2]}
+            members |= {f"{name}.txt": texts[name].encode() for name in names[shard::2]}
+            members |= {f"latin-{shard}.png": content["00"], f"latin-{shard}.txt": LATIN}
+            for name, data in sorted(members.items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
     model.prompts = {"document": "Describe what this shows."}
     model.save(root / "model")
     return root
 
 
-def command(calls: list[list[object]], folder: Path) -> dict[str, object]:
-    """Arguments of a process in which a cluster of two CPUs runs these calls of the example."""
+def command(calls: list[list[object]], folder: Path, moved: Path | None = None) -> dict[str, object]:
+    """Arguments of a process in which a cluster of two CPUs, started in ``folder``, runs these calls from ``moved``."""
     (folder / "script.py").write_text(SCRIPT)
     arguments = json.dumps([list(map(str, call)) for call in calls])
     return {
-        "args": [sys.executable, "-W", "ignore", str(folder / "script.py"), arguments, str(folder / "marker")],
-        "env": {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
+        "args": [
+            *(sys.executable, "-W", "ignore", str(folder / "script.py"), arguments),
+            *(str(folder / "marker"), str(moved or folder)),
+        ],
+        "env": {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (EXAMPLES, ROOT))),
+            "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",
+        },
         "cwd": folder,
     }
 
 
-def run(calls: list[list[object]], folder: Path, code: int = 0) -> str:
-    process = subprocess.run(**command(calls, folder), capture_output=True, text=True, check=False)
-    assert process.returncode == code, process.stderr[-4000:]
+def run(calls: list[list[object]], folder: Path, moved: Path | None = None) -> str:
+    process = subprocess.run(**command(calls, folder, moved), capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout + process.stderr
 
 
@@ -122,22 +136,29 @@ def furthest(found: dict[str, np.ndarray], corpus: Path, inputs: list[object]) -
     return max(float(np.abs(found[f"{number:02}"] - expected[number]).max()) for number in range(12))
 
 
+JSONL = ["--id", "id", "--image", "image", "--text", "caption", "--keep", "price"]
+
+
 @pytest.fixture(scope="module")
 def done(corpus, tmp_path_factory) -> tuple[Path, str]:
-    """Each form embedded in one cluster: shards by an actor that dies, the folder twice."""
+    """Each form embedded in one cluster: shards by an actor that dies, the folder twice, parquet in two parts that overlap.
+
+    The model and the inputs of jsonl are named by relative paths, from a folder that the cluster was not started in.
+    """
     folder = tmp_path_factory.mktemp("done")
-    jsonl = ["--id", "id", "--image", "image", "--text", "caption", "--keep", "price"]
-    parquet = [corpus / f"part-{part}.parquet" for part in range(4)]
+    parts = [corpus / f"part-{part}.parquet" for part in range(4)]
+    parquet = ["--id", "id", "--image", "image"]
     shards = [corpus / "0.tar", corpus / "1.tar"]
     shared = ["--model", corpus / "model", "--batch", 5, "--output"]
     calls = [
         ["plain", "--input", corpus / "photos", *shared, folder / "folder"],
         ["plain", "--input", corpus / "photos", *shared, folder / "folder"],
-        ["plain", "--input", corpus / "rows.jsonl", *jsonl, *shared, folder / "jsonl"],
-        ["plain", "--input", *parquet, "--id", "id", "--image", "image", *shared, folder / "parquet"],
-        ["dying", "--input", *shards, "--image", "png", *shared, folder / "shards"],
+        ["plain", "--input", "rows.jsonl", *JSONL, "--model", "model", "--output", folder / "jsonl"],
+        ["plain", "--input", *parts[2:], *parquet, *shared, folder / "parquet"],
+        ["plain", "--input", *parts[:3], *parquet, *shared, folder / "parquet"],
+        ["dying", "--input", *shards, "--image", "png", "--text", "txt", *shared, folder / "shards"],
     ]
-    return folder, run(calls, folder)
+    return folder, run(calls, folder, corpus)
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet", "shards"])
@@ -145,21 +166,93 @@ def test_each_form_gives_the_vectors_of_encode(done, corpus, kind):
     """Also where the actor was killed, and where the same command ran twice."""
     folder, output = done
     inputs = [corpus / "photos" / f"{number:02}.png" for number in range(12)]
-    if kind == "jsonl":
+    if kind in ("jsonl", "shards"):
         texts = [captions(scene)[0] for scene in SCENES]
         inputs = [{"image": path, "text": text} for path, text in zip(inputs, texts, strict=True)]
     assert furthest(embeddings(folder / kind), corpus, inputs) < 1e-5
     assert (folder / "marker").exists(), "no actor died"
     assert output.count("12 embeddings in") == 5
+    assert f"12 embeddings in {folder / 'folder' / 'embeddings'}, 0 of them new" in output
+    assert f"12 embeddings in {folder / 'parquet' / 'embeddings'}, 6 of them new" in output
 
 
 @pytest.mark.parametrize("kind", ["folder", "jsonl", "parquet", "shards"])
 def test_a_bad_record_is_named_with_the_reason(done, kind):
     folder, _ = done
-    (line,) = (folder / kind / "skipped.jsonl").read_text().splitlines()
-    name, reason = json.loads(line).values()
-    assert Path(name).stem == "bad"
-    assert "is not an image that can be read" in reason
+    lines = (folder / kind / "skipped.jsonl").read_text().splitlines()
+    reasons = {Path(name).stem: reason for name, reason in (json.loads(line).values() for line in lines)}
+    assert "is not an image that can be read" in reasons.pop("bad")
+    assert sorted(reasons) == (["latin-0", "latin-1"] if kind == "shards" else [])
+    assert all("'utf-8' codec can't decode byte 0xe9" in reason for reason in reasons.values())
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example in this process, for what it does before there is a cluster, and in a task."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("embed_corpus_ray")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep"], r"--keep was \['price'\], and is \[\]"),
+        (["--text", "id"], r"--text was 'caption', and is 'id'"),
+        (
+            ["--prompt", "other", "--dtype", "bfloat16"],
+            r"prompt was 'Describe .*, and is 'other'; --dtype was 'float32', and",
+        ),
+        (["--model", "other"], r"digest of the model was '[0-9a-f]+', and is '[0-9a-f]+'"),
+    ],
+)
+def test_other_settings_in_one_output_are_refused(done, corpus, example, tmp_path, options, message):
+    """Else what was embedded would be skipped, or files of two kinds lie side by side."""
+    folder, _ = done
+    if "--model" in options:
+        options = ["--model", str(tmp_path)]
+        model = SLQEncoder(corpus / "model", device="cpu")
+        model.queries.data += 1
+        model.save(tmp_path)
+    call = [
+        "--input",
+        corpus / "rows.jsonl",
+        *JSONL,
+        "--model",
+        corpus / "model",
+        "--output",
+        folder / "jsonl",
+        *options,
+    ]
+    with pytest.raises(SystemExit, match=rf"has embeddings with other settings: {message}.*\. Give another --output"):
+        example.main(list(map(str, call)))
+
+
+@pytest.mark.parametrize(
+    ("source", "option", "reason"),
+    [
+        ("photos", "--id", "a folder, where the path of an image is its id"),
+        ("photos", "--text", "a folder, where"),
+        ("0.tar", "--id", "shards, where the key is the id"),
+    ],
+)
+def test_a_column_that_the_input_does_not_have_is_refused(corpus, example, tmp_path, source, option, reason):
+    call = ["--input", corpus / source, option, "name", "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=f"{option} names a column, but the input is {reason}.* Leave it out"):
+        example.main(list(map(str, call)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_in_bytes_are_read(corpus, example, tmp_path):
+    """What shards hold is bytes. One that is not UTF-8 is left out, and named."""
+    reader = SLQEncoder(corpus / "model", device="cpu").transformer
+    task = example.Preprocess(None, ("id", None, "txt"), [], corpus, None, tmp_path, reader)
+    rows = task(pa.table({"id": ["good", "latin"], "txt": ["café".encode(), LATIN]}))
+    kept, features = pickle.loads(rows["batch"][0].as_py())
+    assert kept["id"].to_pylist() == ["good"]
+    expected = reader.preprocess([{"text": "café"}], keyed=False)
+    assert features["input_ids"].tolist() == expected["input_ids"].tolist()
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["id"] == "latin"
 
 
 def test_the_files_are_plain_parquet(done):
@@ -202,5 +295,3 @@ def test_a_killed_run_goes_on(corpus, tmp_path):
         name for name, when in before.items() if (tmp_path / "out" / "embeddings" / name).stat().st_mtime_ns == when
     ]
     assert kept, "everything was embedded again"
-    other = run([["plain", *options, "--dtype", "bfloat16"]], tmp_path, code=1)
-    assert "has embeddings of another model" in other

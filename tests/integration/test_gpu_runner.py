@@ -1,9 +1,14 @@
-"""What `make gpu` does with its pieces: each once, within its time, and what a machine lacks is skipped by name."""
+"""What `make gpu` does with its pieces: each once, within its time, and what a machine lacks is skipped by name.
+
+And that the comparison of compiled forms sees a form that goes wrong after its first step.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -29,7 +34,9 @@ def run(monkeypatch, tmp_path, capsys):
         (tmp_path / f"{name}.py").write_text(code)
         command = (str(tmp_path / f"{name}.py"),)
         pieces.append(gpu.Piece(name, 2 if name == "slow" else 30, command, command, needs))
-    monkeypatch.setattr(gpu, "PIECES", (*pieces, gpu.Piece("module", 30, ("-m", "json.tool", "--help"))))
+    modules = {"module": ("-m", "json.tool", "--help"), "tests": ("-m", "json.tool", "no.json")}
+    pieces += [gpu.Piece(name, 30, command) for name, command in modules.items()]
+    monkeypatch.setattr(gpu, "PIECES", tuple(pieces))
     monkeypatch.setattr(gpu, "WHEELS", tmp_path / "none")
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
 
@@ -41,7 +48,7 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 def test_each_piece_runs_once_and_failures_run_again_at_the_end(run, tmp_path):
-    bad, slow, other, good, module = run()
+    bad, slow, other, good, module, tests = run()
     assert bad.startswith("bad: FAILED after")
     assert bad.endswith("no memory")
     assert slow.startswith("slow: stopped after 2 s")
@@ -51,7 +58,12 @@ def test_each_piece_runs_once_and_failures_run_again_at_the_end(run, tmp_path):
     assert module.startswith("module: done in")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["good.json", "module.json"]
     assert json.loads((tmp_path / "out" / "module.json").read_text())["exit_code"] == 0
-    assert [line.split(":")[0] for line in run()] == ["other", "bad", "slow"]
+    assert tests.startswith("tests: FAILED after")  # a module writes no results of its own: its exit code counts
+    assert "no.json" in (tmp_path / "out" / "tests.log").read_text()
+    *done, other, bad, slow, tests = run()
+    assert done == [f"{name}: done before, see {tmp_path / 'out' / name}.json" for name in ("good", "module")]
+    assert [line.split(":")[0] for line in (other, bad, slow, tests)] == ["other", "bad", "slow", "tests"]
+    assert run("--only", "good") == done[:1]
 
 
 def test_what_does_not_fit_into_the_time_is_not_begun(run):
@@ -70,3 +82,31 @@ def test_without_a_gpu_it_says_so(run, monkeypatch):
 
 def test_a_rehearsal_leaves_out_what_needs_a_gpu(run):
     assert run("--rehearse", "--only", "module") == ["module: skipped, nothing of it runs on a CPU"]
+
+
+def test_a_compiled_form_that_goes_wrong_after_its_first_step_is_seen(monkeypatch, tmp_path, capsys):
+    """As a CUDA graph would whose first run only records. The batch that is printed and written is the one that ran."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    compiled = importlib.import_module("compiled")
+
+    @contextmanager
+    def wrong_from_the_second_step_on(layers, options):
+        calls = []
+
+        def hook(layer, inputs, output):
+            calls.append(1)
+            return output.roll(1, -1) if options and len(calls) > 1 else output
+
+        handle = layers[-1].register_forward_hook(hook)
+        yield
+        handle.remove()
+
+    monkeypatch.setattr(compiled, "compiled", wrong_from_the_second_step_on)
+    options = ["--quick", "--rounds", "1", "--image-size", "64", "64", "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr(sys, "argv", ["compiled.py", *options])
+    compiled.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["difference"]["eager"] == 0
+    assert result["difference"]["compiled"] > 0.1
+    assert result["batch"] == 2
+    assert "batch 2," in capsys.readouterr().out

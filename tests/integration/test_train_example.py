@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch.nn.parallel import replicate
 
-from slq_embed import PrefixStore, SLQEncoder
+from slq_embed import PrefixStore, SLQEncoder, pretrained
+from slq_embed.data import from_folder
 from slq_embed.toy import captions, render, sample_scenes
 from tests.scripts import EXAMPLES
 
@@ -78,6 +82,119 @@ def test_streamed_shards(run_example, tmp_path):
     assert "1 skipped: row 0" in output
     assert "4 images and 8 captions to measure on" in output
     assert SLQEncoder(tmp_path / "o" / "model", device="cpu").queries.shape == (2, 192)
+
+
+def test_a_stream_is_mixed_anew_in_each_epoch(run_example, tmp_path, monkeypatch):
+    """The same in each process and run; the captions of an image come apart, and a bad row keeps its number in the files."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    stream = importlib.import_module("train").stream
+    files = list(map(str, shards(tmp_path)))
+    pairs, again = (stream(files, "jpg", "txt", buffer=100, seed=3) for _ in range(2))
+
+    def labels(dataset):
+        return [row["label"] for row in dataset]
+
+    first = labels(pairs.dataset)
+    assert sorted(first) == list(range(11))
+    assert first != sorted(first)
+    assert labels(again.dataset) == first
+    assert [row.name for row in pairs.skipped] == ["row 0"]
+    pairs.dataset.set_epoch(1)
+    assert sorted(labels(pairs.dataset)) == sorted(first)
+    assert labels(pairs.dataset) != first
+    assert labels(stream(files, "jpg", "txt", buffer=1).dataset) == sorted(first)
+
+
+def test_a_streamed_run_goes_on_with_the_rows_that_are_left(run_example, tmp_path):
+    options = ["--stream", *shards(tmp_path), "--columns", "jpg", "txt", "--steps", 2, *TINY, "--save-steps", 1]
+    run_example("train", *options, "--output", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "cut" / "checkpoint-1")
+    assert "going on from" in run_example("train", *options, "--output", tmp_path / "cut")
+    one, other = (SLQEncoder(tmp_path / name / "model", device="cpu").queries for name in ("whole", "cut"))
+    assert (one - other).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("holdout", [12, 300, -1])
+def test_more_images_to_hold_out_than_there_are(run_example, tmp_path, holdout):
+    message = (
+        rf"--holdout is {holdout}, but .* has 12 images that can be read\. Hold out at least one, and fewer than all"
+    )
+    with pytest.raises(SystemExit, match=message):
+        run_example("train", "--data", photos(tmp_path), "--holdout", holdout, "--output", tmp_path / "o")
+
+
+def test_more_processes_than_the_data_fills_are_refused(run_example, tmp_path, monkeypatch):
+    """Hosts drop what does not fill a batch in each process. They would train nothing, and end as if all were well."""
+    monkeypatch.setattr(SentenceTransformerTrainingArguments, "world_size", 4)
+    options = [
+        "--data",
+        photos(tmp_path),
+        "--holdout",
+        4,
+        "--output",
+        tmp_path / "o",
+        "--queries",
+        2,
+        "--batch",
+        20,
+        "--steps",
+        1,
+    ]
+    message = r"A step takes 20 pairs, 5 in each of 4 processes, but there are 16 to train on\. .* lower --batch"
+    with pytest.raises(SystemExit, match=message):
+        run_example("train", *options)
+
+
+def test_a_run_without_a_step_saves_no_model(run_example, tmp_path, monkeypatch):
+    """Where the rows would do and the different images do not: 8 images fill no batch of 10."""
+    example = importlib.import_module("train")
+    build = example.build_trainer
+    monkeypatch.setattr(example, "build_trainer", lambda *args, **more: build(*args, **more, dataloader_drop_last=True))
+    options = [
+        "--data",
+        photos(tmp_path),
+        "--holdout",
+        4,
+        "--output",
+        tmp_path / "o",
+        "--queries",
+        2,
+        "--batch",
+        10,
+        "--steps",
+        1,
+    ]
+    with pytest.raises(
+        SystemExit, match=r"Nothing was trained: .* batch of 10 different images in each of 1 processes"
+    ):
+        run_example("train", *options)
+    assert not (tmp_path / "o" / "model").exists()
+
+
+def test_one_process_with_several_gpus_is_refused(run_example, tmp_path, monkeypatch):
+    """The trainer would wrap the model in nn.DataParallel. A backbone that lies on several GPUs is not wrapped."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    build = importlib.import_module("train").build_trainer
+    monkeypatch.setattr(SentenceTransformerTrainingArguments, "n_gpu", property(lambda args: args._n_gpu or 2))
+    options = ["--data", photos(tmp_path), "--holdout", 4, "--output", tmp_path / "o", *TINY]
+    with pytest.raises(SystemExit, match=r"One process has 2 GPUs, .* torchrun --nproc-per-node 2"):
+        run_example("train", *options)
+    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
+    model.backbone.hf_device_map = {"model.visual": 0, "model.language_model": "disk"}
+    assert not hasattr(model, "hf_device_map")
+    model.backbone.hf_device_map = {"model.visual": 0, "model.language_model": 1}
+    pairs = from_folder(tmp_path).dataset
+    assert build(model, pairs, batch=4, chunk=4, output_dir=str(tmp_path / "o")).args.n_gpu == 1
+
+
+def test_data_parallel_is_refused(encoder, monkeypatch):
+    """Here without GPUs, so nothing is copied to them."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach: [tensors for _ in devices]
+    )
+    with pytest.raises(RuntimeError, match=r"SLQEncoder was wrapped in nn\.DataParallel.*torchrun"):
+        replicate(encoder, [0, 1])
 
 
 def test_a_missing_file_is_named(run_example, tmp_path):
