@@ -22,6 +22,7 @@ OURS: dict[str, dict[str, Any]] = {
     "slq_head": {"projection": True},
     "slq_deep": {"deep_queries": True},
     "slq_adapters": {"query_adapter": True},
+    "slq_adapters_head": {"query_adapter": True, "projection": True},
 }
 METHODS = ("zero_shot", *OURS, "lora", "full_finetuning")
 FROZEN = ("zero_shot", *OURS)

@@ -12,7 +12,8 @@ trained; the best is chosen on validation, too. Each run has a process of its ow
 that was killed goes on.
 
 Columns: text-to-image recall by kind of query, answers_kept (the share of answers that are the same as before the
-training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training.
+training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training. The
+JSON file has these, and the results of all runs in the folder, chosen or not.
 
 --quick: one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
 and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
@@ -44,10 +45,11 @@ from slq_embed.evaluation import best_ranks
 
 RATES: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(OURS, (1e-2, 4e-2, 1.6e-1)),
+    "slq_adapters_head": (4e-2, 1.6e-1),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full_finetuning": (3e-5, 1e-4, 3e-4),
 }
-PART_RATES = {method: (2e-3, 8e-3) for method in OURS if method != "slq"}
+PART_RATES = dict.fromkeys(("slq_head", "slq_deep", "slq_adapters"), (0.002, 0.008))
 """Of what is trained beside the queries. These then have PART_OF; RATES are tried with the default rates of the parts."""
 PART_OF = 4e-2
 STOPS = [0.5, 1.0]  # shares of the steps; the schedule is that of all steps
@@ -244,6 +246,7 @@ def main() -> None:
             "common": common,
             "seeds": seeds,
             **table,
+            "runs": {path.stem: json.loads(path.read_text())["result"] for path in sorted(folder.glob("*.json"))},
         },
     )
 

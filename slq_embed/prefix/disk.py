@@ -43,17 +43,9 @@ class FolderEntries:
     Args:
         folder: Created if it does not exist.
         counts: Where to count what is read and what is damaged.
-
-    Raises:
-        ValueError: If an earlier version of slq-embed wrote the folder.
     """
 
     def __init__(self, folder: Path, counts: StoreCounts) -> None:
-        if (folder / "index.sqlite").exists():
-            raise ValueError(
-                f"The folder {folder} holds prefixes of an earlier version of slq-embed (index.sqlite), but this version "
-                "keeps a file for each prefix. Delete the folder or name another: the prefixes will be computed again."
-            )
         self.folder, self.counts = folder, counts
         self.full = False
         """Whether the last entries did not all fit. No prefix is packed while this is true."""

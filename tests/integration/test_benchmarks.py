@@ -65,6 +65,7 @@ def test_quality_compares_methods_and_goes_on(tmp_path):
     assert table["slq"]["same_bits"]
     assert table["slq_adapters"]["same_bits"]
     assert not table["lora"]["same_bits"]
+    assert len(table["runs"]) == 3
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}
     run_script("benchmarks/quality.py", *options, folder=tmp_path)  # every run is read, none is made again
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "quick").iterdir()}

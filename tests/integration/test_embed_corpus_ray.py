@@ -213,16 +213,8 @@ def test_other_settings_in_one_output_are_refused(done, corpus, example, tmp_pat
         model = SLQEncoder(corpus / "model", device="cpu")
         model.queries.data += 1
         model.save(tmp_path)
-    call = [
-        "--input",
-        corpus / "rows.jsonl",
-        *JSONL,
-        "--model",
-        corpus / "model",
-        "--output",
-        folder / "jsonl",
-        *options,
-    ]
+    call = ["--input", corpus / "rows.jsonl", *JSONL, "--model", corpus / "model"]
+    call += ["--output", folder / "jsonl", *options]
     with pytest.raises(SystemExit, match=rf"has embeddings with other settings: {message}.*\. Give another --output"):
         example.main(list(map(str, call)))
 
@@ -266,20 +258,8 @@ def test_the_files_are_plain_parquet(done):
 
 def test_a_killed_run_goes_on(corpus, tmp_path):
     parquet = [corpus / f"part-{part}.parquet" for part in range(4)]
-    options = [
-        "--model",
-        corpus / "model",
-        "--input",
-        *parquet,
-        "--id",
-        "id",
-        "--image",
-        "image",
-        "--batch",
-        2,
-        "--output",
-        tmp_path / "out",
-    ]
+    options = ["--model", corpus / "model", "--input", *parquet, "--id", "id", "--image", "image"]
+    options += ["--batch", 2, "--output", tmp_path / "out"]
     killed = subprocess.Popen(**command([["slow", *options]], tmp_path), start_new_session=True)
     while killed.poll() is None and not list((tmp_path / "out").glob("done/*.parquet")):
         time.sleep(0.02)

@@ -123,23 +123,16 @@ def test_more_images_to_hold_out_than_there_are(run_example, tmp_path, holdout):
         run_example("train", "--data", photos(tmp_path), "--holdout", holdout, "--output", tmp_path / "o")
 
 
+def too_few(folder: Path, batch: int) -> list[object]:
+    """Options of one step on 8 photos with two captions each."""
+    options = ["--data", photos(folder), "--holdout", 4, "--output", folder / "o"]
+    return [*options, "--queries", 2, "--batch", batch, "--steps", 1]
+
+
 def test_more_processes_than_the_data_fills_are_refused(run_example, tmp_path, monkeypatch):
     """Hosts drop what does not fill a batch in each process. They would train nothing, and end as if all were well."""
     monkeypatch.setattr(SentenceTransformerTrainingArguments, "world_size", 4)
-    options = [
-        "--data",
-        photos(tmp_path),
-        "--holdout",
-        4,
-        "--output",
-        tmp_path / "o",
-        "--queries",
-        2,
-        "--batch",
-        20,
-        "--steps",
-        1,
-    ]
+    options = too_few(tmp_path, 20)
     message = r"A step takes 20 pairs, 5 in each of 4 processes, but there are 16 to train on\. .* lower --batch"
     with pytest.raises(SystemExit, match=message):
         run_example("train", *options)
@@ -150,20 +143,7 @@ def test_a_run_without_a_step_saves_no_model(run_example, tmp_path, monkeypatch)
     example = importlib.import_module("train")
     build = example.build_trainer
     monkeypatch.setattr(example, "build_trainer", lambda *args, **more: build(*args, **more, dataloader_drop_last=True))
-    options = [
-        "--data",
-        photos(tmp_path),
-        "--holdout",
-        4,
-        "--output",
-        tmp_path / "o",
-        "--queries",
-        2,
-        "--batch",
-        10,
-        "--steps",
-        1,
-    ]
+    options = too_few(tmp_path, 10)
     with pytest.raises(
         SystemExit, match=r"Nothing was trained: .* batch of 10 different images in each of 1 processes"
     ):

@@ -36,13 +36,6 @@ def test_a_folder_is_used_again(tmp_path):
     assert len(PrefixStore(tmp_path)) == 5
 
 
-def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
-    (tmp_path / "index.sqlite").touch()
-    with pytest.raises(ValueError, match=r"earlier version .*Delete the folder or name another"):
-        PrefixStore(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["index.sqlite"]
-
-
 def test_two_open_stores_see_each_other(tmp_path):
     one, other = PrefixStore(tmp_path), PrefixStore(tmp_path)
     fill(one, range(2))
