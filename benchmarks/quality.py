@@ -57,7 +57,7 @@ QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
 TEMPERATURE_RATE = 4e-2
 RECALL_AT = (1, 5, 10)
 WORLDS: dict[str, Any] = {"toy": ToyWorld, "photos": PhotoWorld}
-SIZES = {"toy": (160, 64, torch.float32), "photos": (64, 16, torch.bfloat16)}  # steps, pairs a step, precision
+SIZES = {"toy": (64, 32, torch.float32), "photos": (64, 16, torch.bfloat16)}  # steps, pairs a step, precision
 
 
 def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:

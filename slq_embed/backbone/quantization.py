@@ -47,6 +47,10 @@ def packing_of(weight: Tensor) -> str:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights as they are in memory. The host's ``get_memory_footprint`` counts packed ones as dense."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for weight in model.parameters():
+        if (state := getattr(weight, "quant_state", None)) is not None:  # scales of bitsandbytes' 4 bits
+            scales = (value for value in state.as_dict().values() if isinstance(value, Tensor))
+            tensors |= {id(scale): scale for scale in scales}
     return sum(part.nbytes for tensor in tensors.values() for _, part in parts_of(tensor))
 
 
@@ -100,6 +104,28 @@ def require_package(quantization_config: Any) -> None:
             f"The backbone is to be quantized by {method}, which is not installed. Install it: "
             f"pip install '{_PACKAGES[method]}'."
         )
+
+
+def keep_layout(backbone: PreTrainedModel) -> None:
+    """Let the 4-bit weights of bitsandbytes stay as they are loaded; nothing else has such layers.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 packs them anew at the first pass without gradients. It rounds their
+    scales to bfloat16, its kernel passes no gradient, and ``state_dict`` brings the scales into a wrong order.
+
+    Args:
+        backbone: Its layers are told not to do that.
+
+    Raises:
+        ValueError: If that has happened.
+    """
+    for layer in backbone.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "The backbone has run on this CPU, where bitsandbytes changed its 4-bit weights, so they are not those that "
+                    "were loaded. Load it again and pass it on before its first use."
+                )
+            layer.support_avx512bf16_for_cpu = False
 
 
 def pass_gradients(twin: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from slq_embed.backbone.families import (
     tokenizer_of,
 )
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
-from slq_embed.backbone.quantization import is_packed, pass_gradients
+from slq_embed.backbone.quantization import is_packed, keep_layout, pass_gradients
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
@@ -82,6 +82,7 @@ class LatentQueryTransformer(InputModule):
                 f"The latent queries have shape {tuple(queries.shape)}, but (number of queries, {width}) is needed "
                 "for this backbone. Load them with the backbone they were trained on."
             )
+        keep_layout(backbone)
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.processor = processor
         self.tokenizer.padding_side = "left"

@@ -22,6 +22,7 @@ from slq_embed.backbone.families import (
     tokenizer_of,
     usable_rows,
 )
+from slq_embed.backbone.quantization import is_quantized
 from slq_embed.backbone.query_tokens import Form, QueryTokens, allocate, private_processor
 from slq_embed.backbone.self_check import examine
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead, QueryAdapter
@@ -128,7 +129,7 @@ def build_modules(
     slq_config = SLQConfig(loaded.name, loaded.commit, tokens, "mean", form, max_text_chars, texts, image_kwargs)
     slq_config.query_token_type = family.query_token_type
     query_set.record(slq_config, queries.shape[1])
-    if not checked and backbone.config.model_type not in FAMILIES:
+    if not checked and (backbone.config.model_type not in FAMILIES or is_quantized(backbone)):
         plain = replace(slq_config, projection=None, query_adapter=None, deep_queries=False)
         (transformer, *_) = join_modules(backbone, processor, queries, plain)
         if not is_placed(backbone):  # where it is to compute
