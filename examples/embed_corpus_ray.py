@@ -5,14 +5,15 @@
     python examples/embed_corpus_ray.py --model slq-photos --input shards/*.tar --image jpg --actors 8 --dtype bfloat16
 
 --input is a folder of images, or files: parquet, jsonl or WebDataset shards (*.tar). An image is bytes, a dict of bytes and path
-as `datasets` writes it, or a path relative to the first file's folder. A text is a string, or bytes in UTF-8. CPU tasks decode and preprocess; actors hold the model, one
-on each GPU, or one on CPUs. Ray starts an actor again that was killed, and gives it the same rows.
+as `datasets` writes it, or a path relative to the first file's folder. A text is a string, or bytes in UTF-8. CPU tasks decode and
+preprocess; actors hold the model, one on each GPU, or one on CPUs. Ray starts an actor again that was killed, and gives it the
+same rows.
 
 The same command again goes on with what is missing, and one with another --input adds to it: an id that OUTPUT has is not embedded
 again, so ids must differ over all inputs. Other settings need another OUTPUT, which records them in OUTPUT/model.json.
 OUTPUT/embeddings has the id, the columns of --keep and `embedding`; OUTPUT/skipped.jsonl names each input that the last run
-could not read, with the reason. On several machines all must see OUTPUT, the inputs and the folder of the model under the same paths. Hardware: anything
-that runs Ray (`pip install "ray[data]"`). Expected output: how many inputs were embedded, and what was skipped.
+could not read, with the reason. On several machines all must see OUTPUT, the inputs and the folder of the model under the same paths.
+Hardware: anything that runs Ray (`pip install "ray[data]"`). Expected output: how many inputs were embedded, and what was skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,18 @@ def columns_of(kind: str, args: argparse.Namespace) -> tuple[str, str | None, st
     return id_column, args.image, args.text
 
 
+def require_columns(files: list[str], kind: str, names: Sequence[str | None]) -> None:
+    """Raise a SystemExit that names a column which a file does not have. The members of a shard may differ from row to row."""
+    for file in files if kind in (".parquet", ".jsonl") else []:
+        if kind == ".parquet":
+            present = set(pq.read_schema(file).names)
+        else:
+            with Path(file).open(encoding="utf8") as lines:
+                present = {name for line in islice(lines, 100) if line.strip() for name in json.loads(line)}
+        if missing := [name for name in names if name and name not in present]:
+            raise SystemExit(f"{file} has no column {missing[0]!r}. It has {', '.join(sorted(present))}.")
+
+
 def embedded(output: Path) -> int:
     """How many embeddings the output folder has."""
     return sum(pq.read_metadata(path).num_rows for path in (output / "embeddings").glob("*.parquet"))
@@ -226,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     output, root = args.output.resolve(), Path(args.input[0]).resolve().parent
     kind = kind_of(args.input)
     columns = columns_of(kind, args)
+    require_columns(args.input, kind, (*columns, *args.keep))
     # Actors of a cluster that is running have another working folder.
     name = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     model = SLQEncoder(name, device="cpu")

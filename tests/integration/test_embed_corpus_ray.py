@@ -234,6 +234,27 @@ def test_a_column_that_the_input_does_not_have_is_refused(corpus, example, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            "part-1.parquet",
+            ["--id", "name", "--image", "image"],
+            r"part-1\.parquet has no column 'name'. It has id, image\.",
+        ),
+        (
+            "rows.jsonl",
+            ["--id", "id", "--text", "caption", "--keep", "cost"],
+            "no column 'cost'. It has caption, id, image, price",
+        ),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(corpus, example, tmp_path, source, options, message):
+    with pytest.raises(SystemExit, match=message):
+        example.main(["--input", str(corpus / source), *options, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_texts_in_bytes_are_read(corpus, example, tmp_path):
     """What shards hold is bytes. One that is not UTF-8 is left out, and named."""
     reader = SLQEncoder(corpus / "model", device="cpu").transformer
