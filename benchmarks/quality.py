@@ -15,7 +15,7 @@ Columns: text-to-image recall by kind of query, answers_kept (the share of answe
 training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training. The
 JSON file has these, and the results of all runs in the folder, chosen or not.
 
---quick: one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
+--quick: QUICK_METHODS, one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
 and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
 --time N: the seconds of N steps, in place of all else. The methods take turns, twice, so that a busy machine slows all of them alike.
 """
@@ -54,6 +54,7 @@ PART_RATES = dict.fromkeys(("slq_head", "slq_deep", "slq_adapters"), (0.002, 0.0
 PART_OF = 4e-2
 STOPS = [0.5, 1.0]  # shares of the steps; the schedule is that of all steps
 QUICK = {**dict.fromkeys(OURS, 4e-2), "lora": 1e-3, "full_finetuning": 1e-4}
+QUICK_METHODS = ("zero_shot", "slq", "slq_adapters", "lora", "full_finetuning")
 TEMPERATURE_RATE = 4e-2
 RECALL_AT = (1, 5, 10)
 WORLDS: dict[str, Any] = {"toy": ToyWorld, "photos": PhotoWorld}
@@ -196,7 +197,7 @@ def choose(folder: Path, options: dict[str, Any], method: str, kinds: tuple[str,
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--world", default="toy", choices=WORLDS)
-    options.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    options.add_argument("--methods", nargs="+", choices=METHODS, help="by default all, or QUICK_METHODS")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options.add_argument("--steps", type=int, default=None)
     options.add_argument("--batch", type=int, default=None)
@@ -210,19 +211,20 @@ def main() -> None:
         run_options = json.loads(args.run)
         print(json.dumps(time_steps(run_options) if "time" in run_options else run(run_options, args.prefixes)))
         return
+    methods = args.methods or (QUICK_METHODS if args.quick else METHODS)
     seeds = args.seeds[:1] if args.quick else args.seeds
     sizes = {"held_out": 200, "asked": 40} if args.quick else {}
     steps, batch, _ = (40, 32, None) if args.quick else SIZES[args.world]
     common = {"world": args.world, "sizes": sizes, "device": args.device}
     common |= {"steps": args.steps or steps, "batch": args.batch or batch}
     if args.time:
-        trained = [method for method in args.methods if method != "zero_shot"]
+        trained = [method for method in methods if method != "zero_shot"]
         write(args.json, machine(args) | {"common": common, "seconds_a_step": take_turns(common, trained, args.time)})
         return
     folder = args.output / ("quick" if args.quick else args.world)
     kinds = WORLDS[args.world].kinds
     table: dict[str, dict[str, Any]] = {}
-    for method in args.methods:
+    for method in methods:
         setting = {"method": method, "readout": "last", "rate": QUICK.get(method), "stops": [1.0]}
         if not args.quick:
             setting = choose(folder, {**common, "seed": seeds[0]}, method, kinds, args.prefixes)
