@@ -16,7 +16,7 @@ from slq_embed.backbone.quantization import weight_bytes
 from tests.parts import PARTS, furthest, trained
 from tests.training import toy_pairs, toy_train
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; .ci/run installs it")
 
 
 def nf4(nested: bool = False) -> BitsAndBytesConfig:
