@@ -47,7 +47,7 @@ RATES: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(OURS, (1e-2, 4e-2, 1.6e-1)),
     "slq_adapters_head": (4e-2, 1.6e-1),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "full_finetuning": (3e-5, 1e-4, 3e-4),
+    "full_finetuning": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 PART_RATES = dict.fromkeys(("slq_head", "slq_deep", "slq_adapters"), (0.002, 0.008))
 """Of what is trained beside the queries. These then have PART_OF; RATES are tried with the default rates of the parts."""
