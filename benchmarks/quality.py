@@ -15,8 +15,8 @@ Columns: text-to-image recall by kind of query, answers_kept (the share of answe
 training), same_bits (whether the logits are), numbers trained, seconds and peak memory above the weights of the training. The
 JSON file has these, and the results of all runs in the folder, chosen or not.
 
---quick: QUICK_METHODS, one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in this folder,
-and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
+--quick: QUICK_METHODS, one seed, few steps, the learning rates in QUICK. --prefixes: runs with latent queries keep the prefixes in
+this folder, and share them; `seconds` counts the time to compute them all the same. The folder may grow to tens of GB; it can be removed.
 --time N: the seconds of N steps, in place of all else. The methods take turns, twice, so that a busy machine slows all of them alike.
 """
 
@@ -49,7 +49,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full_finetuning": (3e-5, 1e-4, 3e-4, 1e-3),
 }
-PART_RATES = dict.fromkeys(("slq_head", "slq_deep", "slq_adapters"), (0.002, 0.008))
+PART_RATES = dict.fromkeys(("slq_head", "slq_deep", "slq_adapters"), (2e-3, 8e-3))
 """Of what is trained beside the queries. These then have PART_OF; RATES are tried with the default rates of the parts."""
 PART_OF = 4e-2
 STOPS = [0.5, 1.0]  # shares of the steps; the schedule is that of all steps
