@@ -40,7 +40,7 @@ INSTRUCTIONS: dict[str, dict[str, str]] = {
 GROUPS: dict[str, list[dict[str, Any]]] = {
     "queries": [{"num_queries": count} for count in (1, 2, 4, 8, 16, 32, 64)],
     "initialisation": [{"init": init} for init in ("normal", "zeros", "tokens")],
-    "pooling": [{}, {"pooling": "last"}, *({"last": count} for count in (2, 4, 8)), {"weighted": True}],
+    "pooling": [{}, {"pooling": "last"}, *({"last": count} for count in (2, 4, 8)), {"pooling": "weighted"}],
     "temperature": [
         {},
         {"temperature": 0.02},
@@ -53,32 +53,27 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class WeightedPooling(nn.Module):
-    """A weighted mean over the queries. Learned weights start equal; else the last queries have weight 1 and the others 0.
+class PoolingOfTheLast(nn.Module):
+    """The mean of the last queries.
 
     Args:
-        queries: Number of queries, ``Q``.
-        last: How many of the last queries count; by default, the weights of all are learned.
+        count: How many.
     """
 
-    def __init__(self, queries: int, last: int | None = None) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        learned = last is None
-        scores = torch.zeros(queries) if learned else torch.full((queries,), -torch.inf)
-        if not learned:
-            scores[-last:] = 0
-        self.scores = nn.Parameter(scores, requires_grad=learned)
+        self.count = count
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         states: Tensor = features["token_embeddings"]
-        features["sentence_embedding"] = (states * self.scores.softmax(dim=0)[:, None]).sum(dim=1)
+        features["sentence_embedding"] = states[:, -self.count :].mean(dim=1)
         return features
 
 
-def loss_of(encoder: SLQEncoder, last: int | None = None, weighted: bool = False, **options: Any) -> nn.Module:
+def loss_of(encoder: SLQEncoder, last: int | None = None, **options: Any) -> nn.Module:
     """The paper's loss, after the pooling was replaced where a variant asks for that."""
-    if last is not None or weighted:
-        encoder[1] = WeightedPooling(len(encoder.queries), last).to(encoder.device)
+    if last is not None:
+        encoder[1] = PoolingOfTheLast(last)
     return SymmetricInfoNCELoss(encoder, **options)
 
 

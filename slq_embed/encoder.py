@@ -104,7 +104,7 @@ class SLQEncoder(SentenceTransformer):
             init: ``"normal"`` (standard deviation ``H ** -0.5``), ``"zeros"``, ``"tokens"`` (the mean token embedding
                 plus noise at the table's own scale), or a ``(Q, H)`` tensor.
             seed: Seed of the initialisation; without one, torch's generator is used.
-            pooling: ``"mean"`` over the queries, or the ``"last"`` one.
+            pooling: ``"mean"`` over the queries, a mean with learned weights (``"weighted"``), or the ``"last"`` query.
             form: How to save. ``"adapter"``: the queries beside the backbone's name; needs rows of the embedding
                 table that no text uses. ``"merged"``: the whole model.
             instructions: Text of the user turn for ``"text"``, ``"image"`` and ``"composed"`` inputs; see

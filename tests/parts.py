@@ -1,4 +1,4 @@
-"""Encoders with a projection head or a query adapter, shared by tests."""
+"""Encoders that train more than queries, shared by tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "adapter": {"query_adapter": SMALL},
     "both": {"projection": 16, "query_adapter": SMALL},
     "deep": {"deep_queries": True},
-    "all": {"projection": 16, "query_adapter": SMALL, "deep_queries": True},
+    "weights": {"pooling": "weighted"},
+    "all": {"projection": 16, "query_adapter": SMALL, "deep_queries": True, "pooling": "weighted"},
 }
 
 
@@ -27,7 +28,7 @@ def build(checkpoint: Any, kind: str = "qwen3_vl", **options: Any) -> SLQEncoder
 
 
 def trained(model: SLQEncoder, seed: int = 1, scale: float = 0.3) -> SLQEncoder:
-    """The model with other weights in its head and its adapter, which start as if they were not there."""
+    """The model with other weights in all but its queries: the other parts start as if they were not there."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from sentence_transformers.base.modules.module import Module
+from torch import Tensor, nn
 
-PoolingMode = Literal["mean", "last"]
+PoolingMode = Literal["mean", "last", "weighted"]
 
 
 class LatentQueryPooling(Module):
@@ -14,23 +17,33 @@ class LatentQueryPooling(Module):
 
     Args:
         embedding_dimension: Width of the states, ``H``.
-        pooling: ``"mean"`` over all queries (the paper's choice), or the ``"last"`` query alone.
+        pooling: ``"mean"`` over all queries (the paper's choice), the ``"last"`` query alone, or a mean that is ``"weighted"``: the
+            softmax of ``Q`` learned scores, which start equal, as the mean.
+        num_queries: ``Q``; weights need it.
 
     Raises:
-        ValueError: If ``pooling`` is neither.
+        ValueError: If ``pooling`` is none of these, or weights come without ``num_queries``.
 
     Source:
         Mean over the last-layer states at the query positions: arXiv:2604.13710.
     """
 
-    config_keys = ["embedding_dimension", "pooling"]  # noqa: RUF012 - as the host declares it
+    config_keys = ["embedding_dimension", "pooling", "num_queries"]  # noqa: RUF012 - as the host declares it
 
-    def __init__(self, embedding_dimension: int, pooling: PoolingMode = "mean") -> None:
+    def __init__(self, embedding_dimension: int, pooling: PoolingMode = "mean", num_queries: int | None = None) -> None:
         super().__init__()
         if pooling not in get_args(PoolingMode):
             raise ValueError(f"pooling is {pooling!r}, but one of {get_args(PoolingMode)} is needed.")
         self.embedding_dimension = embedding_dimension
         self.pooling: PoolingMode = pooling
+        self.num_queries = num_queries
+        self.bias = (
+            nn.ParameterDict()
+        )  # hosts exempt names with "bias" from weight decay, which must not touch the scores
+        if pooling == "weighted":
+            if num_queries is None:
+                raise ValueError("pooling is 'weighted', but num_queries is None: a score for each query is needed.")
+            self.bias["scores"] = nn.Parameter(torch.zeros(num_queries))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Pool the states.
@@ -49,7 +62,13 @@ class LatentQueryPooling(Module):
             tensor([[2., 1.]])
         """
         states = features["token_embeddings"]
-        features["sentence_embedding"] = states.mean(dim=1) if self.pooling == "mean" else states[:, -1]
+        if self.pooling == "mean":
+            pooled = states.mean(dim=1)
+        elif self.pooling == "last":
+            pooled = states[:, -1]
+        else:
+            pooled = (states * weights_of(self.bias["scores"])[:, None]).sum(dim=1)
+        features["sentence_embedding"] = pooled
         return features
 
     def get_embedding_dimension(self) -> int:
@@ -59,3 +78,15 @@ class LatentQueryPooling(Module):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the configuration."""
         self.save_config(output_path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryPooling:
+        # As the queries, the scores stay float32.
+        if self.pooling == "weighted":
+            device = fn(torch.empty(0, device=self.bias["scores"].device)).device
+            super()._apply(lambda tensor: tensor.to(device), recurse)
+        return self
+
+
+def weights_of(scores: Tensor) -> Tensor:
+    """The weights of the queries, ``(Q,)``, from their scores; they add up to 1."""
+    return scores.softmax(dim=0)

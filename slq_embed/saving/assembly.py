@@ -43,7 +43,7 @@ class QuerySet:
         num_queries: How many latent queries, ``Q``.
         init: Where they start.
         seed: Seed of the initialisation.
-        pooling: ``"mean"`` or ``"last"``; None for that of the encoder before.
+        pooling: ``"mean"``, ``"last"`` or ``"weighted"``; None for that of the encoder before.
         projection: Width of the head; True for the backbone's, False for no head, None for that of the encoder before.
         query_adapter: The adapter; True for the default one, False for none, None for that of the encoder before.
         deep_queries: Whether vectors are added before each layer; None for what the encoder before does.
@@ -185,7 +185,7 @@ def join_modules(
         seed,
         config.schedule or "prefix",
     )
-    return [transformer, LatentQueryPooling(width, config.pooling), *head, Normalize()]
+    return [transformer, LatentQueryPooling(width, config.pooling, len(queries)), *head, Normalize()]
 
 
 def load_modules(saved: SavedModel) -> list[nn.Module]:

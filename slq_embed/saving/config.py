@@ -17,7 +17,15 @@ from slq_embed.modules.query_adapter import QueryAdapter
 FORMAT_VERSION = 2
 """What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-_SINCE_2 = ("projection", "query_adapter", "deep_queries", "schedule", "query_token_type", "quantization")
+_SINCE_2 = (
+    "projection",
+    "query_adapter",
+    "deep_queries",
+    "schedule",
+    "query_token_type",
+    "quantization",
+    "query_scores",
+)
 
 
 @dataclass
@@ -28,7 +36,7 @@ class SLQConfig:
         backbone: Hub name or absolute folder of the backbone.
         revision: Its commit, where it came from the hub.
         tokens: The query tokens.
-        pooling: ``"mean"`` or ``"last"``.
+        pooling: ``"mean"``, ``"last"`` or ``"weighted"``.
         form: How it is saved.
         max_text_chars: Longest text that is read, in characters.
         instructions: Text of the user turn for each kind of input.
@@ -42,6 +50,7 @@ class SLQConfig:
         schedule: How input and queries run, where the self-check found it out; else the prefix path.
         query_token_type: Token type of the queries, where the backbone has types and the processor would give another.
         quantization: How the backbone was quantized on loading, if it was; filled in on saving.
+        query_scores: What the weights of the queries come from, where the pooling is weighted; filled in on saving.
     """
 
     backbone: str
@@ -61,6 +70,7 @@ class SLQConfig:
     schedule: Schedule | None = None
     query_token_type: int = 0
     quantization: dict[str, Any] | None = None
+    query_scores: list[float] | None = None
 
     @classmethod
     def read(cls, find: Callable[[str], str | None]) -> SLQConfig | None:

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
+from slq_embed.modules.latent_query_pooling import weights_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import (
@@ -46,6 +47,7 @@ from slq_embed.saving.weights import (
     HEAD,
     QUERIES,
     QUERIES_NAME,
+    SCORES,
     to_peft_names,
 )
 
@@ -102,6 +104,8 @@ def write_folder(
         ValueError: If the form does not fit the backbone.
     """
     queries, reference = weights[QUERIES], _reference(Transformer)
+    scores = weights[SCORES].tolist() if slq_config.pooling == "weighted" else None
+    slq_config = replace(slq_config, query_scores=scores)
     if slq_config.form == "adapter":
         _write_adapter(folder, slq_config, backbone, weights)
     else:
@@ -156,10 +160,14 @@ def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Te
         width = dim
     if slq_config.pooling == "last":
         return [*head, Pooling(width, "lasttoken"), Normalize()]
-    # WordWeights looks a token id up as the id-th entry of its vocabulary: "q" for a query, "" for all else.
-    chosen = set(slq_config.tokens.ids)
-    vocabulary = ["q" if row in chosen else "" for row in range(rows)]
-    word_weights = WordWeights(vocabulary, {"q": 1.0, "": 0.0}, unknown_word_weight=0.0)
+    # WordWeights looks a token id up as the id-th entry of its vocabulary: "q" for a query, or "q0", "q1", ... where each has a
+    # weight of its own, and "" for all else.
+    named, weight_of = dict.fromkeys(slq_config.tokens.ids, "q"), {"q": 1.0}
+    if slq_config.pooling == "weighted":
+        named = {row: f"q{number}" for number, row in enumerate(slq_config.tokens.ids)}
+        weight_of = dict(zip(named.values(), weights_of(weights[SCORES]).tolist(), strict=True))
+    vocabulary = [named.get(row, "") for row in range(rows)]
+    word_weights = WordWeights(vocabulary, {**weight_of, "": 0.0}, unknown_word_weight=0.0)
     return [*head, word_weights, Pooling(width, "mean"), Normalize()]
 
 

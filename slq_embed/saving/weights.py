@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ QUERIES_NAME = "latent_queries.safetensors"  # merged form: the float32 master c
 HEAD_NAME = "1_Dense/model.safetensors"
 DEEP_NAME = "deep_queries.safetensors"
 QUERIES, DEEP, TEMPERATURE = "0.bias.queries", "0.bias.deep_queries", "0.bias.log_temperature"
+SCORES = "1.bias.scores"
 HEAD, ADAPTER = "2.", "0.query_adapter."
 
 _PEFT = "base_model.model."
@@ -34,7 +36,8 @@ def read_weights(find: FindFile, slq_config: SLQConfig) -> dict[str, Tensor]:
         slq_config: The folder's record.
 
     Returns:
-        The latent queries, ``(Q, H)``, and where the model has them, the deep queries, the head and the adapter.
+        The latent queries, ``(Q, H)``, and where the model has them, the scores of the pooling, the deep queries, the head and
+        the adapter.
 
     Raises:
         ValueError: If a file is missing or damaged.
@@ -54,6 +57,8 @@ def read_weights(find: FindFile, slq_config: SLQConfig) -> dict[str, Tensor]:
     if slq_config.deep_queries:
         _, deep = _load(find, "vectors of the layers", DEEP_NAME)
         weights |= {f"0.bias.{name}": value for name, value in deep.items()}
+    if slq_config.query_scores is not None:
+        weights[SCORES] = torch.tensor(slq_config.query_scores)
     if slq_config.projection is not None:
         _, head = _load(find, "weights of the projection head", HEAD_NAME)
         weights |= {HEAD + name: value for name, value in head.items()}

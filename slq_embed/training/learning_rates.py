@@ -27,7 +27,7 @@ def learning_rate_mapping(
 
     Returns:
         Rates by regular expressions of parameter names; only for what the model has, and so empty for queries alone. The
-        queries and the temperature keep ``learning_rate``.
+        queries, their weights and the temperature keep ``learning_rate``.
     """
     parts = {
         r"\b2\.linear\.": projection if model.slq_config.projection is not None else None,

@@ -12,13 +12,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from slq_embed import SLQEncoder
 from slq_embed.saving import export_vllm
+from tests.parts import build, trained
 
 PROMPTS = {"query": "find the picture", "document": ""}
 
 
-@pytest.mark.parametrize("options", [{}, {"projection": 16}, {"pooling": "last"}], ids=["mean", "head", "last"])
+@pytest.mark.parametrize("options", [{}, {"projection": 16}, {"pooling": "last"}, {"pooling": "weighted"}], ids=str)
 def test_all_that_loads_a_merged_folder_loads_it(checkpoint, mixed, options, tmp_path):
-    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", prompts=PROMPTS, **options)
+    encoder = trained(build(checkpoint, prompts=PROMPTS, **options))
     export_vllm(encoder, tmp_path)
     assert np.array_equal(SLQEncoder(tmp_path).encode_query(mixed), encoder.encode_query(mixed))
     stock = SentenceTransformer(str(tmp_path), device="cpu")

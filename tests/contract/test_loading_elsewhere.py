@@ -21,8 +21,9 @@ from tests.parts import PARTS, SMALL, build, furthest, trained
 CASES = {
     f"{form}-{pooling}-16": ("qwen3_vl", form, {"pooling": pooling, "projection": 16})
     for form in ("adapter", "merged")
-    for pooling in ("mean", "last")
+    for pooling in ("mean", "last", "weighted")
 }
+CASES |= {f"{form}-weighted": ("internvl", form, {"pooling": "weighted"}) for form in ("adapter", "merged")}
 CASES["as wide as the backbone"] = ("qwen3_vl", "adapter", {"projection": 32})
 CASES |= {kind: (kind, "adapter", {"projection": 16}) for kind in ("qwen2_vl", "internvl")}
 ADAPTERS = {kind: (kind, "adapter", {"query_adapter": SMALL}) for kind in ("qwen3_vl", "fast_vlm")}
@@ -38,7 +39,7 @@ ADAPTERS |= {
 }
 if Version(transformers.__version__) < Version("5.23"):  # refused there
     ADAPTERS = {name: case for name, case in ADAPTERS.items() if "query_adapter" not in case[2]}
-HALF = ("heads/adapter-mean-16", "heads/adapter-last-16", "heads/merged-mean-16")
+HALF = ("heads/adapter-mean-16", "heads/adapter-last-16", "heads/merged-mean-16", "heads/adapter-weighted-16")
 HALF += ("adapters/qwen3_vl", "adapters/head", "adapters/last-head", "adapters/all")
 HALF = tuple(name for name in HALF if name.startswith("heads/") or name.removeprefix("adapters/") in ADAPTERS)
 SCRIPT = """
@@ -102,7 +103,7 @@ def elsewhere(checkpoint, images, tmp_path_factory) -> Path:
 def test_a_head_needs_nothing_but_sentence_transformers(elsewhere, case):
     folder = elsewhere / "heads" / case
     ours = np.load(folder / "ours.npy")
-    assert ours.shape == (7, CASES[case][2]["projection"])
+    assert ours.shape == (7, CASES[case][2].get("projection", 32))
     assert furthest(np.load(folder / "theirs.npy"), ours) < 1e-6
 
 
@@ -197,7 +198,8 @@ def test_format_2_adds_what_there_is_and_no_more(checkpoint, parts, tmp_path):
     build(checkpoint, **PARTS[parts]).save_pretrained(tmp_path)
     record = json.loads((tmp_path / "slq_config.json").read_text())
     assert record["format_version"] == 2
-    assert record.keys() - set(KEYS_OF_FORMAT_1) == PARTS[parts].keys()
+    added = {"query_scores" if name == "pooling" else name for name in PARTS[parts]}
+    assert record.keys() - set(KEYS_OF_FORMAT_1) == added
 
 
 @pytest.mark.parametrize("parts", [{}, *PARTS.values()])

@@ -21,7 +21,7 @@ def unnumbered(names) -> set[str]:
     return {name[2:] if name[:1].isdigit() else name for name in names}
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_fresh_head_is_the_identity(checkpoint, mixed, kind, pooling):
     plain = build(checkpoint, kind, pooling=pooling)
@@ -67,7 +67,7 @@ def test_the_head_is_trained_beside_the_queries_and_nothing_else(checkpoint):
 
 @pytest.mark.parametrize("dim", [32, 16])
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "weighted"])
 def test_reloading_gives_the_same_bits(checkpoint, mixed, pooling, form, dim, tmp_path):
     encoder = trained(build(checkpoint, pooling=pooling, projection=dim))
     encoder.save_pretrained(tmp_path / "slq", form=form)

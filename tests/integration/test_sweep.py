@@ -17,6 +17,7 @@ VARIANTS = [
     {"num_queries": 4, "seed": 1, "learning_rate": 0.05},
     {"num_queries": 2, "seed": 2, "learning_rate": 0.2, "temperature": 0.2},
     {"num_queries": 6, "seed": 3, "pooling": "last"},
+    {"num_queries": 3, "seed": 4, "pooling": "weighted"},
 ]
 
 
@@ -43,7 +44,7 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
         )
     assert torch.equal(before, encoder.queries)
     assert (encoder.prefix_store is not None) == stored
-    # Without a store, each of the six steps runs its eight rows once for all three; the evaluation, 16 rows once.
+    # Without a store, each of the six steps runs its eight rows once for all; the evaluation, 16 rows once.
     assert rows == {"run_prefix": 16 if stored else 6 * 8 + 16}
     for settings_of, variant in zip(VARIANTS, result.variants, strict=True):
         alone = SLQEncoder.from_backbone(
@@ -56,14 +57,16 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
         loss = SymmetricInfoNCELoss(alone, settings_of.get("temperature"))
         own = {**settings, "learning_rate": settings_of.get("learning_rate", 0.01)}
         trainer = toy_train(alone, pairs, tmp_path, loss=loss, **own)
-        assert (variant.encoder.queries - alone.queries).abs().max() < 1e-5
+        weights, expected = variant.encoder.state_dict(), alone.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all((weights[name] - expected[name]).abs().max() < 1e-5 for name in weights)
         assert variant.encoder.model_card_data.loss_name == "SymmetricInfoNCELoss"
         assert variant.encoder.temperature == pytest.approx(alone.temperature, rel=1e-5)
         assert variant.loss == pytest.approx(trainer.state.log_history[-2]["loss"], rel=1e-4)
     metric = result.primary_metric
     assert result.best.metrics[metric] == max(variant.metrics[metric] for variant in result.variants)
     table = str(result).splitlines()
-    assert len(table) == 4
+    assert len(table) == 5
     assert table[0].split() == ["num_queries", "seed", "learning_rate", "temperature", "pooling", "loss", metric]
     assert sum(line.endswith(" *") for line in table) == 1
     result.best.encoder.save_pretrained(str(tmp_path / "best"))

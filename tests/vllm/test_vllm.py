@@ -20,6 +20,7 @@ from slq_embed.remote import RemoteEncoder
 from slq_embed.saving import export_vllm
 from slq_embed.serving import UnreadableInputsError, embed
 from slq_embed.toy import render, sample_scenes
+from tests.parts import trained
 from tests.vllm.server import NAME, PYTHON, Process, vllm
 
 pytestmark = pytest.mark.vllm
@@ -58,6 +59,7 @@ CASES = {
     "mean": Case("slq-tiny", 0.99999, FP32),
     "head, in steps, prefix caching asked for": Case("slq-tiny-head", 0.99999, (*FP32, *IN_STEPS, *CACHING)),
     "head, bfloat16": Case("slq-tiny-head", 0.999, BF16),
+    "learned weights": Case("weighted", 0.99999, FP32),
     "last query, default prompt, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
 }
 
@@ -66,8 +68,10 @@ def build(name: str) -> SLQEncoder:
     if name.startswith("slq-"):
         return SLQEncoder(pretrained(name), device="cpu", prompts=PROMPTS)
     default = {"prompts": {"all": "Look at it"}, "default_prompt_name": "all"}
-    settings: dict[str, Any] = {"pooling": "last", **default} if name == "last" else {"deep_queries": True}
-    return SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=4, seed=0, device="cpu", **settings)
+    settings = {"last": {"pooling": "last", **default}, "weighted": {"pooling": "weighted"}}.get(
+        name, {"deep_queries": True}
+    )
+    return trained(SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=4, seed=0, device="cpu", **settings))
 
 
 @dataclass

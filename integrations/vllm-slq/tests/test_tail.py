@@ -57,6 +57,17 @@ def test_the_record_of_a_folder():
     assert read_record(RECORD, "folder").count == 3
     assert read_record({**RECORD, "pooling": "last"}, "folder").count == 1
     assert read_record({**RECORD, "projection": 16}, "folder").projection == 16
+    weighted = read_record({**RECORD, "pooling": "weighted", "query_scores": [0.5, 0.0, 1.5]}, "folder")
+    assert (weighted.count, weighted.scores) == (3, (0.5, 0.0, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"pooling": "max"}, "Upgrade vllm-slq"), ({"pooling": "weighted", "query_scores": [1.0]}, "3 queries, but 1")],
+)
+def test_a_pooling_that_does_not_fit_is_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        read_record({**RECORD, **values}, "folder")
 
 
 @pytest.mark.parametrize("part", ["query_adapter", "deep_queries", "query_token_type"])

@@ -20,7 +20,7 @@ from vllm_slq.tail import ends_with, keep_tail
 
 
 class QueryPool(SequencePoolingMethod):
-    """The mean of the states at the last positions, where the queries stand, in float32.
+    """The mean of the states at the last positions, where the queries stand, in float32; weighted, where the model has weights.
 
     A prompt that does not end with the queries gets NaN: no text was put through the chat template, or it was cut.
 
@@ -31,6 +31,7 @@ class QueryPool(SequencePoolingMethod):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
+        self.weights = torch.tensor(record.scores or (0.0,) * record.count).softmax(dim=0)
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         """Embeddings alone: states of single tokens mean nothing here."""
@@ -55,15 +56,15 @@ class QueryPool(SequencePoolingMethod):
         lengths, ends = cursor.prompt_lens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
         parts = hidden_states.split(cursor.num_scheduled_tokens_cpu.tolist())
         unknown = hidden_states.new_full((hidden_states.shape[-1],), torch.nan, dtype=torch.float32)
+        weights = self.weights[:, None].to(hidden_states.device)
         rows = []
         for row, (states, end, length) in enumerate(zip(parts, ends, lengths, strict=True)):
             kept = pooling_metadata.pooling_states[row].hidden_states_cache
             tail = keep_tail(kept, states, end, length, self.record.count)
             ids = self.record.query_ids
             right = tail is not None and token_ids is not None and ends_with(token_ids[row], length, ids)
-            rows.append(
-                tail.float().mean(0) if right and tail is not None and len(tail) == self.record.count else unknown
-            )
+            whole = right and tail is not None and len(tail) == self.record.count
+            rows.append((tail.float() * weights).sum(0) if whole and tail is not None else unknown)
         return rows
 
 

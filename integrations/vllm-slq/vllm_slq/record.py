@@ -11,6 +11,7 @@ HEAD_NAME = "1_Dense/model.safetensors"
 HOST_CONFIG_NAME, TEMPLATE_NAME = "config_sentence_transformers.json", "chat_template.jinja"
 MASTER_NAME = "queries"  # a tensor beside the weights: the queries in float32, which the table holds already
 
+_POOLINGS = ("mean", "weighted", "last")
 _OF_TASKS = ("query", "document", "passage", "corpus")
 _OWN_STATES = {
     "query_adapter": "a query adapter",
@@ -25,20 +26,22 @@ class Record:
 
     Args:
         query_ids: Token ids of the latent queries, in order; every prompt ends with them.
-        mean: Whether the mean over all queries is taken, or the last one alone.
+        pooling: `"mean"` over all queries, a `"weighted"` mean with a learned weight for each, or the `"last"` query alone.
         projection: Width of the projection head, if there is one.
         image_kwargs: How the image processor is called.
+        scores: What the weights of a weighted mean are the softmax of, a number for each query.
     """
 
     query_ids: tuple[int, ...]
-    mean: bool
+    pooling: str
     projection: int | None
     image_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    scores: tuple[float, ...] | None = None
 
     @property
     def count(self) -> int:
         """At how many positions, counted from the last, the states are needed."""
-        return len(self.query_ids) if self.mean else 1
+        return 1 if self.pooling == "last" else len(self.query_ids)
 
 
 def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
@@ -49,7 +52,7 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
         folder: Its name, for errors.
 
     Raises:
-        ValueError: If there is none, or the model has parts that vLLM has no place for.
+        ValueError: If there is none, or the model has parts that vLLM has no place for, or that this version does not know.
     """
     if values is None:
         raise ValueError(f"{folder} has no {CONFIG_NAME}: it is no SLQ model. Write it with slq_embed's export_vllm.")
@@ -58,8 +61,15 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
             f"{folder} cannot be served by vLLM: it has {' and '.join(own)}, which act inside the layers at the positions of the "
             "queries only. Train queries alone, or with a projection head."
         )
+    if (pooling := values["pooling"]) not in _POOLINGS:
+        raise ValueError(
+            f"{folder} has the pooling {pooling!r}, but this vllm-slq knows {', '.join(_POOLINGS)}. Upgrade vllm-slq."
+        )
     ids, image_kwargs = tuple(values["tokens"]["ids"]), values.get("image_kwargs") or {}
-    return Record(ids, values["pooling"] == "mean", values.get("projection"), image_kwargs)
+    scores = tuple(values["query_scores"]) if pooling == "weighted" else None
+    if scores is not None and len(scores) != len(ids):
+        raise ValueError(f"{folder} has {len(ids)} queries, but {len(scores)} query_scores in {CONFIG_NAME}.")
+    return Record(ids, pooling, values.get("projection"), image_kwargs, scores)
 
 
 def require_prompts(host: Mapping[str, Any] | None, template: str, folder: str) -> None:

@@ -25,7 +25,8 @@ def rates(trainer) -> dict[str, float]:
 
 
 def expected(model, prefix: str, queries: float, projection: float, adapter: float) -> dict[str, float]:
-    by_part = {"0.bias.deep": DEEP_QUERIES, "0.bias.": queries, "2.linear.": projection, "0.query_adapter.": adapter}
+    by_part = {"0.bias.deep": DEEP_QUERIES, "0.bias.": queries, "1.bias.": queries}
+    by_part |= {"2.linear.": projection, "0.query_adapter.": adapter}
     return {
         prefix + name: next(rate for start, rate in by_part.items() if name.startswith(start))
         for name, _ in model.named_parameters()
@@ -39,7 +40,8 @@ def test_queries_alone_need_no_mapping(encoder):
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_there_is_a_rate_for_each_part(checkpoint, parts):
-    assert len(learning_rate_mapping(build(checkpoint, **PARTS[parts]))) == len(PARTS[parts])
+    """Weights of the queries are of the queries' scale, and keep their rate."""
+    assert len(learning_rate_mapping(build(checkpoint, **PARTS[parts]))) == len(PARTS[parts].keys() - {"pooling"})
 
 
 @pytest.mark.parametrize("parts", PARTS)

@@ -133,3 +133,17 @@ def test_the_last_query_can_be_pooled_alone():
     assert torch.equal(LatentQueryPooling(4, "last")({"token_embeddings": states})["sentence_embedding"], states[:, -1])
     with pytest.raises(ValueError, match="pooling is 'max'"):
         LatentQueryPooling(4, "max")
+
+
+def test_queries_can_have_learned_weights():
+    """They start equal. Then they are a softmax: only differences of the scores count."""
+    pooling, states = LatentQueryPooling(4, "weighted", num_queries=3), torch.randn(2, 3, 4)
+    mean = LatentQueryPooling(4)({"token_embeddings": states})["sentence_embedding"]
+    assert torch.allclose(pooling({"token_embeddings": states})["sentence_embedding"], mean, atol=1e-6)
+    pooling.load_state_dict({"bias.scores": torch.tensor([0.0, math.log(2), -math.inf]) + 5})
+    found = pooling.half()({"token_embeddings": states})["sentence_embedding"]  # the scores stay float32
+    assert torch.allclose(found, states[:, 0] / 3 + states[:, 1] * 2 / 3, atol=1e-6)
+    found.sum().backward()
+    assert pooling.bias["scores"].grad.dtype == torch.float32
+    with pytest.raises(ValueError, match="num_queries is None: a score for each query"):
+        LatentQueryPooling(4, "weighted")
