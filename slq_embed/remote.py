@@ -22,7 +22,7 @@ from tqdm.autonotebook import tqdm
 from slq_embed.encoding.batches import input_name
 from slq_embed.inputs.rows import Picture, Row, Skipped, read_row
 
-__all__ = ["RemoteEncoder"]
+__all__ = ["PartlyEmbeddedError", "RemoteEncoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,26 @@ _FOR_A_WHILE = (429, 502, 503)
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 """Seconds before a request is sent again."""
 _NO_NUMBERS = "the server gave no numbers for it"
+
+
+class PartlyEmbeddedError(RuntimeError):
+    """A server failed after it had embedded some inputs; the cause says how.
+
+    Args:
+        reason: What the server's failure says.
+        embeddings: ``(number of inputs, H)`` in float32; rows that the server did not give are NaN.
+    """
+
+    def __init__(self, reason: str, embeddings: NDArray[np.float32]) -> None:
+        self.reason, self.embeddings = reason, embeddings
+        done = int(np.isfinite(embeddings).all(axis=1).sum())
+        super().__init__(
+            f"{reason} Before that, {done} of {len(embeddings)} inputs were embedded: see error.embeddings."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes: an error that cannot be unpickled breaks their pool."""
+        return type(self), (self.reason, self.embeddings)
 
 
 @dataclass
@@ -111,6 +131,7 @@ class RemoteEncoder:
             ConnectionError: If the server does not answer, also when it was asked again.
             TimeoutError: If it does not answer in time.
             RuntimeError: If it answers with an error that is not about an input, or with no numbers for any input.
+            PartlyEmbeddedError: In place of these, if some inputs were embedded by then.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
@@ -127,7 +148,12 @@ class RemoteEncoder:
                     chats[index] = _messages(read_row(value), prompt)
                 except ValueError as error:
                     skipped.append(Skipped(names[index], str(error), index))
-            found, refused = self._ask(chats, options)
+            try:
+                found, refused = self._ask(chats, options)
+            except (OSError, RuntimeError) as error:
+                if rows is None:
+                    raise
+                raise PartlyEmbeddedError(str(error), self._shorten(rows, normalize_embeddings)) from error
             skipped += [Skipped(names[index], reason, index) for index, reason in refused.items()]
             for index, row in found.items():
                 if rows is None:
@@ -144,10 +170,13 @@ class RemoteEncoder:
         if rows is None:
             rows = np.full((count, self._ask_for_width()), np.nan, np.float32)
         self._width = rows.shape[1]
+        return self._shorten(rows, normalize_embeddings), skipped
+
+    def _shorten(self, rows: NDArray[np.float32], normalize: bool) -> NDArray[np.float32]:
         result = rows[:, : self.truncate_dim]
-        if self.truncate_dim is not None and normalize_embeddings:
-            result = result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
-        return result, skipped
+        if self.truncate_dim is None or not normalize:
+            return result
+        return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
 
     def _options(self, task: Literal["query", "document"] | None = None, prompt: str | None = None) -> dict[str, Any]:
         options: dict[str, Any] = {"model": self.model, "encoding_format": "base64"}

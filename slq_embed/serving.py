@@ -93,7 +93,8 @@ def embed(
 
     Raises:
         UnreadableInputsError: After all others were embedded, if some inputs cannot be read.
-        RuntimeError: If one input alone does not fit into memory, or a server fails.
+        RuntimeError: If one input alone does not fit into memory, or a server fails. If a server had embedded some by then, it is a
+            :class:`~slq_embed.remote.PartlyEmbeddedError`, which holds them.
         ConnectionError: If a server does not answer.
     """
     return _embed(model, list(enumerate(inputs)), [], len(inputs), normalize_embeddings, options)
@@ -121,7 +122,8 @@ def embed_images(
 
     Raises:
         UnreadableInputsError: After all others were embedded, if some images cannot be read.
-        RuntimeError: If one image alone does not fit into memory, or a server fails.
+        RuntimeError: If one image alone does not fit into memory, or a server fails. If a server had embedded some by then, it is a
+            :class:`~slq_embed.remote.PartlyEmbeddedError`, which holds them.
         ConnectionError: If a server does not answer.
     """
     inputs: list[tuple[int, Any]] = []

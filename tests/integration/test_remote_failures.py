@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from langchain_slq import SLQEmbeddings
 from llama_index.embeddings.slq import SLQEmbedding
 
 from slq_embed import SLQEncoder
-from slq_embed.remote import RemoteEncoder
+from slq_embed.remote import PartlyEmbeddedError, RemoteEncoder
 from slq_embed.serving import UnreadableInputsError, embed, embed_images
 from tests.server import LONGEST, NAME, serving
 
@@ -122,6 +124,21 @@ def test_a_lost_connection_is_made_again(local, remote, monkeypatch):
     failures += [ConnectionError("reset")] * 3
     with pytest.raises(ConnectionError, match="reset"):
         embed(remote, ["a"])
+
+
+@pytest.mark.parametrize("truncate_dim", [None, 8])
+def test_what_was_embedded_before_a_server_fails_is_not_lost(server, local, truncate_dim):
+    remote = RemoteEncoder(server.url, truncate_dim=truncate_dim)
+    expected = embed(remote, ["a", "b"])
+    answer = json.dumps({"data": [{"index": 0, "embedding": embed(local, ["a"])[0].tolist()}]}).encode()
+    server.failures = [(200, answer), (500, {"error": "broken"})]
+    with pytest.raises(PartlyEmbeddedError, match=r"500: broken Before that, 1 of 3 inputs were embedded") as raised:
+        embed(remote, ["a", "b", "c"], batch_size=1)
+    for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert np.abs(error.embeddings[0] - expected[0]).max() < 1e-5
+        assert np.isnan(error.embeddings[1:]).all()
+        assert "Before that, 1 of 3" in str(error)
+    assert isinstance(raised.value.__cause__, RuntimeError)
 
 
 def test_a_slow_server_is_told_from_none_and_asked_once(server):
