@@ -96,7 +96,7 @@ def arguments_of(args: argparse.Namespace, seed: int, steps: int, batch: int) ->
         output_dir=str(args.output / "training"),
         max_steps=steps,
         per_device_train_batch_size=batch,
-        learning_rate=RATE,
+        learning_rate=args.rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(10, steps // 4),
         batch_sampler=in_order,
@@ -150,9 +150,15 @@ def options_of(description: str | None, output: Path) -> argparse.ArgumentParser
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--steps", type=int, default=None)
     options.add_argument("--batch", type=int, default=None)
+    options.add_argument("--rate", type=float, default=RATE, help="learning rate of the queries")
     options.add_argument("--output", type=Path, default=output, help="folder of what is finished")
     options.add_argument("--prefixes", type=Path, help="folder in which the variants share prefixes; tens of GB")
     return options
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a result depends on, beside what is compared."""
+    return {name: getattr(args, name) for name in ("world", "steps", "batch", "rate")}
 
 
 def kept(path: Path, options: dict[str, Any], train: Callable[[], Any]) -> Any:
@@ -181,7 +187,7 @@ def main() -> None:
     args = options.parse_args()
     quiet()
     world = WORLDS[args.world]
-    sizes = {"world": args.world, "steps": args.steps, "batch": args.batch}
+    sizes = sizes_of(args)
     table: dict[str, list[dict[str, Any]]] = {}
     for group in args.groups:
         runs = []

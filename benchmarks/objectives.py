@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablations import QUERIES, arguments_of, kept, measured, options_of, pairs_of, print_head, print_row
+from ablations import QUERIES, arguments_of, kept, measured, options_of, pairs_of, print_head, print_row, sizes_of
 from common import machine, quiet, write
 from quality import SIZES, WORLDS
 from sentence_transformers import SentenceTransformerTrainer
@@ -114,7 +114,7 @@ def main() -> None:
     args = options.parse_args()
     quiet()
     world = WORLDS[args.world]
-    sizes = {"world": args.world, "steps": args.steps, "batch": args.batch}
+    sizes = sizes_of(args)
     table: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in world.kinds} for name in args.only}
     for seed in args.seeds:
         bench = cache(partial(Bench, args, seed))  # made when the first objective is to be trained
