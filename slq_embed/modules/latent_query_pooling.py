@@ -37,9 +37,8 @@ class LatentQueryPooling(Module):
         self.embedding_dimension = embedding_dimension
         self.pooling: PoolingMode = pooling
         self.num_queries = num_queries
-        self.bias = (
-            nn.ParameterDict()
-        )  # hosts exempt names with "bias" from weight decay, which must not touch the scores
+        # Hosts exempt names with "bias" from weight decay, which must not touch the scores.
+        self.bias = nn.ParameterDict()
         if pooling == "weighted":
             if num_queries is None:
                 raise ValueError("pooling is 'weighted', but num_queries is None: a score for each query is needed.")
