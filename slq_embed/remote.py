@@ -47,7 +47,7 @@ class PartlyEmbeddedError(RuntimeError):
         self.reason, self.embeddings = reason, embeddings
         done = int(np.isfinite(embeddings).all(axis=1).sum())
         super().__init__(
-            f"{reason} Before that, {done} of {len(embeddings)} inputs were embedded: see error.embeddings."
+            f"{done} of {len(embeddings)} inputs were embedded (error.embeddings holds them), then the server failed: {reason}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ class LatentQueryPooling(Module):
         Mean over the last-layer states at the query positions: arXiv:2604.13710.
     """
 
-    config_keys = ["embedding_dimension", "pooling", "num_queries"]  # noqa: RUF012 - as the host declares it
+    config_keys = ["embedding_dimension", "pooling"]  # noqa: RUF012 - as the host declares it
 
     def __init__(self, embedding_dimension: int, pooling: PoolingMode = "mean", num_queries: int | None = None) -> None:
         super().__init__()
@@ -36,7 +36,6 @@ class LatentQueryPooling(Module):
             raise ValueError(f"pooling is {pooling!r}, but one of {get_args(PoolingMode)} is needed.")
         self.embedding_dimension = embedding_dimension
         self.pooling: PoolingMode = pooling
-        self.num_queries = num_queries
         # Hosts exempt names with "bias" from weight decay, which must not touch the scores.
         self.bias = nn.ParameterDict()
         if pooling == "weighted":
@@ -75,8 +74,8 @@ class LatentQueryPooling(Module):
         return self.embedding_dimension
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write the configuration."""
-        self.save_config(output_path)
+        """Refuse: without the queries, a pooling over them cannot be loaded."""
+        raise RuntimeError("LatentQueryPooling is saved by SLQEncoder.save_pretrained, which writes stock modules.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryPooling:
         # As the queries, the scores stay float32.

@@ -132,12 +132,12 @@ def test_what_was_embedded_before_a_server_fails_is_not_lost(server, local, trun
     expected = embed(remote, ["a", "b"])
     answer = json.dumps({"data": [{"index": 0, "embedding": embed(local, ["a"])[0].tolist()}]}).encode()
     server.failures = [(200, answer), (500, {"error": "broken"})]
-    with pytest.raises(PartlyEmbeddedError, match=r"500: broken Before that, 1 of 3 inputs were embedded") as raised:
+    with pytest.raises(PartlyEmbeddedError, match=r"^1 of 3 inputs were embedded .*failed: .*500: broken") as raised:
         embed(remote, ["a", "b", "c"], batch_size=1)
     for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
         assert np.abs(error.embeddings[0] - expected[0]).max() < 1e-5
         assert np.isnan(error.embeddings[1:]).all()
-        assert "Before that, 1 of 3" in str(error)
+        assert str(error) == str(raised.value)
     assert isinstance(raised.value.__cause__, RuntimeError)
 
 

@@ -62,16 +62,18 @@ CASES = {
     "learned weights": Case("weighted", 0.99999, FP32),
     "last query, default prompt, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "last": {"pooling": "last", "prompts": {"all": "Look at it"}, "default_prompt_name": "all"},
+    "weighted": {"pooling": "weighted"},
+    "deep": {"deep_queries": True},
+}
 
 
 def build(name: str) -> SLQEncoder:
     if name.startswith("slq-"):
         return SLQEncoder(pretrained(name), device="cpu", prompts=PROMPTS)
-    default = {"prompts": {"all": "Look at it"}, "default_prompt_name": "all"}
-    settings = {"last": {"pooling": "last", **default}, "weighted": {"pooling": "weighted"}}.get(
-        name, {"deep_queries": True}
-    )
-    return trained(SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=4, seed=0, device="cpu", **settings))
+    backbone = pretrained("mllm-tiny")
+    return trained(SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu", **SETTINGS[name]))
 
 
 @dataclass

@@ -31,7 +31,9 @@ class QueryPool(SequencePoolingMethod):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record
-        self.weights = torch.tensor(record.scores or (0.0,) * record.count).softmax(dim=0)
+        # vLLM builds models under the default type of their weights, which would round these.
+        scores = torch.tensor(record.scores or (0.0,) * record.count, dtype=torch.float32)
+        self.register_buffer("weights", scores.softmax(dim=0)[:, None], persistent=False)
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         """Embeddings alone: states of single tokens mean nothing here."""
@@ -56,15 +58,15 @@ class QueryPool(SequencePoolingMethod):
         lengths, ends = cursor.prompt_lens_cpu.tolist(), cursor.seq_lens_cpu.tolist()
         parts = hidden_states.split(cursor.num_scheduled_tokens_cpu.tolist())
         unknown = hidden_states.new_full((hidden_states.shape[-1],), torch.nan, dtype=torch.float32)
-        weights = self.weights[:, None].to(hidden_states.device)
-        rows = []
+        query_ids, rows = self.record.query_ids, []
         for row, (states, end, length) in enumerate(zip(parts, ends, lengths, strict=True)):
             kept = pooling_metadata.pooling_states[row].hidden_states_cache
             tail = keep_tail(kept, states, end, length, self.record.count)
-            ids = self.record.query_ids
-            right = tail is not None and token_ids is not None and ends_with(token_ids[row], length, ids)
-            whole = right and tail is not None and len(tail) == self.record.count
-            rows.append((tail.float() * weights).sum(0) if whole and tail is not None else unknown)
+            ids = None if token_ids is None else token_ids[row]
+            if tail is None or len(tail) != self.record.count or ids is None or not ends_with(ids, length, query_ids):
+                rows.append(unknown)
+            else:
+                rows.append((tail.float() * self.weights).sum(0))
         return rows
 
 

@@ -147,3 +147,8 @@ def test_queries_can_have_learned_weights():
     assert pooling.bias["scores"].grad.dtype == torch.float32
     with pytest.raises(ValueError, match="num_queries is None: a score for each query"):
         LatentQueryPooling(4, "weighted")
+
+
+def test_a_pooling_alone_is_not_saved_without_its_weights(tmp_path):
+    with pytest.raises(RuntimeError, match="saved by SLQEncoder"):
+        LatentQueryPooling(4, "weighted", num_queries=3).save(str(tmp_path))
