@@ -248,8 +248,8 @@ def can_grow(backbone: PreTrainedModel) -> bool:
 
 
 def is_placed(backbone: PreTrainedModel) -> bool:
-    """Whether a device map or a quantizer decides where the weights are, so that they must not be moved."""
-    return getattr(backbone, "hf_device_map", None) is not None or bool(getattr(backbone, "is_quantized", False))
+    """Whether a device map decides where the weights are, so that they must not be moved."""
+    return getattr(backbone, "hf_device_map", None) is not None
 
 
 def limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> None:

@@ -23,7 +23,7 @@ from slq_embed.backbone.families import (
     tokenizer_of,
 )
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
-from slq_embed.backbone.quantization import is_packed, keep_layout, pass_gradients
+from slq_embed.backbone.quantization import is_packed, is_quantized, keep_layout, pass_gradients
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
@@ -342,12 +342,14 @@ class LatentQueryTransformer(InputModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryTransformer:
         """Move or cast the shared backbone; what is trained only moves, since the master copy is float32."""
         device = fn(torch.empty(0, device=self.queries.device)).device
-        trained: list[nn.Module] = [self.bias]
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        self.bias._apply(move)
         if recurse and not is_placed(self.backbone):
-            self.backbone._apply(fn)
-            trained.append(self.query_adapter)  # else each part stays beside the layer that it adapts
-        for module in trained:
-            module._apply(lambda tensor: tensor.to(device))
+            self.backbone._apply(move if is_quantized(self.backbone) else fn)  # a cast would undo what was packed
+            self.query_adapter._apply(move)  # else each part stays beside the layer that it adapts
         return self
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

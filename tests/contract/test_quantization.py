@@ -311,3 +311,11 @@ def test_packed_four_bits_have_the_gradient_of_their_own_values():
     step = torch.randn_like(states)
     moved = (layers(states.detach() + step) - layers(states.detach())) * weights
     assert abs(float((gradient * step).sum() - moved.sum())) < 1e-3 * float(moved.abs().sum())
+
+
+def test_a_cast_leaves_packed_weights_alone(folder):
+    model = build(folder, int8())
+    before = weights_digest(model.backbone)
+    model.half()
+    assert weights_digest(model.backbone) == before
+    assert model.queries.dtype == torch.float32

@@ -8,10 +8,11 @@ from transformers import BitsAndBytesConfig
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
 from slq_embed.backbone.fingerprint import weights_digest
+from tests.gpu.device import DEVICE, MISSING, ON_DEVICE
 from tests.parts import PARTS, furthest
 from tests.training import toy_pairs, toy_train
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING, reason="there is no CUDA device")]
 
 
 def nf4():
@@ -43,7 +44,7 @@ CONFIGS = pytest.mark.parametrize("config", [nf4, llm_int8, torchao_int8, torcha
 
 
 def build(config, **options) -> SLQEncoder:
-    settings = {"num_queries": 4, "seed": 0, "device": "cuda", "dtype": torch.bfloat16, **options}
+    settings = {"num_queries": 4, "seed": 0, "device": DEVICE, "dtype": torch.bfloat16, **options}
     return SLQEncoder.from_backbone(pretrained("mllm-tiny"), quantization_config=config, **settings)
 
 
@@ -55,11 +56,11 @@ def test_a_quantized_backbone_trains_saves_and_loads(config, parts, mixed, tmp_p
     cosine = (model.encode(mixed) * build(None, **parts).encode(mixed)).sum(axis=1).min()
     assert cosine > 0.9, f"least cosine to the unquantized backbone: {cosine:.5f}"
     before, start = weights_digest(model.backbone), model.queries.detach().clone()
-    toy_train(model, toy_pairs(), tmp_path / "run", use_cpu=False, bf16=True)
+    toy_train(model, toy_pairs(), tmp_path / "run", **ON_DEVICE)
     assert weights_digest(model.backbone) == before
     assert not torch.equal(model.queries, start)
     model.save_pretrained(tmp_path / "slq")
-    again = SLQEncoder(tmp_path / "slq", device="cuda", model_kwargs={"dtype": torch.bfloat16})
+    again = SLQEncoder(tmp_path / "slq", device=DEVICE, model_kwargs={"dtype": torch.bfloat16})
     assert furthest(again.encode(mixed), model.encode(mixed)) < 2e-2
 
 
