@@ -137,8 +137,14 @@ def build_chat_template(
         A Jinja template in the transformers chat format.
 
     Raises:
-        ValueError: If an instruction is unknown or lacks ``{text}``, or the processor has no usable template.
+        ValueError: If an instruction is unknown or lacks ``{text}``, or the processor has no usable template, or one with
+            query tokens.
     """
+    if is_slq_template(processor.chat_template):
+        raise ValueError(
+            "The processor's chat template appends latent queries already. Pass the backbone's own processor, or none, and it "
+            "is loaded by the backbone's name. For more queries on an encoder's backbone, call its with_queries()."
+        )
     texts = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
     if unknown := set(texts) - set(DEFAULT_INSTRUCTIONS):
         raise ValueError(f"Unknown instructions {sorted(unknown)}: use {sorted(DEFAULT_INSTRUCTIONS)}.")

@@ -39,6 +39,7 @@ from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantizatio
 from slq_embed.modules.latent_query_pooling import weights_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
+from slq_embed.saving.leftovers import remove_leftovers, require_other_folder
 from slq_embed.saving.weights import (
     ADAPTER,
     ADAPTER_NAME,
@@ -101,8 +102,9 @@ def write_folder(
         weights: The trained weights, by their names in the encoder's state dict.
 
     Raises:
-        ValueError: If the form does not fit the backbone.
+        ValueError: If the form does not fit the backbone, or the folder is the backbone's own.
     """
+    require_other_folder(folder, slq_config)
     queries, reference = weights[QUERIES], _reference(Transformer)
     scores = weights[SCORES].tolist() if slq_config.pooling == "weighted" else None
     slq_config = replace(slq_config, query_scores=scores)
@@ -148,6 +150,7 @@ def write_folder(
             (folder / path / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
         modules.append({"idx": number, "name": str(number), "path": path, "type": _reference(type(module))})
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf8")
+    remove_leftovers(folder, slq_config, {f"{reference.partition('.')[0]}.py", *(module["path"] for module in modules)})
     slq_config.write(folder)
 
 

@@ -226,3 +226,8 @@ def test_the_trained_models_share_the_file_of_mllm_tiny(name):
     assert rows == list(model.slq_config.tokens.ids)
     assert sum(tensor.nbytes for tensor in before.values()) < 16_000_000
     assert all(tensor.dtype == torch.float32 for tensor in before.values())
+
+
+def test_the_processor_of_another_encoder_is_refused(encoder):
+    with pytest.raises(ValueError, match=r"appends latent queries already.*with_queries"):
+        SLQEncoder.from_backbone(encoder.backbone, encoder.processor)

@@ -1,0 +1,58 @@
+"""Saving into a folder that holds an earlier save: what is loaded is the later model, and nothing is left of the other."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from slq_embed import SLQEncoder
+from tests.parts import PARTS, build, files, furthest, trained
+
+MODELS = {
+    "adapter": {},
+    "merged": {"form": "merged"},
+    "merged head": {"form": "merged", "projection": 16},
+    "last": {"pooling": "last"},
+    "all": PARTS["all"],
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(MODELS, 2)])
+def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, second):
+    backbone, name = build(checkpoint).backbone, str(checkpoint("qwen3_vl"))
+
+    def model(kind: str, seed: int) -> SLQEncoder:
+        options = {"num_queries": 4, "seed": seed, "backbone_name": name, **MODELS[kind]}
+        return trained(SLQEncoder.from_backbone(backbone, **options), seed)
+
+    model(first, seed=1).save_pretrained(tmp_path / "twice")
+    later = model(second, seed=2)
+    later.save_pretrained(tmp_path / "twice")
+    later.save_pretrained(tmp_path / "once")
+    assert files(tmp_path / "twice") == files(tmp_path / "once")
+    expected = later.encode(mixed)
+    assert furthest(SLQEncoder(tmp_path / "twice", device="cpu").encode(mixed), expected) < 1e-5
+    stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=second == "all")
+    assert furthest(stock.encode(mixed), expected) < 1e-5
+
+
+def test_other_files_stay(checkpoint, tmp_path):
+    model = build(checkpoint)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")  # of no saved SLQ model
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_adapter_form_is_not_written_over_its_backbone(checkpoint, tmp_path):
+    build(checkpoint, form="merged").save_pretrained(tmp_path)
+    again = SLQEncoder(tmp_path, device="cpu")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"names its backbone, which is .* itself\. Save to another folder"):
+        again.save_pretrained(tmp_path, form="adapter")
+    assert files(tmp_path) == before
+    again.save_pretrained(tmp_path)
+    assert files(tmp_path) == before
