@@ -2,7 +2,7 @@
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.modules import QueryAdapter
-from slq_embed.prefix import PrefixStore
+from slq_embed.store import PrefixStore
 from slq_embed.toy import pretrained
 from slq_embed.training import SymmetricInfoNCELoss
 from slq_embed.version import __version__

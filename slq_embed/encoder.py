@@ -26,13 +26,13 @@ from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
 from slq_embed.modules.query_adapter import QueryAdapter
-from slq_embed.prefix.store import PrefixStore
 from slq_embed.saving.assembly import QuerySet, build_modules, load_modules, rebuild_modules
 from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
 from slq_embed.saving.loading import load_or_share, load_saved
 from slq_embed.saving.model_card import SLQModelCardData
+from slq_embed.store.prefix_store import PrefixStore
 
 BackboneLike: TypeAlias = str | Path | PreTrainedModel
 """A hub name, a folder, or a loaded model."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.families import image_settings
 from slq_embed.backbone.fingerprint import Fingerprint
-from slq_embed.prefix.store import PrefixStore
+from slq_embed.store.prefix_store import PrefixStore
 
 Task = Literal["query", "document"]
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from slq_embed.inputs.rows import Row
-
-KEY_BYTES = 16
+from slq_embed.store.entries import KEY_BYTES
 
 
 def prefix_key(row: Row, text: str, namespace: bytes) -> bytes:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slq_embed.prefix.passes import PrefixRow
-
-Precision = Literal["exact", "bfloat16", "int8"]
-Entry = dict[str, Tensor]
-"""A packed prefix. Keys and values: ``states`` ``(layers, 2, heads, seq, head_dim)`` and ``position`` ``(2,)`` int64, the
-last position and the number of axes. Where not every layer has keys, ``has_keys`` ``(layers,)`` bool says which; states of fixed
-size are under ``fixed.`` and their name, always exact. Vision features: what :func:`slq_embed.prefix.vision.run_vision` gives for a row.
-With int8, each tensor of states has its scales beside it, under its name and ``.scale``."""
+from slq_embed.store.entries import Entry, Precision
 
 _FIXED = "fixed."
-
-
-def entry_length(entry: Entry) -> int:
-    """How many tokens a packed prefix has."""
-    return int(entry["states"].shape[-2]) if "states" in entry else len(entry["input_ids"])
-
-
-def entry_nbytes(entry: Entry) -> int:
-    """Bytes of a packed prefix's tensors."""
-    return sum(part.numel() * part.element_size() for part in entry.values())
 
 
 def pack_row(row: PrefixRow, precision: Precision) -> Entry:

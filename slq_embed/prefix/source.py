@@ -16,11 +16,12 @@ from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor
-from slq_embed.prefix.memory import StepMemory
-from slq_embed.prefix.packing import Entry, pack_row, pack_vision_row, unpack_row, unpack_vision_row
+from slq_embed.prefix.packing import pack_row, pack_vision_row, unpack_row, unpack_vision_row
 from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_prefix
-from slq_embed.prefix.store import PrefixStore
+from slq_embed.prefix.step_memory import StepMemory
 from slq_embed.prefix.vision import join_rows, run_vision
+from slq_embed.store.entries import Entry
+from slq_embed.store.prefix_store import PrefixStore
 
 T = TypeVar("T")
 

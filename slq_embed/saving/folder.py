@@ -150,7 +150,9 @@ def write_folder(
             (folder / path / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
         modules.append({"idx": number, "name": str(number), "path": path, "type": _reference(type(module))})
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf8")
-    remove_leftovers(folder, slq_config, {f"{reference.partition('.')[0]}.py", *(module["path"] for module in modules)})
+    remove_leftovers(
+        folder, slq_config, {f"{reference.partition('.')[0]}.py", *(str(module["path"]) for module in modules)}
+    )
     slq_config.write(folder)
 
 

@@ -44,7 +44,7 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
 
     The batch is embedded chunk by chunk without gradients. The loss over all its embeddings gives their gradients. Then
     each chunk is embedded again with gradients. Only one chunk of keys and values is differentiated at a time. Prefixes of
-    the first pass serve the second one as far as memory allows; see :class:`~slq_embed.prefix.memory.StepMemory`.
+    the first pass serve the second one as far as memory allows; see :class:`~slq_embed.prefix.step_memory.StepMemory`.
 
     Args:
         model: As for :class:`SymmetricInfoNCELoss`.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from slq_embed.encoder import SLQEncoder
-from slq_embed.prefix.store import PrefixStore
+from slq_embed.store.prefix_store import PrefixStore
 from slq_embed.training.learning_rates import learning_rate_mapping
 from slq_embed.training.losses import SymmetricInfoNCELoss
 

@@ -14,8 +14,8 @@ from PIL import Image as PILImage
 from sentence_transformers.sentence_transformer import losses
 
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
-import slq_embed.prefix.disk as prefix_disk
 import slq_embed.prefix.source as prefix_source
+import slq_embed.store.folder as entries_in_a_folder
 from slq_embed import PrefixStore, SLQEncoder
 from tests.checkpoints import FAMILIES
 from tests.forks import forked, needs_fork
@@ -151,8 +151,10 @@ def test_a_stored_prefix_is_opened_once_a_step(encoder, mixed, tmp_path, monkeyp
     encoder.prefix_store = PrefixStore(tmp_path)
     encoder.encode(mixed)
     opened = []
-    open_entry = prefix_disk.safe_open
-    monkeypatch.setattr(prefix_disk, "safe_open", lambda path, *rest: opened.append(path) or open_entry(path, *rest))
+    open_entry = entries_in_a_folder.safe_open
+    monkeypatch.setattr(
+        entries_in_a_folder, "safe_open", lambda path, *rest: opened.append(path) or open_entry(path, *rest)
+    )
     encoder.train()
     encoder(encoder.preprocess(mixed))
     assert len(opened) == len(set(opened)) == len(mixed)

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from slq_embed.prefix.packing import (
-    entry_length,
-    entry_nbytes,
     pack_row,
     pack_vision_row,
     unpack_row,
     unpack_vision_row,
 )
 from slq_embed.prefix.passes import PrefixRow
+from slq_embed.store.entries import entry_length, entry_nbytes
 from tests.unit.prefix.rows import row
 
 

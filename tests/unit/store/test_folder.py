@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-import slq_embed.prefix.disk as prefix_disk
+import slq_embed.store.folder as entries_in_a_folder
 from slq_embed import PrefixStore
 from tests.forks import forked, needs_fork
 from tests.unit.prefix.rows import file_of, fill, flip, kept, key, row
@@ -21,7 +21,9 @@ from tests.unit.prefix.rows import file_of, fill, flip, kept, key, row
 def opened(monkeypatch):
     """The files that are opened."""
     paths: list[Path] = []
-    monkeypatch.setattr(prefix_disk, "safe_open", lambda path, *rest: paths.append(path) or safe_open(path, *rest))
+    monkeypatch.setattr(
+        entries_in_a_folder, "safe_open", lambda path, *rest: paths.append(path) or safe_open(path, *rest)
+    )
     return paths
 
 
@@ -62,7 +64,7 @@ def test_each_use_opens_and_checks_an_entry_once(tmp_path, opened):
 
 
 def test_few_entries_stay_open(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(prefix_disk, "CHECKED_LIMIT", 2)
+    monkeypatch.setattr(entries_in_a_folder, "CHECKED_LIMIT", 2)
     store = PrefixStore(tmp_path)
     fill(store, range(5))
     store._entries.lengths([key(n) for n in range(5)])
@@ -166,7 +168,7 @@ def _write_half(folder, half_written):
 
 def _erase_half(folder, half_written):
     """Stop between renaming and overwriting."""
-    prefix_disk._overwrite_and_remove = lambda *args: (half_written.set(), time.sleep(600))
+    entries_in_a_folder._overwrite_and_remove = lambda *args: (half_written.set(), time.sleep(600))
     PrefixStore(folder).forget([key(1)])
 
 

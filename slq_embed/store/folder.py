@@ -17,9 +17,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slq_embed.prefix.claims import Claims
-from slq_embed.prefix.memory import StoreCounts
-from slq_embed.prefix.packing import Entry, entry_length
+from slq_embed.store.claims import Claims
+from slq_embed.store.entries import Entry, StoreCounts, entry_length
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class FolderEntries:
     | --- | --- |
     | ``3f/3f0a...safetensors`` | an entry; the first byte of the key names the subfolder |
     | ``3f/3f0a...-<owner>-....part`` | an entry that an owner, one store in one process, is writing or erasing |
-    | ``claims/`` | which process computes which entry: :class:`slq_embed.prefix.claims.Claims` |
+    | ``claims/`` | which process computes which entry: :class:`slq_embed.store.claims.Claims` |
 
     Args:
         folder: Created if it does not exist.

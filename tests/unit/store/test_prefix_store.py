@@ -70,7 +70,7 @@ def test_the_budget_counts_what_this_store_has_written_since_its_scan(tmp_path):
 
 
 def test_by_default_a_folder_may_grow_by_what_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr("slq_embed.prefix.store.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("slq_embed.store.prefix_store.free_bytes", lambda folder: 1000)
     first = PrefixStore(tmp_path, budget="1GB")
     fill(first, range(3))
     assert PrefixStore(tmp_path).budget == first.nbytes + 1000
@@ -112,3 +112,12 @@ def test_a_store_has_few_public_names():
 def test_an_empty_store_is_a_store(store):
     assert len(store) == 0
     assert store
+
+
+@pytest.mark.parametrize(("limit", "free"), [("8000", 8000 - 5000 + 1000), ("max", None), ("4000", 0)])
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch, limit, free):
+    monkeypatch.setattr("slq_embed.store.budget._CGROUP", tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for name, text in (("max", limit), ("current", "5000"), ("stat", "anon 4000\ninactive_file 1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n")
+    assert PrefixStore().budget == free // 2 if free is not None else PrefixStore().budget > 10**6

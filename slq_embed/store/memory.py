@@ -1,36 +1,14 @@
-"""Prefixes in memory: the entries of a store without a folder, and the rows of one training step."""
+"""Entries in memory: a store without a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
-import torch
-
-from slq_embed.prefix.budget import free_bytes
-from slq_embed.prefix.packing import Entry, entry_length, entry_nbytes
-from slq_embed.prefix.passes import PrefixRow
-
-
-@dataclass
-class StoreCounts:
-    """What a store did in this process.
-
-    Args:
-        reused: Prefixes that were read back.
-        computed: Prefixes that the backbone had to run for.
-        over_budget: Computed prefixes that were not kept, for lack of space.
-        damaged: Prefixes of a folder that did not read back right and were removed.
-    """
-
-    reused: int = 0
-    computed: int = 0
-    over_budget: int = 0
-    damaged: int = 0
+from slq_embed.store.entries import Entry, StoreCounts, entry_length, entry_nbytes
 
 
 class MemoryEntries:
-    """Entries by key in this process's memory; :class:`slq_embed.prefix.disk.FolderEntries` has the same methods.
+    """Entries by key in this process's memory; :class:`slq_embed.store.folder.FolderEntries` has the same methods.
 
     Args:
         counts: Where to count what is read.
@@ -90,35 +68,3 @@ class MemoryEntries:
 
     def close(self) -> None:
         """Nothing: there are no files."""
-
-
-class StepMemory:
-    """Prefixes of one training step, for its second pass (GradCache) or for other query sets.
-
-    Args:
-        budget: Most bytes; by default half of what is free on the device of the first prefix.
-    """
-
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
-        self.nbytes = 0
-        self.rows: dict[bytes, PrefixRow] = {}
-        self.used = False
-        """Whether a pass with gradients has read these rows. The next pass without gradients is then another step."""
-
-    def keep(self, rows: Mapping[bytes, PrefixRow]) -> None:
-        """Keep rows until one does not fit the budget."""
-        for key, row in rows.items():
-            if self.budget is None:
-                device = next(layer for layer in row.layers if layer)[0].device
-                self.budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else free_bytes(None)
-            if self.nbytes + row.nbytes > self.budget:
-                return
-            self.nbytes += row.nbytes
-            self.rows[key] = row
-
-    def clear(self) -> None:
-        """Forget the step."""
-        self.rows.clear()
-        self.nbytes = 0
-        self.used = False

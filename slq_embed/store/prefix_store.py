@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
-from slq_embed.prefix.budget import free_bytes, parse_bytes
-from slq_embed.prefix.disk import FolderEntries
-from slq_embed.prefix.memory import MemoryEntries, StoreCounts
-from slq_embed.prefix.packing import Precision
+from slq_embed.store.budget import free_bytes, parse_bytes
+from slq_embed.store.entries import Precision, StoreCounts
+from slq_embed.store.folder import FolderEntries
+from slq_embed.store.memory import MemoryEntries
 
 Level = Literal["keys_values", "vision"]
 

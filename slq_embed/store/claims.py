@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slq_embed.prefix.keys import KEY_BYTES
+from slq_embed.store.entries import KEY_BYTES
 
 _INHERITED: list[FileLock | None] = []  # a forked child must not release the lock of its parent
 
