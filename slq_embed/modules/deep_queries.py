@@ -6,26 +6,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 
-def initial_deep_queries(decoder: PreTrainedModel, count: int) -> Tensor:
-    """Zeros ``(layers, Q, H)``: they start as if they were not there."""
-    config = decoder.config.get_text_config()
-    return torch.zeros(config.num_hidden_layers, count, config.hidden_size)
-
-
-def add_before_layers(twin: PreTrainedModel, vectors: nn.ParameterDict) -> None:
-    """Let the layers of a twin add the vectors to the last positions of a sequence, which are the queries.
+def add_before_layers(twin: PreTrainedModel, vectors: nn.ParameterDict, count: int) -> None:
+    """Let the layers of a twin add vectors to the last positions of a sequence, which are the queries.
 
     Args:
         twin: From :func:`slq_embed.backbone.twin.twin_of`.
-        vectors: Holds ``deep_queries``, ``(layers, Q, H)``; read at each call.
+        vectors: Gets ``deep_queries``, zeros ``(layers, Q, H)``, as if they were not there; read at each call.
+        count: How many queries there are.
 
     Source:
         Prompts in each layer: arXiv:2110.07602 replaces the states of prompts; here they are added to.
     """
+    config = twin.config.get_text_config()
+    vectors["deep_queries"] = nn.Parameter(torch.zeros(config.num_hidden_layers, count, config.hidden_size))
     for number, layer in enumerate(twin.get_decoder().layers):
         layer.register_forward_pre_hook(partial(_add, vectors=vectors, number=number), with_kwargs=True)
 

@@ -28,9 +28,9 @@ from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
 from slq_embed.inputs.rows import Row, read_row
-from slq_embed.modules.deep_queries import add_before_layers, initial_deep_queries
+from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
-from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
+from slq_embed.prefix.features import Features, make_room, move_padding_left, run_in_passes, select_rows
 from slq_embed.prefix.keys import keys_to_tensor, prefix_key
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
@@ -94,26 +94,20 @@ class LatentQueryTransformer(InputModule):
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
-        # The queries run through a twin of the decoder, so the backbone has no adapter at any time, in any thread.
-        twin: PreTrainedModel | None = None
-        self.query_adapter = nn.ModuleDict()
-        if adapter is not None:
-            twin, self.query_adapter = adapt(decoder_of(backbone), adapter, seed)
-        if deep:
-            twin = twin_of(decoder_of(backbone)) if twin is None else twin
-            self.bias["deep_queries"] = nn.Parameter(initial_deep_queries(twin, len(queries)))
-            add_before_layers(twin, self.bias)
         self._scale = embedding_scale(backbone)
-        self._ids: Tensor | None = None
-        if reads_ids(backbone):
-            twin = twin_of(decoder_of(backbone)) if twin is None else twin
-            embed_query_tokens(twin, self.bias, self._query_ids, self._scale)
-            self._ids = torch.tensor(self._query_ids)
-        self._runs_whole = twin is None
-        if any(map(is_packed, backbone.parameters())):
-            twin = twin_of(decoder_of(backbone)) if twin is None else twin
-            pass_gradients(twin)
-        self._twin = (twin,)
+        self._ids = torch.tensor(self._query_ids) if reads_ids(backbone) else None
+        self._runs_whole = adapter is None and not deep and self._ids is None
+        packed = any(map(is_packed, backbone.parameters()))
+        # What acts at the queries is put on a twin of the decoder, so the backbone is the same at any time, in any thread.
+        decoder = decoder_of(backbone) if self._runs_whole and not packed else twin_of(decoder_of(backbone))
+        self._query_decoder = (decoder,)
+        self.query_adapter = nn.ModuleDict() if adapter is None else adapt(decoder, adapter, seed)
+        if deep:
+            add_before_layers(decoder, self.bias, len(queries))
+        if self._ids is not None:
+            embed_query_tokens(decoder, self.bias, self._query_ids, self._scale)
+        if packed:
+            pass_gradients(decoder)
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -127,8 +121,8 @@ class LatentQueryTransformer(InputModule):
 
     @property
     def query_decoder(self) -> PreTrainedModel:
-        """What the queries run through: the backbone without its head, or its twin with what is added there."""
-        return decoder_of(self.backbone) if self._twin[0] is None else self._twin[0]
+        """What the queries run through: the backbone without its head, or a twin of it with what acts at the queries."""
+        return self._query_decoder[0]
 
     @property
     def log_temperature(self) -> nn.Parameter | None:
@@ -290,7 +284,7 @@ class LatentQueryTransformer(InputModule):
         if isinstance(prefix, Prefix):
             states = run_queries(self.query_decoder, prefix, self.cast_queries(), self.query_ids())
         else:
-            states = self.source.all_positions(prefix, len(self.queries), self.all_positions)
+            states = run_in_passes(self.all_positions, prefix, len(self.queries), self.source.image_token)
         return states.to(self.queries.device, torch.float32)
 
     def all_positions(self, features: Features) -> Tensor:

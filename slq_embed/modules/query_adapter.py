@@ -76,18 +76,16 @@ def lora_config(adapter: QueryAdapter, layers: Mapping[str, nn.Linear], **option
     return LoraConfig(r=adapter.rank, lora_alpha=adapter.scaled_by, target_modules=sorted(layers), **options)
 
 
-def adapt(
-    decoder: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None
-) -> tuple[PreTrainedModel, nn.ModuleDict]:
-    """A twin of a decoder with updates in its linear layers, which start at zero.
+def adapt(twin: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None) -> nn.ModuleDict:
+    """Put updates, which start at zero, into the linear layers of a twin.
 
     Args:
-        decoder: The backbone without its head; it is not changed.
+        twin: Of the backbone without its head; changed in place.
         adapter: The settings.
         seed: Seed of the initialisation; without one, torch's generator is used.
 
     Returns:
-        The twin, and what is to be trained: for each layer its ``lora_A`` and ``lora_B``, in float32, by the name of the
+        What is to be trained: for each layer its ``lora_A`` and ``lora_B``, in float32, by the name of the
         layer with ``/`` in place of ``.``.
 
     Raises:
@@ -95,13 +93,12 @@ def adapt(
     """
     from peft import inject_adapter_in_model
 
-    layers = adapter.layers(decoder)
-    if offloaded := [name for name in layers if decoder.get_submodule(name).weight.is_meta]:
+    layers = adapter.layers(twin)
+    if offloaded := [name for name in layers if twin.get_submodule(name).weight.is_meta]:
         raise ValueError(
             f"A query adapter needs its layers' weights in memory, but {len(offloaded)} layers, such as {offloaded[0]}, are offloaded. "
             "Use a device_map without offloading to the CPU or the disk, or train queries alone or with deep queries."
         )
-    twin = twin_of(decoder)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # the table is no target
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # for merging, which nobody does
@@ -115,7 +112,7 @@ def adapt(
             drawn = torch.empty(parts["lora_A"].weight.shape)
             parts["lora_A"].weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
         trained[name.replace(".", "/")] = nn.ModuleDict(parts)
-    return twin, trained
+    return trained
 
 
 def at_the_end(twin: PreTrainedModel, count: int) -> PreTrainedModel:

@@ -157,6 +157,9 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     """
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
+    # Read before the decoder starts: afterwards, these numbers would have to wait for a GPU to finish it.
+    last = last_positions(positions, mask).tolist()
+    starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
     cache = empty_cache(decoder.config)
     with suppress(PrefixReadyError):
         decoder(
@@ -168,8 +171,6 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
             **_prepared_inputs(decoder, features),
         )
     axes = 3 if positions.ndim == 3 else 1
-    last = last_positions(positions, mask).tolist()
-    starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
     layers, states = read_cache(cache)
     return [
         PrefixRow(

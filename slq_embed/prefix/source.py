@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -106,9 +106,9 @@ class PrefixSource:
 
     def _prefix(self, features: Features, training: bool, table: Tensor) -> Prefix:
         if "prefix_key" not in features:
-            indices = range(len(features["input_ids"]))
-            by_index = self._compute(features, indices)
-            return collate([by_index[index] for index in indices], table.device, table.dtype)
+            everything = {index: index for index in range(len(features["input_ids"]))}
+            by_index = self._run(features, everything, run_prefix)
+            return collate([by_index[index] for index in everything], table.device, table.dtype)
         keys = keys_from_tensor(features["prefix_key"])
         first_index = {key: index for index, key in reversed(list(enumerate(keys)))}
         memory, differentiated = self.memory, torch.is_grad_enabled()
@@ -118,101 +118,80 @@ class PrefixSource:
         rows = {key: memory.rows[key] for key in first_index if key in memory.rows}
         missing = {key: index for key, index in first_index.items() if key not in rows}
         if self.store is None:
-            _require_inputs(features, missing.values())
-            by_index = self._compute(features, list(missing.values()))
-            rows |= {key: by_index[index] for key, index in missing.items()}
+            rows |= self._run(features, missing, run_prefix)
         elif self.store.level == "keys_values":
-            rows |= self._keys_and_values(self.store, features, missing)
+            rows |= self._kept(self.store, features, missing, run_prefix, pack_row, unpack_row)
         else:
             rows |= self._from_vision(self.store, features, missing)
         if self.shared or (training and not differentiated):
             memory.keep({key: rows[key] for key in missing})
         return collate([rows[key] for key in keys], table.device, table.dtype)
 
-    def all_positions(self, features: Features, num_queries: int, run: Callable[[Features], Tensor]) -> Tensor:
-        """States of the queries from passes over whole sequences, ``(batch, Q, H)``.
-
-        Args:
-            features: See :mod:`slq_embed.prefix.features`.
-            num_queries: How many queries follow each input.
-            run: Runs one pass.
-        """
-        lengths = (features["attention_mask"].sum(dim=1) + num_queries).tolist()
-        states: dict[int, Tensor] = {}
-        for group in split_into_passes(lengths, features["input_ids"].device):
-            rows = run(select_rows(features, group, self.image_token))
-            states |= dict(zip(group, rows, strict=True))
-        return torch.stack([states[index] for index in range(len(lengths))])
-
-    def _passes(self, features: Features, indices: Sequence[int]) -> list[list[int]]:
-        lengths = features["attention_mask"].sum(dim=1).tolist()
-        return self._group(indices, [lengths[index] for index in indices], features["input_ids"].device)
-
-    def _group(self, members: Sequence[T], lengths: Sequence[int], device: torch.device) -> list[list[T]]:
+    def _group(self, members: Mapping[T, int], device: torch.device) -> list[list[T]]:
+        """Members, each with its length in tokens, in passes."""
+        names = list(members)
         if self.store is not None and self.store.one_by_one:
-            return [[member] for member in members]
-        return [[members[index] for index in group] for group in split_into_passes(lengths, device)]
+            return [[name] for name in names]
+        return [[names[index] for index in group] for group in split_into_passes(list(members.values()), device)]
 
-    def _compute(self, features: Features, indices: Sequence[int]) -> dict[int, PrefixRow]:
-        by_index: dict[int, PrefixRow] = {}
-        for group in self._passes(features, indices):
-            rows = run_prefix(decoder_of(self._backbone[0]), select_rows(features, group, self.image_token))
-            by_index |= dict(zip(group, rows, strict=True))
-        return by_index
+    def _run(self, features: Features, indices: Mapping[T, int], run: Callable[..., list[Any]]) -> dict[T, Any]:
+        """What a function of decoder and features gives for rows of a batch, by the names of the rows."""
+        _require_inputs(features, indices.values())
+        lengths = features["attention_mask"].sum(dim=1).tolist()
+        found: dict[T, Any] = {}
+        for group in self._group(
+            {name: lengths[index] for name, index in indices.items()}, features["input_ids"].device
+        ):
+            chosen = select_rows(features, [indices[name] for name in group], self.image_token)
+            found |= dict(zip(group, run(decoder_of(self._backbone[0]), chosen), strict=True))
+        return found
 
-    def _read_or_compute(
+    def _kept(
         self,
         store: PrefixStore,
+        features: Features,
         indices: Mapping[bytes, int],
-        take: Callable[[dict[bytes, Entry]], None],
-        compute: Callable[[dict[bytes, int]], dict[bytes, Callable[[], Entry]]],
-    ) -> None:
+        run: Callable[..., list[Any]],
+        pack: Callable[..., Entry],
+        unpack: Callable[..., Any],
+    ) -> dict[bytes, Any]:
         """Read what the store has. Compute and keep the rest, unless another process is computing it.
 
         Args:
             store: Where to look and to keep.
+            features: The batch.
             indices: For each key, an index in the batch.
-            take: Is called with the entries that were read.
-            compute: Computes the prefixes of some keys, and returns for each key a function that packs its prefix.
+            run: Computes rows, from decoder and features.
+            pack: Makes an entry of a row, in the store's precision.
+            unpack: Makes a row of an entry, in a dtype and on a device.
+
+        Returns:
+            For each key its row.
         """
-        kept = store._entries
-        entries = kept.read(indices)
-        take(entries)
-        missing = {key: index for key, index in indices.items() if key not in entries}
-        while missing:
+        table, kept = embedding_table(self._backbone[0]), store._entries
+        rows: dict[bytes, Any] = {}
+
+        def read(keys: Iterable[bytes]) -> None:
+            rows.update({key: unpack(entry, table.dtype, table.device) for key, entry in kept.read(keys).items()})
+
+        read(indices)
+        while missing := [key for key in indices if key not in rows]:
             claimed = kept.claim(missing)
             try:
-                entries = kept.read(missing)  # again: another process may have written it before the claim
-                take(entries)
-                packers = compute({key: missing[key] for key in missing if key in claimed and key not in entries})
-                store.counts.computed += len(packers)
+                read(missing)  # again: another process may have written it before the claim
+                ours = {key: indices[key] for key in missing if key in claimed and key not in rows}
+                computed = self._run(features, ours, run)
+                store.counts.computed += len(computed)
                 if kept.full:  # then do not pack in vain
-                    store.counts.over_budget += len(packers)
+                    store.counts.over_budget += len(computed)
                 else:
-                    packed = {key: pack() for key, pack in packers.items()}
+                    packed = {key: pack(row, store.precision) for key, row in computed.items()}
                     store.counts.over_budget += kept.write(packed, store.budget)
+                rows |= computed
             finally:
                 kept.release(claimed)
-            missing = {key: index for key, index in missing.items() if key not in entries and key not in packers}
-            if missing:
-                kept.wait(missing)
-
-    def _keys_and_values(
-        self, store: PrefixStore, features: Features, indices: Mapping[bytes, int]
-    ) -> dict[bytes, PrefixRow]:
-        rows: dict[bytes, PrefixRow] = {}
-        table = embedding_table(self._backbone[0])
-
-        def take(entries: dict[bytes, Entry]) -> None:
-            rows.update({key: unpack_row(entry, table.dtype, table.device) for key, entry in entries.items()})
-
-        def compute(missing: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
-            _require_inputs(features, missing.values())
-            by_index = self._compute(features, list(missing.values()))
-            rows.update({key: by_index[index] for key, index in missing.items()})
-            return {key: partial(pack_row, rows[key], store.precision) for key in missing}
-
-        self._read_or_compute(store, indices, take, compute)
+            if others := set(missing) - rows.keys():
+                kept.wait(others)
         return rows
 
     def _from_vision(
@@ -225,25 +204,13 @@ class PrefixSource:
         with_image = is_image.any(dim=1).tolist()
         images = {key: index for key, index in indices.items() if with_image[index]}
         texts = {key: index for key, index in indices.items() if not with_image[index]}
-        vision: dict[bytes, dict[str, Tensor]] = {}
 
-        def take(entries: dict[bytes, Entry]) -> None:
-            unpacked = {key: unpack_vision_row(entry, table.dtype, table.device) for key, entry in entries.items()}
-            vision.update(unpacked)
+        def run(decoder: PreTrainedModel, chosen: Features) -> list[dict[str, Tensor]]:
+            return run_vision(decoder, chosen, self.image_token)
 
-        def compute(missing: dict[bytes, int]) -> dict[bytes, Callable[[], Entry]]:
-            _require_inputs(features, missing.values())
-            key_of = {index: key for key, index in missing.items()}
-            for group in self._passes(features, list(key_of)):
-                outputs = run_vision(decoder, select_rows(features, group, self.image_token), self.image_token)
-                vision.update({key_of[index]: row for index, row in zip(group, outputs, strict=True)})
-            return {key: partial(pack_vision_row, vision[key], store.precision) for key in missing}
-
-        self._read_or_compute(store, images, take, compute)
-        by_index = self._compute(features, list(texts.values()))
-        rows = {key: by_index[index] for key, index in texts.items()}
-        lengths = [len(vision[key]["input_ids"]) for key in images]
-        for group in self._group(list(images), lengths, table.device):
+        vision = self._kept(store, features, images, run, pack_vision_row, unpack_vision_row)
+        rows = self._run(features, texts, run_prefix)
+        for group in self._group({key: len(vision[key]["input_ids"]) for key in images}, table.device):
             joined = join_rows([vision[key] for key in group], self.pad_token)
             rows |= dict(zip(group, run_prefix(decoder, joined), strict=True))
         return rows
