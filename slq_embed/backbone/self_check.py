@@ -160,7 +160,7 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
         findings.append(Finding(name, ok, difference, allowed, error))
         return ok
 
-    inputs = samples(transformer.reads_images)
+    inputs = samples(transformer.reader.reads_images)
     try:
         alone = [_features(transformer, [value]) for value in inputs]
         together = _features(transformer, inputs)
@@ -182,7 +182,7 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
     size = float(gradient.norm())
     if not note("the queries act", math.isfinite(size) and size > 0, size, 0.0):
         return findings, None, "does not let the rows of its embedding table act as queries"
-    pairs = [(0, 1)] + ([(2, 3)] if transformer.reads_images else [])
+    pairs = [(0, 1)] + ([(2, 3)] if transformer.reader.reads_images else [])
     apart = min(float((values[a] - values[b]).abs().max()) for a, b in pairs)
     if not note("different inputs differ", apart > VALUE, apart, VALUE):
         return (

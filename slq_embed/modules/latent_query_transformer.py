@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.chat_template import counts_images, reads_videos
 from slq_embed.backbone.families import (
     decoder_of,
     embedding_scale,
     embedding_table,
-    family_of,
     is_placed,
     reads_ids,
-    tokenizer_of,
 )
-from slq_embed.backbone.fingerprint import settings_digest, video_digest
 from slq_embed.backbone.quantization import is_packed, is_quantized, keep_layout, pass_gradients
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.backbone.twin import twin_of
-from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
-from slq_embed.inputs.rows import Row, read_row
+from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.prefix.features import Features, make_room, move_padding_left, run_in_passes, select_rows
-from slq_embed.prefix.keys import keys_to_tensor, prefix_key
+from slq_embed.prefix.keys import keys_to_tensor
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
 
@@ -84,18 +77,15 @@ class LatentQueryTransformer(InputModule):
             )
         keep_layout(backbone)
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
-        self.processor = processor
+        self.reader = InputReader(backbone, processor, query_tokens, image_kwargs or {})
         self.tokenizer.padding_side = "left"
-        self.query_text = "".join(query_tokens)
-        self._query_ids = self.tokenizer.convert_tokens_to_ids(list(query_tokens))
-        self.image_kwargs = dict(image_kwargs or {})
         self.source = PrefixSource(backbone, processor, schedule)
         self.schedule = schedule
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
         self._scale = embedding_scale(backbone)
-        self._ids = torch.tensor(self._query_ids) if reads_ids(backbone) else None
+        self._ids = torch.tensor(self.reader.query_ids) if reads_ids(backbone) else None
         self._runs_whole = adapter is None and not deep and self._ids is None
         packed = any(map(is_packed, backbone.parameters()))
         # What acts at the queries is put on a twin of the decoder, so the backbone is the same at any time, in any thread.
@@ -105,7 +95,7 @@ class LatentQueryTransformer(InputModule):
         if deep:
             add_before_layers(decoder, self.bias, len(queries))
         if self._ids is not None:
-            embed_query_tokens(decoder, self.bias, self._query_ids, self._scale)
+            embed_query_tokens(decoder, self.bias, self.reader.query_ids, self._scale)
         if packed:
             pass_gradients(decoder)
 
@@ -141,24 +131,19 @@ class LatentQueryTransformer(InputModule):
     @property
     def modalities(self) -> list[Any]:
         """What can be encoded."""
-        if not self.reads_images:
+        if not self.reader.reads_images:
             return ["text", "message"]
-        return ["text", "image", *(["video"] if self.reads_videos else []), ("image", "text"), "message"]
+        return ["text", "image", *(["video"] if self.reader.reads_videos else []), ("image", "text"), "message"]
 
     @property
-    def reads_images(self) -> bool:
-        """Whether the backbone has a processor, not a tokenizer alone."""
-        return self.tokenizer is not self.processor
-
-    @property
-    def reads_videos(self) -> bool:
-        """Whether the backbone's processor and family read videos, and its chat template has a place for them."""
-        return reads_videos(self.processor, self.backbone.config)
+    def processor(self) -> ProcessorMixin:
+        """The processor, whose chat template ends with the query tokens."""
+        return self.reader.processor
 
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
-        return tokenizer_of(self.processor)
+        return self.reader.tokenizer
 
     @property
     def max_seq_length(self) -> int:
@@ -187,19 +172,19 @@ class LatentQueryTransformer(InputModule):
         """
         if not inputs:
             return {}
-        given = kwargs.get("processing_kwargs") or {}
-        changes = Options({**self.image_kwargs, **given.get("image", {})}, given.get("video", {}))
-        rows = self._read(inputs)
-        texts = self._render(rows, prompt)
+        reader, options = self.reader, self.reader.options(kwargs.get("processing_kwargs"))
+        rows = reader.read(inputs)
+        texts = reader.render(rows, prompt)
         if not keyed:
-            return self._process(rows, texts, range(len(rows)), changes)
-        keys = self._keys(rows, texts, changes)
+            return reader.process(rows, texts, range(len(rows)), options)
+        self.source.require_storable(rows)
+        keys = reader.keys(rows, texts, options, self.source.namespace)
         stored = self.source.stored(keys)
         first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in stored}
         features: Features = {}
         if first:
             needed = sorted(first.values())
-            features = self._process(rows, texts, needed, changes)
+            features = reader.process(rows, texts, needed, options)
             if len(needed) < len(rows):
                 again = [needed.index(first[key]) for key in keys if key in first]
                 features = select_rows(features, again, self.source.image_token)
@@ -210,67 +195,8 @@ class LatentQueryTransformer(InputModule):
 
     def prefix_keys(self, inputs: Sequence[Any], prompt: str | None = None) -> list[bytes]:
         """The keys under which the attached store keeps prefixes."""
-        rows = self._read(inputs)
-        return self._keys(rows, self._render(rows, prompt), Options(self.image_kwargs))
-
-    def _read(self, inputs: Sequence[Any]) -> list[Row]:
-        rows = []
-        for index, value in enumerate(inputs):
-            with _naming(index, len(inputs)):
-                rows.append(read_row(value))
-                self._require_readable(rows[-1])
-        return rows
-
-    def _require_readable(self, row: Row) -> None:
-        kind = self.backbone.config.model_type
-        if row.media and not self.reads_images:
-            raise ValueError(f"There is {'a video' if row.videos else 'an image'}, but a {kind} reads texts only.")
-        if row.videos and not self.reads_videos:
-            raise ValueError(f"There is a video, but this {kind} reads no videos. Pass some of its frames as images.")
-        if row.videos and self.source.store is not None and self.source.store.level == "vision":
-            raise ValueError('A store of vision features keeps none of videos. Use PrefixStore(level="keys_values").')
-        if len(row.pictures) > 1 and not counts_images(self.processor.chat_template):
-            raise ValueError(
-                f"There are {len(row.pictures)} images, but this model was saved by a version of slq-embed that reads one image "
-                "an input. Build it again with SLQEncoder.from_backbone, and load its queries."
-            )
-
-    def _render(self, rows: Sequence[Row], prompt: str | None) -> list[str]:
-        # The template appends the query tokens. Stock loading needs them; here they are cut off again, because the
-        # queries enter as embeddings.
-        try:
-            chats = [row.messages(prompt) for row in rows]
-            texts: list[str] = self.processor.apply_chat_template(chats, tokenize=False)
-        except TemplateError as error:  # what the template refuses
-            raise ValueError(str(error)) from error
-        return texts
-
-    def _keys(self, rows: Sequence[Row], texts: Sequence[str], options: Options) -> list[bytes]:
-        namespace = self.source.namespace
-        of_videos = b""
-        if namespace:  # else keys only tell the inputs of this call apart
-            namespace += settings_digest(self.backbone, self.processor, options.image)
-            if any(row.videos for row in rows):
-                of_videos = video_digest(self.processor, options.video)
-        keys = []
-        for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
-            with _naming(index, len(rows)):
-                space = namespace + of_videos if row.videos else namespace
-                keys.append(prefix_key(row, text.removesuffix(self.query_text), space))
-        return keys
-
-    def _process(self, rows: Sequence[Row], texts: Sequence[str], indices: Sequence[int], options: Options) -> Features:
-        media = []
-        for index in indices:
-            with _naming(index, len(rows)):
-                images = [picture.image for picture in rows[index].pictures]
-                videos = [video.sample(self.processor.video_processor, options.video) for video in rows[index].videos]
-                media.append(Media(images, videos))
-        family = family_of(self.backbone.config)
-        read = self.processor, [texts[index] for index in indices], media, options
-        if family.batches_images and not any(row.videos for row in media):
-            return process_together(*read, len(self.queries))
-        return process_one_by_one(*read, self._query_ids, family.pixels_axis)
+        rows = self.reader.read(inputs)
+        return self.reader.keys(rows, self.reader.render(rows, prompt), self.reader.options(), self.source.namespace)
 
     def prefix(self, features: Features) -> Prefix | Features:
         """Everything before the queries, without autograd: kept, or computed once for each distinct input.
@@ -349,11 +275,3 @@ class LatentQueryTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Refuse: a latent query module alone cannot be saved."""
         raise RuntimeError("LatentQueryTransformer is saved by SLQEncoder.save_pretrained, which writes stock modules.")
-
-
-@contextmanager
-def _naming(index: int, total: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Input {index} of {total}: {error}") from error

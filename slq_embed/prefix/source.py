@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from slq_embed.backbone.families import decoder_of, embedding_table, family_of, image_token_of, tokenizer_of
 from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
 from slq_embed.backbone.self_check import Schedule
+from slq_embed.inputs.rows import Row
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor
 from slq_embed.prefix.packing import pack_row, pack_vision_row, unpack_row, unpack_vision_row
@@ -84,6 +85,15 @@ class PrefixSource:
     @cached_property
     def _tokenizer_digest(self) -> bytes:
         return tokenizer_digest(self._tokenizer)
+
+    def require_storable(self, rows: Sequence[Row]) -> None:
+        """Raise a ValueError if the store cannot keep anything of an input."""
+        videos = [index for index, row in enumerate(rows) if row.videos]
+        if videos and self.store is not None and self.store.level == "vision":
+            raise ValueError(
+                f"Input {videos[0]} of {len(rows)} has a video, and a store of vision features keeps none of videos. Use "
+                'PrefixStore(level="keys_values").'
+            )
 
     def stored(self, keys: Iterable[bytes]) -> dict[bytes, int]:
         """Lengths in tokens of the prefixes that the store has."""

@@ -60,7 +60,7 @@ def several(images: list[Image.Image]) -> list[Any]:
 
 def videos(encoder: SLQEncoder, images: list[Image.Image]) -> list[Any]:
     """In the spellings of the host."""
-    if not encoder.transformer.reads_videos:
+    if not encoder.transformer.reader.reads_videos:
         return []
     other = SHORT if encoder.backbone.config.model_type != "llava_onevision" else FRAMES[::-1].copy()
     return [
@@ -113,9 +113,9 @@ def test_rows_are_cut_with_their_own_media(encoder, images):
 def test_plain_sentence_transformers_gives_the_same(encoder, images, tmp_path):
     encoder.save_pretrained(tmp_path)
     stock = SentenceTransformer(str(tmp_path), device="cpu")
-    assert stock.supports("video") == encoder.supports("video") == encoder.transformer.reads_videos
+    assert stock.supports("video") == encoder.supports("video") == encoder.transformer.reader.reads_videos
     inputs = several(images) + videos(encoder, images)
-    if encoder.transformer.reads_videos:
+    if encoder.transformer.reader.reads_videos:
         # Messages, several videos, and what is known of the frames.
         content = [
             {"type": "video", "video": FRAMES},

@@ -44,7 +44,7 @@ HALF_ONLY = ("llama4",)
 def inputs_for(encoder: SLQEncoder) -> list[Any]:
     """Texts, images of several shapes, and both, short and long."""
     texts: list[Any] = ["hello", "a much longer text about red circles, blue squares and everything else that there is"]
-    if not encoder.transformer.reads_images:
+    if not encoder.transformer.reader.reads_images:
         return [*texts, ""]
     rng = np.random.default_rng(0)
     sizes = [(40, 50), (64, 32), (32, 96)]

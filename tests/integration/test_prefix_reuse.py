@@ -208,10 +208,10 @@ def test_a_step_that_does_not_fit_is_run_again(encoder, images, monkeypatch):
 
 def test_captions_of_one_image_share_its_prefix_and_its_processing(encoder, images, monkeypatch):
     processed = []
-    process = encoder.transformer._process
+    process = encoder.transformer.reader.process
     monkeypatch.setattr(
-        encoder.transformer,
-        "_process",
+        encoder.transformer.reader,
+        "process",
         lambda rows, texts, indices, *rest: processed.extend(indices) or process(rows, texts, indices, *rest),
     )
     batch = [images[0], images[1].copy(), images[0].copy(), images[1], images[0]]

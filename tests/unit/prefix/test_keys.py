@@ -41,7 +41,7 @@ def test_what_reads_the_input_is_part_of_the_key(encoder, keys_of, mixed, what):
     elif what == "image_processor":
         other.processor.image_processor.image_mean = [0.0, 0.0, 0.0]
     else:
-        other.transformer.image_kwargs = {"do_convert_rgb": False}
+        other.transformer.reader.image_kwargs = {"do_convert_rgb": False}
     other.prefix_store = PrefixStore()
     assert not set(before) & set(keys_of(other, mixed))
 
