@@ -12,8 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def peak_above_weights(step: Callable[[], Any], device: str, times: int = 2) -> int:
-    """Bytes that some steps need at most, above what is loaded already; for a process of its own."""
+    """Bytes that some steps need at most, above what is loaded already; on a CPU, for a process of its own."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -111,6 +113,29 @@ def peak_above_weights(step: Callable[[], Any], device: str, times: int = 2) -> 
     for _ in range(times):
         step()
     return 1024 * (kilobytes("VmHWM") - before)
+
+
+def release(device: str) -> None:
+    """Give back the memory of what was deleted: models and optimizers are in cycles, and PyTorch keeps what it freed on a GPU."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def recorded(errors: dict[str, str], name: str) -> Iterator[None]:
+    """What fails in here is written down under this name, and costs its own row, not the others."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        errors[name] = f"{type(error).__name__}: {error}"
+
+
+def exit_with(errors: dict[str, str]) -> None:
+    """End as a failure if there were any; what else was measured is written by then."""
+    if errors:
+        raise SystemExit(f"failed: {', '.join(errors)}")
 
 
 def in_own_process(script: str, *arguments: Any, threads: int | None = None) -> str:

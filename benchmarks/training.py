@@ -5,8 +5,8 @@
 One backbone shape (by default Qwen3-VL, 59 M parameters; random weights: speed and memory do not depend on the
 values), one batch of images (by default of 208 tokens) with texts of 24 words. Times are medians of rounds in which every method
 takes its turn, so that a noisy machine slows all of them alike; preprocessing is left out of all of them. Memory is
-the peak above the loaded weights, each method in a process of its own; the largest batch is a straight line through
-the peaks of two batches. Five epochs with five captions an image are timed as they are for our path; the other
+the peak above the loaded weights, each method alone, and on a CPU in a process of its own; the largest batch is a straight line
+through the peaks of two batches. Results are written as they come; a method that fails is among their `errors`. Five epochs with five captions an image are timed as they are for our path; the other
 methods do the same work at every step, so theirs are 25 median steps.
 
 `prefix` is a step of latent queries; `head` adds a projection head to them, `deep_queries` vectors in each layer, `query_adapter`
@@ -19,7 +19,8 @@ memory at batch 2. It shows what a step costs: at most 1.15 x encoding, and a si
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,12 +28,15 @@ import torch
 from common import (
     QUERIES,
     build_inputs,
+    exit_with,
     in_own_process,
     machine,
     medians,
     parser,
     peak_above_weights,
     quiet,
+    recorded,
+    release,
     rounds_of,
     timed,
     to_device,
@@ -123,9 +127,9 @@ def build_step(method: str, args: argparse.Namespace, backbone: Any = None) -> C
     return step
 
 
-def five_epochs(args: argparse.Namespace) -> float:
+def five_epochs(args: argparse.Namespace, backbone: Any = None) -> float:
     """Seconds of our path for EPOCHS x CAPTIONS steps over one batch of images, each time with another caption."""
-    model = build_encoder(args)
+    model = build_encoder(args, backbone=backbone)
     model.prefix_store = PrefixStore()
     images, texts = build_inputs(args.batch * CAPTIONS, args.image_size)
     images = images[: args.batch]
@@ -148,29 +152,55 @@ def five_epochs(args: argparse.Namespace) -> float:
     return seconds
 
 
-def measure_peaks(args: argparse.Namespace, batches: list[int]) -> dict[str, list[int]]:
-    """Peaks of every method at every batch, in bytes.
+def build_steps(args: argparse.Namespace, backbone: Any, errors: dict[str, str]) -> dict[str, Callable[[], None]]:
+    """The steps of all methods; on a GPU, of those whose first step works."""
+    steps = {}
+    for method in args.methods:
+        with recorded(errors, method):
+            step = build_step(method, args, backbone)
+            if args.device != "cpu":
+                step()  # what does not work there fails here, before the rounds
+            steps[method] = step
+    return steps
 
-    In a short run two processes work at once, since most of it is imports, with one thread each: two of them would wait for
-    each other.
-    """
-    at_once = 2 if args.quick and args.device == "cpu" else 1
+
+def peak_here(args: argparse.Namespace, method: str, batch: int, backbone: Any) -> int:
+    """Peak of a method in this process, in bytes: exact on a GPU, which counts anew for each."""
+    release(args.device)
+    step = build_step(method, argparse.Namespace(**{**vars(args), "batch": batch}), backbone)
+    return peak_above_weights(step, args.device)
+
+
+def peak_elsewhere(args: argparse.Namespace, method: str, batch: int, threads: int | None) -> int:
+    """Peak of a method in a process of its own, in bytes: on a CPU, what was there before would be used again."""
     shared = ["--device", args.device, "--dtype", args.dtype, "--shape", args.shape]
     shared += ["--image-size", *args.image_size]
     shared += ["--checkpointing"] if args.checkpointing else []
+    return int(in_own_process(__file__, "--memory-of", method, "--batch", batch, *shared, threads=threads))
 
-    def peak(pair: tuple[str, int]) -> int:
-        method, batch = pair
-        return int(
-            in_own_process(
-                __file__, "--memory-of", method, "--batch", batch, *shared, threads=1 if at_once > 1 else None
-            )
-        )
 
-    pairs = [(method, batch) for method in args.methods for batch in batches]
+def measure_peaks(
+    args: argparse.Namespace, batches: list[int], backbone: Any, errors: dict[str, str]
+) -> Iterator[tuple[str, list[int]]]:
+    """Each method with its peaks at these batches, in bytes.
+
+    In a short run on a CPU two processes work at once, since most of it is imports, with one thread each: two of them would wait
+    for each other.
+    """
+    on_cpu = args.device == "cpu"
+    at_once, threads = (2, 1) if args.quick and on_cpu else (1, None)
+
+    def measure(method: str) -> list[int]:
+        with recorded(errors, f"peak of {method}"):
+            if on_cpu:
+                return [peak_elsewhere(args, method, batch, threads) for batch in batches]
+            return [peak_here(args, method, batch, backbone) for batch in batches]
+        return []
+
     with ThreadPoolExecutor(at_once) as pool:
-        peaks = dict(zip(pairs, pool.map(peak, pairs), strict=True))
-    return {method: [peaks[method, batch] for batch in batches] for method in args.methods}
+        for method, peaks in zip(args.methods, pool.map(measure, args.methods), strict=True):
+            if peaks:
+                yield method, peaks
 
 
 def main() -> None:
@@ -188,8 +218,9 @@ def main() -> None:
     if args.memory_of:
         print(peak_above_weights(build_step(args.memory_of, args), args.device))
         return
+    errors: dict[str, str] = {}
     backbone = build_backbone(args.shape, args.device, args.dtype)
-    steps = {method: build_step(method, args, backbone) for method in args.methods}
+    steps = build_steps(args, backbone, errors)
     if args.quick:
         ours = {method: step for method, step in steps.items() if method in OURS}
         others = {method: step for method, step in steps.items() if method not in OURS}
@@ -197,30 +228,38 @@ def main() -> None:
         del ours, others
     else:
         times = rounds_of(steps, args.rounds, args.device)
-    del steps, backbone
+    del steps
+    if args.device == "cpu":
+        backbone = None  # the processes that follow need its memory
+    release(args.device)
     seconds = medians(times)
     batches = [2] if args.quick else [args.batch, args.batch // 2]
-    peaks = measure_peaks(args, batches)
     result = machine(args) | {
         "batch": args.batch,
         "image_size": args.image_size,
         "seconds_per_step": seconds,
         "all_seconds": times,
         "memory_batch": batches[0],
+        "peak_bytes_above_weights": {},
+        "errors": errors,
     }
-    result["peak_bytes_above_weights"] = {method: peak[0] for method, peak in peaks.items()}
+    write(args.json, result)
+    peaks = {}
+    for method, found in measure_peaks(args, batches, backbone, errors):
+        peaks[method] = found
+        result["peak_bytes_above_weights"][method] = found[0]
+        write(args.json, result)
     print(f"{result['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds")
     print(result["versions"])
     print(
         f"{'method':>20} {'s a step':>9} {'s a pair':>9} {'x encode':>9} {'min..max s':>14} {f'peak at batch {batches[0]}':>19}"
     )
-    for method in args.methods:
+    for method in times:
         spread = f"{min(times[method]):.2f}..{max(times[method]):.2f}"
-        ratio = seconds[method] / seconds[args.methods[0]]
+        ratio = seconds[method] / seconds.get(args.methods[0], math.nan)
         pair = seconds[method] / args.batch
-        print(
-            f"{method:>20} {seconds[method]:9.3f} {pair:9.4f} {ratio:9.2f} {spread:>14} {peaks[method][0] / 1e9:16.2f} GB"
-        )
+        peak = f"{peaks[method][0] / 1e9:16.2f} GB" if method in peaks else f"{'failed':>19}"
+        print(f"{method:>20} {seconds[method]:9.3f} {pair:9.4f} {ratio:9.2f} {spread:>14} {peak}")
     if not args.quick:
         largest = {}
         for method, (whole, half) in peaks.items():
@@ -228,12 +267,13 @@ def main() -> None:
             largest[method] = int((args.memory * 1e9 - (whole - each * args.batch)) / each) if each > 0 else None
         result["largest_batch"] = {"gigabytes": args.memory, **largest}
         print(f"largest batch in {args.memory:g} GB above the weights, extrapolated: {largest}")
-        ours = five_epochs(args)
-        whole = {method: EPOCHS * CAPTIONS * seconds[method] for method in args.methods if method in OTHERS}
+        ours = five_epochs(args, backbone)
+        whole = {method: EPOCHS * CAPTIONS * seconds[method] for method in seconds if method in OTHERS}
         result["five_epochs_five_captions_seconds"] = {"prefix_stored": ours, **whole}
         ratios = ", ".join(f"{method} {value:.1f} s ({value / ours:.1f} x)" for method, value in whole.items())
         print(f"{EPOCHS} epochs x {CAPTIONS} captions of {args.batch} images: stored prefixes {ours:.1f} s; {ratios}")
     write(args.json, result)
+    exit_with(errors)
 
 
 if __name__ == "__main__":
