@@ -4,7 +4,8 @@
 
 The prefixes of a batch are computed once, as in later epochs, where the query pass is all that is left to run. The layers of the
 language model are compiled one by one. A form runs all its rounds, then the next one does, and then all forms once more; the
-compilation is counted apart. The gradients of each form, after its last round, are compared with those of the eager one.
+compilation is counted apart. The gradients of each form, after its last round, are compared with those of the eager one. Results are
+written as they come; a form that fails is among their `errors`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import QUERIES, build_inputs, machine, medians, parser, quiet, timed, to_device, write
+import torch._dynamo
+from common import (
+    QUERIES,
+    build_inputs,
+    exit_with,
+    machine,
+    medians,
+    parser,
+    quiet,
+    recorded,
+    timed,
+    to_device,
+    write,
+)
 from shapes import build_backbone, build_processor
 
 from slq_embed import SLQEncoder
@@ -28,12 +42,17 @@ FORMS: dict[str, dict[str, Any] | None] = {
 
 @contextmanager
 def compiled(layers: Any, options: dict[str, Any] | None) -> Iterator[None]:
-    """Layers that are compiled while they are used here."""
+    """Layers that are compiled while they are used here.
+
+    Each layer is a variant of the same code. By default eight are compiled, and the others run uncompiled without a word.
+    """
     for layer in layers:
         if options is not None:
             layer.compile(**options)
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 2 * len(layers))
     try:
-        yield
+        with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
@@ -73,30 +92,32 @@ def main() -> None:
     forms = {name: form for name, form in FORMS.items() if args.device != "cpu" or "CUDA" not in name}
     step()
     reference = model.queries.grad.clone()
-    first, changes, times = {}, {name: [] for name in forms}, {name: [] for name in forms}
+    result: dict[str, Any] = machine(args) | {"batch": args.batch, "first": {}, "difference": {}, "errors": {}}
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    changes: dict[str, list[Any]] = {name: [] for name in forms}
     for turn in range(2):  # forms take turns twice: a compiled form does not stay behind when another runs
         for name, form in forms.items():
+            if name in result["errors"]:
+                continue
             torch.compiler.reset()
-            with compiled(layers, form):
+            with recorded(result["errors"], name), compiled(layers, form):
                 seconds = timed(step, args.device)
                 if not turn:
-                    first[name] = seconds
+                    result["first"][name] = seconds
                 timed(step, args.device)
                 times[name] += [timed(step, args.device) for _ in range(args.rounds)]
                 # Of the last round: the first runs of CUDA graphs only record, and replays may be wrong.
                 changes[name].append((model.queries.grad - reference).norm() / reference.norm())
-    difference = {name: float(torch.stack(found).max()) for name, found in changes.items()}
-    seconds = medians(times)
-    print(f"{machine(args)['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds twice")
+                result["difference"][name] = float(torch.stack(changes[name]).max())
+            result["all_seconds"] = {name: seconds for name, seconds in times.items() if seconds}
+            result["seconds"] = medians(result["all_seconds"])
+            write(args.json, result)
+    print(f"{result['machine']}; {args.shape}, {args.dtype}, batch {args.batch}, {args.rounds} rounds twice")
     print(f"{'form':>18} {'s a pass':>9} {'x eager':>8} {'first, s':>9} {'gradient differs by':>20}")
-    for name in forms:
-        ratio = seconds[name] / seconds["eager"]
-        print(f"{name:>18} {seconds[name]:9.4f} {ratio:8.2f} {first[name]:9.1f} {difference[name]:20.1e}")
-    write(
-        args.json,
-        machine(args)
-        | {"batch": args.batch, "seconds": seconds, "all_seconds": times, "first": first, "difference": difference},
-    )
+    for name, seconds in result["seconds"].items():
+        ratio, difference = seconds / result["seconds"]["eager"], result["difference"][name]
+        print(f"{name:>18} {seconds:9.4f} {ratio:8.2f} {result['first'][name]:9.1f} {difference:20.1e}")
+    exit_with(result["errors"])
 
 
 if __name__ == "__main__":

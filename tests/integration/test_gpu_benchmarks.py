@@ -11,9 +11,11 @@ import importlib
 import json
 import sys
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
 from tests.scripts import ROOT
 
@@ -109,3 +111,70 @@ def test_a_method_that_fails_costs_its_own_row(script, monkeypatch, result):
     assert set(result()["seconds_per_step"]) == {"encode", "prefix"}
     assert result()["peak_bytes_above_weights"] == {"lora": 5, "prefix": 5}
     assert result()["errors"] == {"lora": "OutOfMemoryError: no memory", "peak of encode": "RuntimeError: killed"}
+
+
+COMPILED = ("compiled", "--quick", "--rounds", "1")
+
+
+def test_a_compiled_form_that_goes_wrong_after_its_first_step_is_seen(script, monkeypatch, result, capsys):
+    """As a CUDA graph would whose first run only records. The batch that is printed and written is the one that ran."""
+    compiled = script(*COMPILED)
+
+    @contextmanager
+    def wrong_from_the_second_step_on(layers, options):
+        calls = []
+
+        def hook(layer, inputs, output):
+            calls.append(1)
+            return output.roll(1, -1) if options and len(calls) > 1 else output
+
+        handle = layers[-1].register_forward_hook(hook)
+        yield
+        handle.remove()
+
+    monkeypatch.setattr(compiled, "compiled", wrong_from_the_second_step_on)
+    compiled.main()
+    assert result()["difference"]["eager"] == 0
+    assert result()["difference"]["compiled"] > 0.1
+    assert result()["batch"] == 2
+    assert "batch 2," in capsys.readouterr().out
+
+
+def test_a_form_that_cannot_be_compiled_costs_its_own_row(script, monkeypatch, result):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("there is no compiler")
+
+    compiled = script(*COMPILED)
+    forms = {"eager": None, "broken": {"backend": no_compiler}, "other": {"backend": "eager"}}
+    monkeypatch.setattr(compiled, "FORMS", forms)
+    with pytest.raises(SystemExit, match="failed: broken"):
+        compiled.main()
+    assert set(result()["seconds"]) == set(result()["difference"]) == {"eager", "other"}
+    assert "there is no compiler" in result()["errors"]["broken"]
+
+
+class Numbered(nn.Module):
+    """A layer that knows its number, as those of a language model do: each is compiled anew."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.number
+
+
+def test_all_layers_are_compiled(script):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layers, value = [Numbered(number) for number in range(20)], torch.zeros(2)
+    torch.compiler.reset()
+    with script("compiled").compiled(layers, {"dynamic": False, "backend": backend}):
+        for layer in layers:
+            value = layer(value)
+    assert value.tolist() == [190, 190]
+    assert len(graphs) == 20
