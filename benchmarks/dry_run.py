@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 import statistics
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import build_inputs, machine, peak_above_weights, quiet
+from common import build_inputs, exit_with, machine, peak_above_weights, quiet, recorded, write
 from datasets import Dataset, Features, Image, Value
 from run_cost import CARDS, RESERVE, Card, Cost, count, estimate
 from shapes import SHAPES, build_config, build_processor
@@ -67,12 +68,18 @@ def build_backbone(config: Any, device: str, dtype: torch.dtype) -> PreTrainedMo
     return model.eval()
 
 
+def uncompressed(image: Any) -> dict[str, Any]:
+    """An image as a row holds it, as BMP: noise as PNG took 45 ms to encode."""
+    image.save(file := io.BytesIO(), "BMP")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def build_rows(pairs: int, size: tuple[int, int], words: tuple[int, int]) -> Dataset:
     """Synthetic pairs: an image, with a text where the data have one, and a text."""
     images, texts = build_inputs(pairs, size, words[1])
     beside = build_inputs(1 if not words[0] else pairs, (1, 1), words[0])[1] if words[0] else [None] * pairs
     rows = [
-        {"anchor": {"image": image, "text": more}, "positive": {"image": None, "text": text}}
+        {"anchor": {"image": uncompressed(image), "text": more}, "positive": {"image": None, "text": text}}
         for image, more, text in zip(images, beside, texts, strict=True)
     ]
     return Dataset.from_list(rows, Features({"anchor": INPUT, "positive": INPUT}))
@@ -155,7 +162,6 @@ def dry_run(
     backbone = build_backbone(cut_layers(config, layers), device, torch.bfloat16)
     model = build_model(args, data, backbone, processor, backbone_name="random weights")
     sample = build_rows(2, data.image_size, data.words)
-    costs = [count(model, whole.base_model, sample[column]) for column in ("anchor", "positive")]
     depth = config.get_text_config().num_hidden_layers
     steps = math.ceil(data.pairs / args.batch) * args.epochs
     result: dict[str, Any] = {
@@ -173,21 +179,25 @@ def dry_run(
         "layers": {"measured": backbone.config.get_text_config().num_hidden_layers, "of": depth},
         "parameters": whole.num_parameters(),
         "trained_numbers": len(model.queries) * model.queries.shape[1] + 1,
-        "counted": dict(zip(("image", "text"), map(asdict, costs), strict=True)),
         "assumed": {"utilisation": args.utilisation, "reserve_bytes": RESERVE, "image_size": data.image_size},
+        "errors": {},
     }
+    with recorded(result["errors"], "counting"):
+        costs = [count(model, whole.base_model, sample[column]) for column in ("anchor", "positive")]
+        result["counted"] = dict(zip(("image", "text"), map(asdict, costs), strict=True))
+        result["estimated"] = estimates(result, chosen)
+    write(args.json, result)
     if args.dry_steps:
         rows = build_rows(batch * args.dry_steps, data.image_size, data.words)
         result["measured"] = measure(args, build_trainer, model, rows)
         if result["layers"]["measured"] == depth:
             seconds = result["measured"]["seconds_a_step"] / result["measured"]["batch"] * args.batch
             result["measured"]["hours_at_this_speed"] = seconds * steps / 3600
-    result["estimated"] = estimates(result, chosen)
     print(describe(result))
+    write(args.json, result)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf8")
         print(f"written to {args.json}")
+    exit_with(result["errors"])
 
 
 def estimates(result: dict[str, Any], chosen: list[Card]) -> dict[str, Any]:
@@ -205,7 +215,7 @@ def estimates(result: dict[str, Any], chosen: list[Card]) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """The result in lines; each says whether it is measured, counted or estimated."""
-    run, image, text = result["run"], result["counted"]["image"], result["counted"]["text"]
+    run = result["run"]
     of, layers = result["layers"]["of"], result["layers"]["measured"]
     lines = [
         f"{result['data']} on {result['shape']}, {result['parameters'] / 1e9:.2f} B parameters: {run['pairs']:,} pairs x "
@@ -221,13 +231,13 @@ def describe(result: dict[str, Any]) -> str:
         )
         if "hours_at_this_speed" in seen:
             lines.append(f"estimated: here, {seen['hours_at_this_speed']:.1f} hours to finish at the measured speed")
-    for name, cost in (("image", image), ("text", text)):
+    for name, cost in result.get("counted", {}).items():
         lines.append(
             f"counted: {name} of {cost['tokens']} tokens, {cost['prefix_flops'] / 1e12:.3f} TFLOP for the prefix, "
             f"{(2 * cost['query_flops'] + cost['backward_flops']) / 1e12:.3f} for queries and back, "
             f"{cost['prefix_bytes'] / 1e6:.1f} MB of keys and values, {cost['chunk_bytes'] / 1e6:.0f} MB in a chunk"
         )
-    for name, guess in result["estimated"].items():
+    for name, guess in result.get("estimated", {}).items():
         card = guess["card"]
         fits = guess["largest_chunk"]
         head = f"estimated: {name} ({card['nbytes'] / 1e9:.0f} GB): {guess['weight_bytes'] / 1e9:.1f} GB of weights, "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,8 +130,13 @@ def with_all_layers(flops: Mapping[str, Mapping[Any, int]], small: nn.Module, fu
 
 
 def flops_of(call: Callable[[], Any]) -> tuple[Any, Mapping[str, Mapping[Any, int]]]:
-    """What a call returns, and its FLOPs by module."""
-    with FlopCounterMode(display=False) as counter:
+    """What a call returns, and its FLOPs by module.
+
+    Attention is taken apart into matrix products while they are counted: of its fused kernels, torch 2.11 refuses to count those with
+    fewer heads of keys than of queries, and does not count that of a CPU. Counted so, the backward pass does not compute the scores
+    again, as the fused kernels do; for a query pass that is at most 1.7 % of it.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = call()
     return result, counter.get_flop_counts()
 
