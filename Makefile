@@ -56,12 +56,16 @@ test-gpu: $(READY) ## The tests that need CUDA
 gpu: ## All that waits for a GPU, most wanted first, in nine minutes; again for the rest. Needs no .venv, and no registry
 	$(PYTHON) benchmarks/gpu.py
 
-# What a GPU machine with PyTorch, Transformers, Sentence Transformers, peft and pytest may lack: pure Python.
-WHEELS := datasets dill multiprocess pytest-socket
+# What a GPU machine with PyTorch and pytest may lack, and the hosts, which it may have in older versions: as they are in .venv, where
+# the tests ran. All of it is pure Python. From the machine come torch, huggingface_hub 1.31, tokenizers 0.23.1, safetensors 0.8
+# and pyarrow 24, or newer.
+WHEELS := datasets dill multiprocess peft pytest-socket sentence-transformers transformers
 GPU_PYTHON ?= 3.12
-gpu-wheels: ## The wheels that `make gpu` takes along to a machine without a registry, in .wheels
+VERSIONS := from importlib.metadata import version; import sys; print(*(f"{name}=={version(name)}" for name in sys.argv[1:]))
+gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine without a registry, in .wheels
 	rm -rf .wheels
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest .wheels $(WHEELS)
+	$(BIN)/python -c '$(VERSIONS)' $(WHEELS) | xargs $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: \
+		--python-version $(GPU_PYTHON) --dest .wheels
 	@du -sh .wheels
 
 test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
