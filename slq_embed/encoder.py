@@ -26,7 +26,7 @@ from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
 from slq_embed.modules.query_adapter import QueryAdapter
-from slq_embed.saving.assembly import QuerySet, build_modules, load_modules, rebuild_modules
+from slq_embed.saving.assembly import QuerySet, build_modules, load_modules, rebuild_modules, require_form
 from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
@@ -69,6 +69,13 @@ class SLQEncoder(SentenceTransformer):
     def __init__(
         self, model_name_or_path: str | Path | None = None, *, backbone: BackboneLike | None = None, **kwargs: Any
     ) -> None:
+        if not model_name_or_path and not kwargs.get("modules"):
+            raise ValueError(
+                "SLQEncoder came without a model. Give the folder or hub name of a saved SLQ model, or put latent queries on a "
+                "backbone with SLQEncoder.from_backbone."
+            )
+        if (backend := kwargs.get("backend", "torch")) != "torch":
+            raise ValueError(f"backend is {backend!r}, but an SLQEncoder computes in torch only. Leave backend out.")
         self._replacement = (backbone,)  # a tuple, because nn.Module is not ready yet
         if isinstance(backbone, PreTrainedModel):
             kwargs.setdefault("device", str(backbone.device))
@@ -186,6 +193,18 @@ class SLQEncoder(SentenceTransformer):
         logarithm = self.slq_config.log_temperature if learned is None else float(learned.detach())
         return None if logarithm is None else math.exp(logarithm)
 
+    @property
+    def max_seq_length(self) -> int | None:
+        """No limit in tokens. ``max_text_chars`` of :meth:`from_backbone` limits a text; setting this is an AttributeError."""
+        return self.transformer.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        raise AttributeError(
+            "max_seq_length cannot be set: texts are cut by characters, because a cut by tokens would take the latent queries "
+            "with it. Use SLQEncoder.from_backbone(..., max_text_chars=...)."
+        )
+
     @cached_property
     def backbone_fingerprint(self) -> Fingerprint:
         """The fingerprint that saving records; taken once, since the backbone is frozen."""
@@ -283,9 +302,9 @@ class SLQEncoder(SentenceTransformer):
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.
 
         ``form`` is ``"adapter"`` or ``"merged"``; by default the one that :meth:`from_backbone` got. The other
-        arguments are those of the host. A ValueError says if the form does not fit the backbone.
+        arguments are those of the host. A ValueError says if there is no such form, or it does not fit the backbone.
         """
-        before, self.slq_config.form = self.slq_config.form, form or self.slq_config.form
+        before, self.slq_config.form = self.slq_config.form, self.slq_config.form if form is None else form
         try:
             super().save_pretrained(str(path), *args, **kwargs)
         finally:
@@ -294,6 +313,7 @@ class SLQEncoder(SentenceTransformer):
     def save(self, path: str, model_name: str | None = None, create_model_card: bool = True, **kwargs: Any) -> None:
         """Save in the form that :attr:`slq_config` names; see :meth:`save_pretrained`."""
         self.require_loaded()
+        require_form(self.slq_config.form)
         save_model(self, Path(path), self._get_model_config())
         if create_model_card:
             self._create_model_card(path, model_name, kwargs.get("train_datasets"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import get_device_name
@@ -83,6 +83,12 @@ class QuerySet:
             slq_config.require_mergeable()
 
 
+def require_form(form: str) -> None:
+    """Raise a ValueError if there is no such form of a saved folder."""
+    if form not in get_args(Form):
+        raise ValueError(f"form is {form!r}, but one of {get_args(Form)} is needed.")
+
+
 def build_modules(
     loaded: LoadedBackbone,
     query_set: QuerySet,
@@ -109,8 +115,11 @@ def build_modules(
         The modules, and what is to be recorded of them.
 
     Raises:
-        ValueError: If no schedule is exact on the backbone.
+        ValueError: If no schedule is exact on the backbone, or an argument does not fit.
     """
+    require_form(form)
+    if type(max_text_chars) is not int or max_text_chars < 1:
+        raise ValueError(f"max_text_chars is {max_text_chars!r}, but an int of at least 1 is needed.")
     backbone, processor = loaded.model, private_processor(loaded.processor)
     family = family_of(backbone.config)
     image_kwargs = {**family.image_kwargs, **(image_kwargs or {})}

@@ -1,0 +1,45 @@
+"""Arguments that do not fit are refused where they come in: the message says what came and what is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from slq_embed import SLQEncoder, pretrained
+
+
+@pytest.mark.parametrize("form", ["bogus", "Adapter", ""])
+def test_a_form_that_there_is_not_is_refused(encoder, checkpoint, tmp_path, form):
+    message = rf"form is '{form}', but one of \('adapter', 'merged'\) is needed"
+    with pytest.raises(ValueError, match=message):
+        SLQEncoder.from_backbone(checkpoint(), form=form)
+    with pytest.raises(ValueError, match=message):
+        encoder.save_pretrained(tmp_path / "slq", form=form)
+    assert not (tmp_path / "slq").exists()
+    assert encoder.slq_config.form == "adapter"
+    encoder.save_pretrained(tmp_path / "slq")
+
+
+@pytest.mark.parametrize("longest", [0, -3, "10", 2.0, True, None])
+def test_texts_of_no_length_are_refused(checkpoint, longest):
+    with pytest.raises(ValueError, match=rf"max_text_chars is {longest!r}, but an int of at least 1 is needed"):
+        SLQEncoder.from_backbone(checkpoint(), max_text_chars=longest)
+
+
+def test_a_limit_in_tokens_is_refused(encoder):
+    before = encoder.max_seq_length
+    with pytest.raises(AttributeError, match=r"max_seq_length cannot be set.*from_backbone\(\.\.\., max_text_chars="):
+        encoder.max_seq_length = 256
+    assert encoder.max_seq_length == before
+
+
+@pytest.mark.parametrize("build", [SLQEncoder, SLQEncoder.from_backbone], ids=["load", "from_backbone"])
+def test_another_backend_is_refused(checkpoint, build):
+    folder = pretrained("slq-tiny") if build is SLQEncoder else checkpoint()
+    with pytest.raises(ValueError, match="backend is 'onnx', but an SLQEncoder computes in torch"):
+        build(folder, backend="onnx")
+    assert build(folder, backend="torch").backend == "torch"
+
+
+def test_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"without a model.*SLQEncoder\.from_backbone"):
+        SLQEncoder()
