@@ -56,10 +56,11 @@ class SLQEncoder(SentenceTransformer):
 
     Raises:
         ValueError: If the folder is no SLQ model, or the backbone is another than the recorded one.
-        OSError: If the recorded backbone is not where it was.
+        OSError: If there is no such folder or model on the hub, or the recorded backbone is not where it was.
     """
 
     model_card_data_class = SLQModelCardData
+    default_huggingface_organization = None  # the host's would be put before a folder's name that is not there
     slq_config: SLQConfig  # what saving records
     num_workers: int | None = None
     """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU."""

@@ -20,6 +20,7 @@ from slq_embed.backbone.fingerprint import difference
 from slq_embed.backbone.quantization import IN_MEMORY
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import read_weights
+from slq_embed.toy.pretrained import pretrained
 
 _HUB = {"token": "token", "cache_folder": "cache_dir", "local_files_only": "local_files_only"}
 _HUB |= {"revision": "revision", "trust_remote_code": "trust_remote_code"}
@@ -86,7 +87,12 @@ def load_or_share(
         name = str(backbone)
         if (Path(name) / "slq_config.json").is_file():
             raise ValueError(f"{name} is a saved SLQ model already. Load it with SLQEncoder({name!r}).")
-        model = load_backbone(name, **hub, **model_kwargs)
+        try:
+            model = load_backbone(name, **hub, **model_kwargs)
+        except OSError as error:
+            if Path(name).is_dir():
+                raise
+            raise OSError(f"{_not_found(name)} ({error})") from error
         commit = commit_of(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
         if is_placed(model):
             device = model.device
@@ -101,6 +107,12 @@ def _require_unquantized(model_kwargs: Mapping[str, Any]) -> None:
             "The backbone is loaded already, so quantization_config came too late. Give its name or folder in place of the "
             "loaded model, or load that with from_pretrained(..., quantization_config=...)."
         )
+
+
+def _not_found(name: str) -> str:
+    shipped = {folder.name for folder in Path(pretrained("slq-tiny")).parent.iterdir()}
+    hint = f"Did you mean pretrained({name!r})?" if name in shipped else "Check the name, the token and the connection."
+    return f"There is no folder {name!r}, and the hub cannot be reached or gives no such model. {hint}"
 
 
 def _place(name: str) -> str:
@@ -139,12 +151,14 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
 
     Raises:
         ValueError: If the folder is no SLQ model, or the backbone is not the one it was trained on.
-        OSError: If the backbone cannot be loaded.
+        OSError: If there is no such folder or hub name, or the backbone cannot be loaded.
     """
     names = ("token", "cache_folder", "revision", "local_files_only")
     find = partial(load_file_path, folder, **{name: arguments.get(name) for name in names})
     slq_config = SLQConfig.read(find)
     if slq_config is None:
+        if not Path(folder).is_dir() and find("config.json") is None:
+            raise OSError(_not_found(folder))
         raise ValueError(
             f"{folder} is no saved SLQ model: it has no slq_config.json. To put latent queries on a backbone, use "
             f"SLQEncoder.from_backbone({folder!r})."

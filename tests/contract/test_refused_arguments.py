@@ -43,3 +43,30 @@ def test_another_backend_is_refused(checkpoint, build):
 def test_no_model_is_refused():
     with pytest.raises(ValueError, match=r"without a model.*SLQEncoder\.from_backbone"):
         SLQEncoder()
+
+
+@pytest.mark.parametrize("build", [SLQEncoder, SLQEncoder.from_backbone], ids=["load", "from_backbone"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("nofolder", "Check the name"),
+        ("org/x", "Check the name"),
+        ("slq-tiny", r"Did you mean pretrained\('slq-tiny'\)"),
+        ("mllm-tiny", r"Did you mean pretrained\('mllm-tiny'\)"),
+    ],
+)
+def test_a_name_under_which_there_is_nothing_is_given_back(build, name, hint):
+    with pytest.raises(OSError, match=rf"^There is no folder '{name}', and the hub cannot be reached .*{hint}"):
+        build(name)
+
+
+def test_a_folder_or_a_hub_model_without_a_record_is_a_backbone(checkpoint, tmp_path, monkeypatch):
+    for folder in (tmp_path, checkpoint()):
+        with pytest.raises(ValueError, match=r"is no saved SLQ model: .* use SLQEncoder\.from_backbone"):
+            SLQEncoder(folder)
+    monkeypatch.setattr(
+        "slq_embed.saving.loading.load_file_path",
+        lambda name, file, **hub: str(checkpoint() / file) if file == "config.json" else None,
+    )
+    with pytest.raises(ValueError, match=r"^org/x is no saved SLQ model.*from_backbone\('org/x'\)"):
+        SLQEncoder("org/x")
