@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from slq_embed.inputs.pdf import PdfPage
@@ -37,22 +40,41 @@ def read_image(source: Any) -> Image.Image:
     Args:
         source: PIL image, path (str or ``pathlib.Path``), bytes of an image file, the dict with ``"bytes"``
             and ``"path"`` that ``datasets`` gives for an undecoded image, or a page of :func:`slq_embed.inputs.read_pdf`.
+            Or an array or a tensor in uint8: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``.
 
     Returns:
         An upright RGB image. The first frame of an animation; EXIF rotation applied; transparency laid on white;
-        16-bit grey scaled to 8; above 16 megapixels reduced; strips beyond 100:1 padded.
+        16-bit grey scaled to 8, and so are float images in 0 to 1; above 16 megapixels reduced; strips beyond 100:1 padded.
 
     Raises:
         ValueError: If the image cannot be decoded or is above 178 megapixels. The message names the file.
     """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _to_rgb(_from_array(source), "an array")
     if isinstance(source, Image.Image):
         return _to_rgb(source, "a PIL image")
     if isinstance(source, PdfPage):
         return source.render()
     content = read_file(source)
     if content is None:
-        raise ValueError(f"An image is a {type(source).__name__}, but a PIL image, a path or bytes are needed.")
+        raise ValueError(
+            f"An image is a {type(source).__name__}, but a PIL image, an array, a path or bytes are needed."
+        )
     return decode(content, source)
+
+
+def _from_array(array: NDArray[Any] | torch.Tensor) -> Image.Image:
+    shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
+    first = len(shape) == 3 and shape[0] in (1, 3)  # the channels are the first axis, by the host's rule
+    channels = 1 if len(shape) == 2 else shape[0 if first else -1] if len(shape) == 3 else 0
+    if dtype != "uint8" or channels not in (1, 3, 4):
+        raise ValueError(
+            f"An image is an array of shape {shape} in {dtype}, but (H, W), (H, W, 3 or 4) or (3, H, W) in uint8 is needed. "
+            "Floats in 0 to 1 become uint8 by (array * 255).astype('uint8'); several images are a list: list(array)."
+        )
+    values = np.asarray(array.cpu() if isinstance(array, torch.Tensor) else array)
+    values = values.transpose(1, 2, 0) if first else values
+    return Image.fromarray(values.reshape(values.shape[:2]) if channels == 1 else values)
 
 
 def read_file(source: Any) -> bytes | None:
@@ -114,8 +136,10 @@ def _name(content: bytes, source: Any) -> str:
     return repr(str(source)) if isinstance(source, str | Path) else f"an image of {len(content)} bytes"
 
 
-def pixels(image: bytes | Image.Image) -> int:
+def pixels(image: bytes | Image.Image | NDArray[Any] | torch.Tensor) -> int:
     """Width times height. An image file's header is read and nothing else; 0 if it cannot be read."""
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return math.prod(image.shape) // 3
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
@@ -164,7 +188,8 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        scale = 65535.0 if values.max() > 255 else 255.0  # a float image may hold 0-255 as it is
+        # A float image may hold 0-1, or 0-255 as it is.
+        scale = 65535.0 if values.max() > 255 else 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
         return Image.fromarray((values.clip(0, scale) * (255 / scale)).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from slq_embed.inputs.images import decode, pixels, read_file, read_image
@@ -77,7 +79,7 @@ class Picture:
         if isinstance(self.source, PdfPage):
             return self.source.pixels
         image = self.source if self.content is None else self.content
-        return pixels(image) if isinstance(image, bytes | Image.Image) else 0
+        return pixels(image) if isinstance(image, bytes | Image.Image | np.ndarray | torch.Tensor) else 0
 
     def digest(self) -> bytes:
         """What tells images apart: a digest of the file, which need not be decoded, or of decoded pixels.
@@ -163,9 +165,10 @@ def read_row(value: Any) -> Row:
         value: One of these:
 
             - a str: always text, never a path or URL,
-            - an image: a PIL image, a ``pathlib.Path`` of one, or a page of :func:`slq_embed.inputs.read_pdf`,
+            - an image: a PIL image, a ``pathlib.Path`` of one, an array or tensor as for :func:`slq_embed.inputs.read_image`,
+              or a page of :func:`slq_embed.inputs.read_pdf`,
             - a dict of ``"text"`` (str) and media. ``"image"`` or ``"images"``: an image or a list of images, each a PIL image,
-              a path, or bytes of an image file. ``"video"``: a path, a list of frames, an array ``(frames, H, W, 3)`` in
+              an array, a path, or bytes of an image file. ``"video"``: a path, a list of frames, an array ``(frames, H, W, 3)`` in
               uint8, ``{"array": frames, "video_metadata": {...}}``, or a list of such. Beside a video, ``"fps"`` (frames of a
               second that are read) and ``"max_frames"`` (most frames that are read),
             - a chat: a list of dicts with ``"role"`` and ``"content"``, or one such dict,
@@ -185,11 +188,12 @@ def read_row(value: Any) -> Row:
         return _read_dict(value)
     if isinstance(value, list) and value and all(_is_message(part) for part in value):
         return _read_chat(value)
-    if isinstance(value, Image.Image | Path | PdfPage):
+    if isinstance(value, Image.Image | Path | PdfPage | np.ndarray | torch.Tensor):
         return Row(pictures=(Picture(value),))
     raise ValueError(
-        f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, a pathlib.Path of an image, or a "
-        'dict such as {"image": image, "text": text}, {"images": [first, second]} or {"video": frames}.'
+        f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, an array, a pathlib.Path of an image, or a "
+        'dict such as {"image": image, "text": text}, {"images": [first, second]} or {"video": frames}. The bytes of an '
+        'image file are {"image": data}; of an open file, {"image": file.read()}.'
     )
 
 

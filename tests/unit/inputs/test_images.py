@@ -25,9 +25,24 @@ def solid(mode: str, colour, size=(8, 6)) -> Image.Image:
         (solid("LA", (0, 0)), (255, 255, 255)),
         (solid("CMYK", (0, 0, 0, 255)), (0, 0, 0)),
         (Image.fromarray(np.full((6, 8), 32768, dtype=np.uint16)), (127, 127, 127)),
+        (solid("F", 0.5), (127, 127, 127)),
+        (solid("F", 77.0), (77, 77, 77)),
+        (solid("I", 1), (1, 1, 1)),
         (solid("RGB", (9, 9, 9), size=(1, 1)), (9, 9, 9)),
     ],
-    ids=["rgb", "grey", "bilevel", "transparent", "grey-alpha", "cmyk", "16-bit", "1-pixel"],
+    ids=[
+        "rgb",
+        "grey",
+        "bilevel",
+        "transparent",
+        "grey-alpha",
+        "cmyk",
+        "16-bit",
+        "float-to-1",
+        "float-to-255",
+        "int",
+        "1-pixel",
+    ],
 )
 def test_every_mode_becomes_upright_opaque_rgb(image, expected):
     read = read_image(image)

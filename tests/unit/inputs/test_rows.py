@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def test_rows_are_texts_images_or_both(tmp_path):
     [
         (3, r"is a int\. Pass a str"),
         (None, "is a NoneType"),
+        (b"an image file", r'is a bytes\..*\{"image": data\}'),
+        (io.BytesIO(b"an image file"), r'is a BytesIO\..*\{"image": file\.read\(\)\}'),
         ({"label": 1}, "keys"),
         ({}, "keys"),
         ({"text": 5}, "'text' of an input is a int"),
