@@ -16,7 +16,7 @@ from torch import nn
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.stream import collect, stream
-from slq_embed.inputs.rows import Skipped
+from slq_embed.inputs.rows import Skipped, name_some
 from slq_embed.inputs.sources import open_image
 from slq_embed.remote import RemoteEncoder
 
@@ -27,7 +27,7 @@ _LOADING_LOCK = threading.Lock()  # its own: a load takes minutes, and others go
 
 
 class UnreadableInputsError(ValueError):
-    """Some inputs cannot be read. The others were embedded all the same.
+    """Some inputs cannot be read. The others were embedded all the same. The message names ten, :attr:`skipped` has all.
 
     Args:
         skipped: Which, and why.
@@ -36,7 +36,7 @@ class UnreadableInputsError(ValueError):
 
     def __init__(self, skipped: Sequence[Skipped], embeddings: NDArray[np.float32]) -> None:
         self.skipped, self.embeddings = list(skipped), embeddings
-        named = "; ".join(f"{row.name}: {row.reason}" for row in self.skipped)
+        named = name_some([f"{row.name}: {row.reason}" for row in self.skipped])
         super().__init__(f"{len(self.skipped)} of {len(embeddings)} inputs cannot be read: {named}")
 
     def __reduce__(self) -> tuple[Any, ...]:

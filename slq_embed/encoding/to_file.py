@@ -53,7 +53,7 @@ class EncodedFile:
         return whole
 
     def report(self) -> str:
-        """A line on what was skipped, with every name."""
+        """A line on what was skipped, with the first ten names."""
         return report(self.skipped)
 
 

@@ -20,6 +20,7 @@ from slq_embed.inputs.videos import Video, read_limit, read_videos
 ONE_INPUT = (str, Path, Mapping, Image.Image, PdfPage)
 """Types of one input; a list of them is a batch."""
 
+_MOST_NAMED = 10
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
 
 
@@ -39,10 +40,16 @@ class Skipped:
 
 
 def report(skipped: Sequence[Skipped]) -> str:
-    """One line that names every skipped input, with the reason."""
+    """One line that names the first ten skipped inputs, with the reasons, and counts the others."""
     if not skipped:
         return "nothing was skipped"
-    return f"{len(skipped)} skipped: " + "; ".join(f"{row.name} ({row.reason})" for row in skipped)
+    return f"{len(skipped)} skipped: {name_some([f'{row.name} ({row.reason})' for row in skipped])}"
+
+
+def name_some(parts: Sequence[str]) -> str:
+    """The first ten parts of a message, and how many more there are: a folder may hold thousands of bad files."""
+    more = [f"... and {len(parts) - _MOST_NAMED:,} more"] if len(parts) > _MOST_NAMED else []
+    return "; ".join([*parts[:_MOST_NAMED], *more])
 
 
 @dataclass(frozen=True)

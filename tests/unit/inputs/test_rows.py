@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slq_embed.inputs.rows import read_row
+from slq_embed.inputs.rows import Skipped, read_row, report
 
 RED = Image.new("RGB", (8, 6), "red")
 FRAMES = np.zeros((3, 6, 8, 3), np.uint8)
@@ -107,3 +107,11 @@ def test_a_chat_is_rendered_as_it_came():
     assert row.messages()[1]["content"] == [content[0], {"type": "image"}, {"type": "video"}]
     assert read_row(chat[2]).messages() == [chat[2]]
     assert [message["role"] for message in read_row(chat[2]).messages("p")] == ["system", "user"]
+
+
+@pytest.mark.parametrize(("count", "end"), [(10, "9.png (damaged)"), (3000, "9.png (damaged); ... and 2,990 more")])
+def test_a_report_names_ten_and_counts_the_others(count, end):
+    line = report([Skipped(f"{number}.png", "damaged") for number in range(count)])
+    assert line.startswith(f"{count} skipped: 0.png (damaged); 1.png")
+    assert line.endswith(end)
+    assert line.count(".png") == 10
