@@ -21,7 +21,7 @@ from slq_embed.encoding.protocol import resolve_prompt
 from slq_embed.encoding.query_sets import encode_query_sets
 from slq_embed.encoding.stream import EncodedBatch, collect, stream
 from slq_embed.encoding.to_file import EncodedFile, encode_to_file
-from slq_embed.inputs.rows import ONE_INPUT
+from slq_embed.inputs.rows import is_one_input, require_list
 from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
@@ -229,8 +229,9 @@ class SLQEncoder(SentenceTransformer):
             prompt_name: Its name.
 
         Raises:
-            ValueError: If no store is attached.
+            ValueError: If no store is attached, or one input came in place of a list.
         """
+        require_list(inputs)
         if self.prefix_store is None:
             raise ValueError("There is nothing to forget: no prefix store is attached (model.prefix_store is None).")
         return self.prefix_store.forget(self.transformer.prefix_keys(inputs, resolve_prompt(self, prompt, prompt_name)))
@@ -243,8 +244,8 @@ class SLQEncoder(SentenceTransformer):
         )
 
     def is_singular_input(self, inputs: Any) -> bool:
-        """Whether this is one input and not a batch; a path and a dict are one input."""
-        return isinstance(inputs, ONE_INPUT) or bool(super().is_singular_input(inputs))
+        """Whether this is one input and not a batch; a path, a dict, a chat and an array of numbers are one input."""
+        return is_one_input(inputs) or bool(super().is_singular_input(inputs))
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Turn inputs into features. The host's version would open texts as files, and lose prompts."""
@@ -283,8 +284,10 @@ class SLQEncoder(SentenceTransformer):
     def encode_stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[EncodedBatch]:
         """Encode any number of inputs; yield batches as they come. What cannot be read is skipped and listed.
 
-        Inputs are read 32 batches ahead. The options are those of :func:`slq_embed.encoding.stream.stream`.
+        Inputs are read 32 batches ahead. The options are those of :func:`slq_embed.encoding.stream.stream`. A ValueError says if
+        one input came in place of a list.
         """
+        require_list(inputs)
         return stream(self, enumerate(inputs), **options)
 
     def encode_to_file(self, inputs: Sequence[Any], path: str | Path, **options: Any) -> EncodedFile:

@@ -16,7 +16,7 @@ from torch import nn
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.stream import collect, stream
-from slq_embed.inputs.rows import Skipped, name_some
+from slq_embed.inputs.rows import Skipped, name_some, require_list
 from slq_embed.inputs.sources import open_image
 from slq_embed.remote import RemoteEncoder
 
@@ -92,12 +92,15 @@ def embed(
         ``(len(inputs), H)``.
 
     Raises:
+        ValueError: If a single input came in place of a list, or an argument does not fit.
         UnreadableInputsError: After all others were embedded, if some inputs cannot be read.
         RuntimeError: If one input alone does not fit into memory, or a server fails. If a server had embedded some by then, it is a
             :class:`~slq_embed.remote.PartlyEmbeddedError`, which holds them.
         ConnectionError: If a server does not answer.
     """
-    return _embed(model, list(enumerate(inputs)), [], len(inputs), normalize_embeddings, options)
+    require_list(inputs)
+    rows = list(enumerate(inputs))
+    return _embed(model, rows, [], len(rows), normalize_embeddings, options)
 
 
 def embed_images(
@@ -121,11 +124,14 @@ def embed_images(
         ``(len(sources), H)``.
 
     Raises:
+        ValueError: If a single input came in place of a list, or an argument does not fit.
         UnreadableInputsError: After all others were embedded, if some images cannot be read.
         RuntimeError: If one image alone does not fit into memory, or a server fails. If a server had embedded some by then, it is a
             :class:`~slq_embed.remote.PartlyEmbeddedError`, which holds them.
         ConnectionError: If a server does not answer.
     """
+    require_list(sources, "sources")
+    sources = list(sources)
     inputs: list[tuple[int, Any]] = []
     skipped: list[Skipped] = []
     for index, source in enumerate(sources):

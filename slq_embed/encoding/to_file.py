@@ -18,7 +18,7 @@ from slq_embed.backbone.fingerprint import settings_digest
 from slq_embed.encoding.protocol import Encoder, encoder_digest, resolve_prompt
 from slq_embed.encoding.stream import stream
 from slq_embed.inputs.pdf import PdfPage
-from slq_embed.inputs.rows import Skipped, read_row, report
+from slq_embed.inputs.rows import Skipped, read_row, report, require_list
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
 _BATCHES_A_FLUSH = 16
@@ -89,6 +89,11 @@ def encode_to_file(
     Raises:
         ValueError: If the file is of another model, prompt, dtype or other inputs, or an argument does not fit.
     """
+    require_list(inputs)
+    if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")):
+        raise ValueError(
+            f"inputs is a {type(inputs).__name__}, but a list is needed, so that a run can go on. Pass list(inputs)."
+        )
     if path.suffix != ".npy":
         raise ValueError(f"The file is {str(path)!r}, but a name that ends in .npy is needed.")
     if dtype not in _DTYPES:

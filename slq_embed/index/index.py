@@ -19,7 +19,7 @@ from slq_embed.index.identity import ModelIdentity, dimension_of
 from slq_embed.index.inputs import Metadata, WaitingInputs, as_json, one_each, with_ids_and_metadata
 from slq_embed.index.records import IndexRecords
 from slq_embed.index.table import Hit, IndexTable
-from slq_embed.inputs.rows import ONE_INPUT, Skipped
+from slq_embed.inputs.rows import Skipped, is_one_input, require_list
 from slq_embed.serving import embed
 
 
@@ -214,12 +214,18 @@ class EmbeddingIndex:
 
         Raises:
             UnreadableInputsError: If a query cannot be read.
-            ValueError: If ``k`` is below 1, the filter cannot be read, or the model is not the one of the index.
+            ValueError: If ``k`` is below 1, the filter cannot be read, the model is not the one of the index, or the queries are
+                embeddings or no list.
         """
         model = self._checked_model()
         if where is not None:
             condition_of(where)  # before the queries are embedded
-        single = isinstance(queries, ONE_INPUT)
+        if "float" in str(getattr(queries, "dtype", "")):
+            raise ValueError(
+                f"queries is an array in {queries.dtype}, but texts or images are needed. For embeddings, use search_embeddings."
+            )
+        if not (single := is_one_input(queries)):
+            require_list(queries, "queries")
         inputs = [queries] if single else list(queries)
         vectors = embed(model, inputs, task="query", prompt=prompt, batch_size=batch_size)
         hits = self.search_embeddings(vectors, k, where=where)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slq_embed.inputs.pdf import PdfPage
-from slq_embed.inputs.rows import ONE_INPUT
+from slq_embed.inputs.rows import is_one_input, require_list
 
 Metadata = Mapping[str, Any]
 
@@ -81,14 +81,10 @@ def with_ids_and_metadata(
     Raises:
         ValueError: If there are more of one than of another, or metadata cannot be stored.
     """
-    if isinstance(inputs, ONE_INPUT):
+    if is_one_input(inputs):
         inputs, ids = [inputs], [ids] if isinstance(ids, str) else ids
         metadata = [metadata] if isinstance(metadata, Mapping) else metadata
-    if not isinstance(inputs, Iterable) or isinstance(inputs, bytes):
-        raise ValueError(
-            f"inputs is a {type(inputs).__name__}, but an input (str, pathlib.Path, PIL image, dict) or a list of "
-            "inputs is needed."
-        )
+    require_list(inputs)
     one_each(ids, metadata)
     columns = [inputs, *(column for column in (ids, metadata) if column is not None)]
     for index, row in enumerate(zip_longest(*columns, fillvalue=_MISSING)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,8 @@ from slq_embed.inputs.images import decode, pixels, read_file, read_image
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.videos import Video, read_limit, read_videos
 
-ONE_INPUT = (str, Path, Mapping, Image.Image, PdfPage)
-"""Types of one input; a list of them is a batch."""
-
+_ONE_INPUT = (str, Path, Mapping, Image.Image, PdfPage, torch.Tensor)
+_NO_INPUT = (bytes, bytearray, io.BufferedIOBase)  # a file's content: an input only in a dict, and never a list
 _MOST_NAMED = 10
 _PIXELS_PER_TOKEN, _CHARACTERS_PER_TOKEN = 1024, 4
 
@@ -50,6 +50,31 @@ def name_some(parts: Sequence[str]) -> str:
     """The first ten parts of a message, and how many more there are: a folder may hold thousands of bad files."""
     more = [f"... and {len(parts) - _MOST_NAMED:,} more"] if len(parts) > _MOST_NAMED else []
     return "; ".join([*parts[:_MOST_NAMED], *more])
+
+
+def is_one_input(value: Any) -> bool:
+    """Whether this is one input and not a batch; a chat and an array of numbers are one input."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind not in "UO"  # texts, objects
+    chat = isinstance(value, list) and bool(value) and all(map(_is_message, value))
+    return chat or isinstance(value, _ONE_INPUT)
+
+
+def require_list(inputs: Any, name: str = "inputs") -> None:
+    """Check that inputs come as a list, or as anything else that is gone through.
+
+    Args:
+        inputs: What came.
+        name: Its name.
+
+    Raises:
+        ValueError: If it is one input, whose characters or keys would be taken for inputs, or is no list of any kind.
+    """
+    listed = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
+    if is_one_input(inputs) or isinstance(inputs, _NO_INPUT) or not listed:
+        hint = ' The bytes of an image file are {"image": data}.' if isinstance(inputs, _NO_INPUT) else ""
+        kind = "chat" if isinstance(inputs, list) else type(inputs).__name__
+        raise ValueError(f"{name} is a {kind}, but a list is needed. Pass a list, also of one input: [value].{hint}")
 
 
 @dataclass(frozen=True)
