@@ -218,6 +218,8 @@ class SLQEncoder(SentenceTransformer):
 
     @prefix_store.setter
     def prefix_store(self, store: PrefixStore | None) -> None:
+        if not isinstance(store, PrefixStore | None):
+            raise ValueError(f"prefix_store is {store!r:.100}, but a PrefixStore(...) or None is needed.")
         self.transformer.source.attach(store)
 
     def forget(self, inputs: Sequence[Any], prompt: str | None = None, prompt_name: str | None = None) -> int:

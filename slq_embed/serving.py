@@ -155,6 +155,11 @@ def _embed(
         if skipped := sorted([*skipped, *not_read], key=lambda row: row.index or 0):
             raise UnreadableInputsError(skipped, rows_found)
         return rows_found
+    if not isinstance(model, SLQEncoder):
+        raise ValueError(
+            f"The model is a {type(model).__name__}, but an SLQEncoder or a RemoteEncoder is needed. Load it with "
+            "SLQEncoder(folder)."
+        )
     batches = stream(model, inputs, normalize_embeddings=normalize, total=len(inputs), **options)
     rows = collect(batches, count, to_cpu=True, skipped=skipped)
     if not rows.numel():

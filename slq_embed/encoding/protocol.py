@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,10 @@ def resolve_prompt(
             ``encode_document`` uses. Where there is none, the model's default prompt holds.
 
     Raises:
-        ValueError: If the model has no prompt of that name.
+        ValueError: If the model has no prompt of that name, or there is no such task.
     """
+    if task is not None and task not in _PROMPT_NAMES:
+        raise ValueError(f"task is {task!r}, but one of {get_args(Task)} is needed.")
     if prompt is None and prompt_name is None and task is not None:
         prompt_name = next((name for name in _PROMPT_NAMES[task] if name in model.prompts), None)
     return model._resolve_prompt(prompt, prompt_name) or None

@@ -10,6 +10,15 @@ from slq_embed.backbone.families import image_settings
 from slq_embed.encoding.protocol import Encoder
 from slq_embed.encoding.stream import collect, stream
 
+_OF_THE_HOST = {
+    "output_value": "sentence_embedding",
+    "precision": "float32",
+    "device": None,
+    "pool": None,
+    "chunk_size": None,
+}
+"""Arguments of the host's ``encode``, which ``encode_query`` passes on, and their values here."""
+
 
 def encode_query_sets(
     model: Encoder,
@@ -34,9 +43,14 @@ def encode_query_sets(
         Embeddings ``(len(inputs), H)`` by name.
 
     Raises:
-        ValueError: If a query set would see another prefix, or an input cannot be read.
+        ValueError: If a query set would see another prefix, an input cannot be read, or an argument does not fit.
     """
     check_query_sets(model, query_sets)
+    for name, only in _OF_THE_HOST.items():
+        if (value := options.pop(name, only)) != only:
+            raise ValueError(
+                f"{name} is {value!r}, but with query_sets only {only!r} is possible. Leave one of the two out."
+            )
     batches = stream(model, enumerate(inputs), query_sets=query_sets, strict=True, total=len(inputs), **options)
     rows = collect(batches, len(inputs), to_cpu=not convert_to_tensor)
     widths = [int(encoder.get_embedding_dimension() or 0) for encoder in query_sets.values()]
@@ -52,8 +66,12 @@ def check_query_sets(model: Encoder, query_sets: Mapping[str, Encoder]) -> None:
     """Refuse query sets that would see another prefix.
 
     Raises:
-        ValueError: With the name of the set and what differs.
+        ValueError: With the name of the set and what differs; or if there is none.
     """
+    if not isinstance(query_sets, Mapping) or not query_sets:
+        raise ValueError(
+            f"query_sets is {query_sets!r:.100}, but a dict of encoders by name is needed, of at least one."
+        )
     for name, encoder in query_sets.items():
         theirs, ours = encoder.slq_config, model.slq_config
         same = {

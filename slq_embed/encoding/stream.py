@@ -54,7 +54,7 @@ def stream(
     strict: bool = False,
     show_progress_bar: bool = False,
     total: int | None = None,
-    **options: Any,
+    processing_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[EncodedBatch]:
     """Encode inputs as they come, from any thread, in smaller batches where memory runs out.
 
@@ -75,20 +75,20 @@ def stream(
         strict: Whether an input that cannot be read is an error, or is skipped and listed.
         show_progress_bar: Whether to show one.
         total: Number of inputs, for the progress bar.
-        **options: For the model's ``preprocess``.
+        processing_kwargs: Settings of the image and the video processor, for the model's ``preprocess``.
 
     Yields:
         Batches of embeddings, not in the order of the inputs.
 
     Raises:
-        ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, or there is no such prompt.
+        ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, or there is no such prompt or task.
         RuntimeError: If one input alone does not fit into memory.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
     model.require_loaded()
     lock = lock_of(model.backbone)
-    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), options)
+    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), {"processing_kwargs": processing_kwargs})
 
     def embed(features: Features) -> Tensor:
         if query_sets is None:

@@ -1,4 +1,4 @@
-"""What takes a list takes no single input apart."""
+"""What takes a list takes no single input apart, and what is misspelt or of the wrong kind is named."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
 from slq_embed.inputs.rows import is_one_input
-from slq_embed.serving import embed, embed_images
+from slq_embed.serving import UnreadableInputsError, embed, embed_images
 
 CHAT = [{"role": "system", "content": "Look."}, {"role": "user", "content": "a red circle"}]
 PICTURE = Image.new("RGB", (8, 8))
@@ -71,3 +72,54 @@ def test_anything_that_is_gone_through_is_a_list(model):
         assert np.abs(embed(model, texts) - expected).max() < 1e-6
     (batch,) = model.encode_stream(io.StringIO("a\nb"))
     assert sorted(batch.indices) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda model, **options: model.encode(["a"], **options),
+        lambda model, **options: model.encode(["a"], query_sets={"own": model}, **options),
+        lambda model, **options: model.encode_stream(["a"], **options),
+        lambda model, **options: embed(model, ["a"], **options),
+        lambda model, **options: embed_images(model, [PICTURE], **options),
+    ],
+    ids=["encode", "query_sets", "encode_stream", "embed", "embed_images"],
+)
+def test_a_misspelt_option_is_named(model, way):
+    with pytest.raises((TypeError, ValueError), match="batchsize"):
+        way(model, batchsize=3)
+
+
+def test_query_sets_take_what_the_host_passes_on(model):
+    expected = model.encode(["a"])
+    for method in (model.encode_query, model.encode_document):
+        assert np.abs(method(["a"], query_sets={"own": model})["own"] - expected).max() < 1e-6
+    with pytest.raises(ValueError, match="precision is 'int8', but with query_sets only 'float32' is possible"):
+        model.encode(["a"], query_sets={"own": model}, precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.encode(["a"], query_sets={}), "query_sets is {}, but a dict of encoders by name"),
+        (lambda model: model.encode(["a"], query_sets=[model]), r"query_sets is \[SLQEncoder"),
+        (lambda model: model.encode(["a"], task="foo"), r"task is 'foo', but one of \('query', 'document'\)"),
+        (lambda model: embed(model, ["a"], task="foo"), "task is 'foo'"),
+        (
+            lambda model: embed(SentenceTransformer(pretrained("slq-tiny")), ["a"]),
+            "is a SentenceTransformer, but an SLQ",
+        ),
+        (lambda model: model.encode_to_file(iter("ab"), "e.npy"), r"is a str_\w*iterator, .* Pass list\(inputs\)"),
+        (lambda model: setattr(model, "prefix_store", "prefixes"), "prefix_store is 'prefixes', but a PrefixStore"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_an_error_about_many_inputs_names_ten(model):
+    with pytest.raises(UnreadableInputsError, match=r"^300 of 300 .*; \.\.\. and 290 more$") as caught:
+        embed(model, [5.0] * 300)
+    assert str(caught.value).count("An input is a float") == 10
+    assert len(caught.value.skipped) == 300
