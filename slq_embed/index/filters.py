@@ -27,8 +27,10 @@ def condition_of(where: Mapping[str, Any]) -> Condition:
             ``$or``: a list of such dicts. Without the key, only ``$ne``, ``$nin`` and the value ``None`` hold.
 
     Raises:
-        ValueError: If an operator is unknown, or a value does not fit its operator.
+        ValueError: If it is no dict, an operator is unknown, or a value does not fit its operator.
     """
+    if not isinstance(where, Mapping):
+        raise ValueError(f'where is {where!r}, but a dict is needed, such as {{"year": 2020}}.')
     return _joined([_condition(key, value) for key, value in where.items()], " AND ", "1")
 
 

@@ -169,11 +169,11 @@ class EmbeddingIndex:
             if empty or self._identity.digest is None:
                 self._identity = ModelIdentity.of(self.model)
 
-    def delete(self, ids: Iterable[Any]) -> int:
+    def delete(self, ids: Any) -> int:
         """Delete embeddings by id. :meth:`compact` removes their bytes too.
 
         Args:
-            ids: Any number of ids, or one str.
+            ids: Any number of ids, or one.
 
         Returns:
             How many of the ids were in the index.
@@ -181,8 +181,9 @@ class EmbeddingIndex:
         Raises:
             ValueError: If the index was loaded, and another process has saved it anew since.
         """
+        several = isinstance(ids, Iterable) and not isinstance(ids, str)
         with self._lock:
-            return self._table.delete(str(id_) for id_ in ([ids] if isinstance(ids, str) else ids))
+            return self._table.delete(map(str, ids if several else [ids]))
 
     def compact(self) -> None:
         """Remove the bytes of what was deleted: here at once, in a folder with the next save."""

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from slq_embed.inputs.images import shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import is_one_input, require_list
 
@@ -46,10 +47,10 @@ def as_json(metadata: Metadata) -> str:
     if not isinstance(metadata, Mapping):
         raise ValueError(f"Metadata of one input is a {type(metadata).__name__}, but a dict is needed.")
     try:
-        return json.dumps(dict(metadata))
+        return json.dumps(dict(metadata), allow_nan=False)  # the database reads no NaN
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Metadata {dict(metadata)!r} cannot be stored: {error}. Use str, numbers, bool, None, lists and dicts."
+            f"Metadata {shortened(repr(dict(metadata)))} cannot be stored: {error}. Use str, finite numbers, bool, None, lists and dicts."
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,9 @@ def test_what_cannot_be_stored_is_refused_whole():
         (lambda: EmbeddingIndex.load("nowhere"), "holds no index"),
         (lambda: filled(count=500).search_embeddings(vectors(1), 0), "k is 0"),
         (lambda: filled(count=500).add_embeddings(vectors(1), ["x"], ["ab"]), "is a str, but a dict"),
+        (lambda: filled(count=500).add_embeddings(vectors(1), ["x"], [{"y": np.nan}]), "{'y': nan} cannot be stored"),
+        (lambda: filled(count=500).add_embeddings(vectors(1), ["x"], [{"y": [np.inf]}]), "{'y': \\[inf\\]} cannot be"),
+        (lambda: filled(count=500).search_embeddings(vectors(1), where="x"), "where is 'x', but a dict"),
         (lambda: image_files("nowhere"), "no folder 'nowhere'"),
         (lambda: EmbeddingIndex(dimension=32, factory="HNSW16,PQ4"), "distances only"),
         (lambda: EmbeddingIndex(dimension=32, factory="IDMap,Flat"), "leave IDMap out"),
@@ -145,3 +149,38 @@ def test_a_newer_format_is_refused(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(about | {"format_version": 2}))
     with pytest.raises(ValueError, match=r"has format 2, but this slq-embed reads up to 1\. Upgrade"):
         EmbeddingIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (None, "queries is a NoneType, but a list is needed"),
+        (5, "queries is a int"),
+        (b"an image file", r'queries is a bytes.*\{"image": data\}'),
+        (
+            vectors(2, dimension=192),
+            "array in float32, but texts or images are needed. For embeddings, use search_embeddings",
+        ),
+        (torch.zeros(192), "use search_embeddings"),
+    ],
+)
+def test_queries_that_are_none_are_refused(model, queries, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingIndex(model).search(queries)
+
+
+def test_a_chat_is_one_input(model):
+    index = EmbeddingIndex(model)
+    chat = [{"role": "system", "content": "Look."}, {"role": "user", "content": "a red circle"}]
+    index.add(chat, "x")
+    assert [hit.id for hit in index.search(chat)] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "left"), [(2, ["a/b", "c", "d"]), (Path("a/b"), ["2", "c", "d"]), (["c", "d"], ["2", "a/b"])]
+)
+def test_one_id_is_deleted_in_the_form_in_which_it_was_given(given, left):
+    index = EmbeddingIndex(dimension=32)
+    index.add_embeddings(vectors(4), [2, Path("a/b"), "c", "d"])
+    assert index.delete(given) == 4 - len(left)
+    assert sorted(index.ids()) == left
