@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, require_images
 from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import recall_at, top_k
 
@@ -47,6 +47,7 @@ class ZeroShotClassificationEvaluator(Evaluator):
         **options: Any,
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
+        require_images(images)
         if len(images) != len(labels) or not images or not set(labels) <= set(range(len(class_names))):
             raise ValueError(
                 f"There are {len(images)} images, {len(labels)} labels from {min(labels, default=None)} to "

@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, require_images
 from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import order_own, recall_at, top_k
 
@@ -64,6 +64,7 @@ class CIRREvaluator(Evaluator):
         **options: Any,
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
+        require_images(images)
         lists = {"references": references, "texts": texts, "targets": targets, "subsets": subsets, "pair_ids": pair_ids}
         _require_equal({name: len(values) for name, values in lists.items() if values is not None})
         _require_indices("references", references, len(images))
@@ -187,6 +188,7 @@ class FashionIQEvaluator(Evaluator):
         **options: Any,
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
+        require_images(images)
         lists = {"references": references, "captions": captions, "targets": targets, "categories": categories}
         _require_equal({name: len(values) for name, values in lists.items()})
         _require_equal({"images": len(images), "image_categories": len(image_categories)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,16 @@ class EvaluatorOptions:
     show_progress_bar: bool = False
     write_csv: bool = True
     embeddings_folder: str | Path | None = None
+
+
+def require_images(images: Sequence[Any]) -> None:
+    """Raise a ValueError if an image is a str, which would be encoded as a text."""
+    found = images if isinstance(images, str) else next((image for image in images if isinstance(image, str)), None)
+    if found is not None:
+        raise ValueError(
+            f"images has the str {reprlib.repr(found)}, but a str is always a text. For the image of a path, pass "
+            'pathlib.Path(path) or {"image": path}.'
+        )
 
 
 def embed(

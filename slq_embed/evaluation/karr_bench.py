@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from slq_embed.evaluation.encoding import EvaluatorOptions
+from slq_embed.evaluation.encoding import EvaluatorOptions, require_images
 from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.retrieval import RECALL_AT, both_ways, mean_recall
 
@@ -40,6 +40,7 @@ class KARRBenchEvaluator(Evaluator):
         self, images: Sequence[Any], texts: Sequence[str], categories: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
+        require_images(images)
         counts = {len(images), len(texts), len(images if categories is None else categories)}
         if len(counts) > 1 or not images:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from slq_embed.evaluation.encoding import EvaluatorOptions, embed
+from slq_embed.evaluation.encoding import EvaluatorOptions, embed, require_images
 from slq_embed.evaluation.evaluator import Evaluator
 from slq_embed.evaluation.ranking import mrr_at, ndcg_at, recall_at, top_k
 
@@ -27,7 +27,8 @@ class ImageTextRetrievalEvaluator(Evaluator):
     in the top k; nDCG counts all of them. The primary metric is the mean of all six recalls.
 
     Args:
-        images: Images, in any form that the model encodes.
+        images: Images, in any form that the model encodes. A path is a ``pathlib.Path`` or ``{"image": path}``: a str is
+            a text.
         texts: Texts.
         image_of: For each text, the index of its image in ``images``.
         name: Prefix of the metrics.
@@ -37,7 +38,7 @@ class ImageTextRetrievalEvaluator(Evaluator):
         embeddings_folder: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
-        ValueError: If ``image_of`` does not fit, or an image has no text.
+        ValueError: If ``image_of`` does not fit, an image has no text, or is a str.
 
     Source:
         The protocol of arXiv:2604.13710: any of an image's captions counts.
@@ -60,6 +61,7 @@ class ImageTextRetrievalEvaluator(Evaluator):
         super().__init__(EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder))
         if isinstance(texts, str):
             raise ValueError(f"texts is the str {reprlib.repr(texts)}, but a list of texts is needed.")
+        require_images(images)
         indices = [operator.index(index) for index in image_of]
         if len(indices) != len(texts) or set(indices) != set(range(len(images))):
             raise ValueError(

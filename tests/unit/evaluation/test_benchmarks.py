@@ -258,7 +258,7 @@ def test_classification_averages_the_prompts_of_a_class():
 @pytest.mark.parametrize("labels", [[0, 2], [0], [-1, 0]])
 def test_classification_refuses_labels_and_templates_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="Pass for each image the index of its class"):
-        ZeroShotClassificationEvaluator(["a", "b"], labels, ["x", "y"])
+        ZeroShotClassificationEvaluator([b"a", b"b"], labels, ["x", "y"])
     for templates in ("a {}", [], ["no name"]):
         with pytest.raises(ValueError, match=r"a list of texts with \{\} for the name is needed"):
-            ZeroShotClassificationEvaluator(["a", "b"], [0, 1], ["x", "y"], templates)
+            ZeroShotClassificationEvaluator([b"a", b"b"], [0, 1], ["x", "y"], templates)
