@@ -123,6 +123,7 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         """
         first, second, *negatives = (nn.functional.normalize(torch.cat(chunks), dim=-1) for chunks in reps)
         temperature = self._step.log_temperature.exp()
+        self.look_for_negatives(len(first), labels, bool(negatives))
         loss = symmetric_info_nce(
             first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -11,6 +12,8 @@ from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor, nn
 
 from slq_embed.encoder import SLQEncoder
+
+logger = logging.getLogger(__name__)
 
 INITIAL_TEMPERATURE = 0.07
 
@@ -38,6 +41,7 @@ class SymmetricInfoNCELoss(nn.Module):
             the same weight. A batch must then hold several rows of a label: ``batch_sampler="group_by_label"``.
 
     Raises:
+        TypeError: If the model is no ``SLQEncoder``.
         ValueError: If the bounds are not ``0 < min <= max``, the temperature is outside of them, or ``positives`` is
             another word.
 
@@ -57,6 +61,11 @@ class SymmetricInfoNCELoss(nn.Module):
         positives: Positives = "own",
     ) -> None:
         super().__init__()
+        if not isinstance(model, SLQEncoder):
+            raise TypeError(
+                f"The model is a {type(model).__name__}, but this loss trains an SLQEncoder. Load a saved model with "
+                "SLQEncoder(folder), or use a loss of Sentence Transformers."
+            )
         if positives not in get_args(Positives):
             raise ValueError(f"positives is {positives!r}, but one of {get_args(Positives)} is needed.")
         if not 0 < min_temperature <= max_temperature:
@@ -82,6 +91,7 @@ class SymmetricInfoNCELoss(nn.Module):
         self.bounds = (min_temperature, max_temperature)
         self.gather_across_devices = gather_across_devices
         self.positives = positives
+        self._seen_a_batch = False
 
     @property
     def temperature(self) -> float:
@@ -106,6 +116,7 @@ class SymmetricInfoNCELoss(nn.Module):
         outputs = [self.model(features) for features in columns]
         first, second, *negatives = (nn.functional.normalize(out["sentence_embedding"], dim=-1) for out in outputs)
         temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
+        self.look_for_negatives(len(first), labels, bool(negatives))
         return symmetric_info_nce(
             first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
         )
@@ -124,6 +135,27 @@ class SymmetricInfoNCELoss(nn.Module):
             # Clamp the value, outside of autograd: a clamp inside has no gradient at a bound, and would stay there.
             self._log_temperature[0].clamp_(*map(math.log, self.bounds))
         return columns
+
+    def look_for_negatives(self, rows: int, labels: Tensor | None, hard: bool) -> None:
+        """Warn if the first training batch has nothing to tell its pairs from; a last batch may well be so small.
+
+        Args:
+            rows: How many pairs this process has.
+            labels: As for :meth:`forward`.
+            hard: Whether there are hard negatives.
+        """
+        if self._seen_a_batch or not torch.is_grad_enabled():
+            return
+        self._seen_a_batch = True
+        shared = self.gather_across_devices and torch.distributed.is_initialized()
+        if hard or shared or (rows > 1 and (labels is None or len(labels.unique()) > 1)):
+            return
+        what = "is one pair" if rows == 1 else f"has {rows} pairs with one label"
+        logger.warning(
+            "The first batch %s, so it has no negatives, and nothing is learned from it. Put pairs of several images into "
+            "a batch: raise per_device_train_batch_size, or check the column 'label'.",
+            what,
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

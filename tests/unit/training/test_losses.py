@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from slq_embed import SymmetricInfoNCELoss
 from slq_embed.modules import LatentQueryPooling
+from slq_embed.training import CachedSymmetricInfoNCELoss
 from slq_embed.training.losses import symmetric_info_nce
 
 
@@ -126,6 +129,51 @@ def test_columns_and_positives_that_do_not_fit_are_refused(encoder):
     with pytest.raises(ValueError, match='needs a column "label" in the dataset'):
         SymmetricInfoNCELoss(encoder, positives="all")([encoder.preprocess(["a"]) for _ in range(2)])
     assert SymmetricInfoNCELoss(encoder, positives="all").get_config_dict()["positives"] == "all"
+
+
+BATCHES = {
+    "one pair": ([["a"], ["b"]], None, "is one pair"),
+    "captions of one image": ([["a", "a"], ["b", "c"]], torch.tensor([5, 5]), "has 2 pairs with one label"),
+    "two images": ([["a", "a"], ["b", "c"]], torch.tensor([5, 6]), None),
+    "no labels": ([["a", "a"], ["b", "c"]], None, None),
+    "hard negatives": ([["a"], ["b"], ["c"]], None, None),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", [SymmetricInfoNCELoss, CachedSymmetricInfoNCELoss])
+def test_a_first_batch_without_negatives_is_said_once(encoder, caplog, kind, batch):
+    """Its loss is 0 whatever the embeddings are, and a run would end as if all were well."""
+    columns, labels, problem = BATCHES[batch]
+    loss = kind(encoder)
+
+    def step(columns, labels):
+        loss([encoder.preprocess(column) for column in columns], labels)
+
+    with caplog.at_level(logging.WARNING):
+        with torch.no_grad():
+            step([["a"], ["b"]], None)  # an evaluation may have such a batch
+        assert not caplog.messages
+        step(columns, labels)
+        step([["a"], ["b"]], None)  # as the last batch of an epoch may be
+    assert len(caplog.messages) == (problem is not None)
+    assert problem is None or f"The first batch {problem}, so it has no negatives" in caplog.messages[0]
+
+
+def test_negatives_that_other_processes_share_are_negatives(encoder, caplog, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    loss = SymmetricInfoNCELoss(encoder, gather_across_devices=True)
+    with caplog.at_level(logging.WARNING):
+        loss.look_for_negatives(1, None, hard=False)
+        assert not caplog.messages
+        SymmetricInfoNCELoss(encoder).look_for_negatives(1, None, hard=False)  # here they do not share
+    assert len(caplog.messages) == 1
+
+
+def test_a_plain_sentence_transformer_is_refused(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"model is a SentenceTransformer, but .* SLQEncoder\(folder\)"):
+        SymmetricInfoNCELoss(SentenceTransformer(str(tmp_path), device="cpu"))
 
 
 def test_the_last_query_can_be_pooled_alone():
