@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
@@ -20,12 +20,15 @@ from PIL import Image as PILImage
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from slq_embed.inputs import Skipped, read_image, report
+from slq_embed.training.columns import require_inputs
 
 logger = logging.getLogger(__name__)
 
 FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("int64")})
 """Columns of a training set: an image, one of its captions, and the number of the image."""
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
+_OPTIONS = ("limit", "strict", "verify")
+_NAMED = 10
 
 
 @dataclass
@@ -44,8 +47,17 @@ class ImageTextPairs:
     skipped: list[Skipped] = field(default_factory=list)
 
     def report(self) -> str:
-        """One line that names every skipped record."""
-        return report(self.skipped)
+        """One line that counts the skipped records, and names the first 10."""
+        if (more := len(self.skipped) - _NAMED) <= 0:
+            return report(self.skipped)
+        first = "; ".join(f"{row.name} ({row.reason})" for row in self.skipped[:_NAMED])
+        return f"{len(self.skipped):,} skipped: {first}; ... and {more:,} more"
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # else the trainer asks for max_steps, where it needs .dataset
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"ImageTextPairs has no {name!r}. Its rows are in .dataset: pass pairs.dataset instead.")
 
 
 @dataclass(frozen=True)
@@ -205,8 +217,10 @@ def from_dataset(
         **options: See :func:`from_records`.
 
     Raises:
+        TypeError: If an option is unknown.
         ValueError: If a column is missing.
     """
+    _require_known(options)
     for column in (image_column, text_column):
         if column not in (dataset.column_names or [column]):
             raise ValueError(f"The dataset has the columns {dataset.column_names}, but {column!r} is needed.")
@@ -241,19 +255,32 @@ def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> Ima
             (the default).
 
     Returns:
-        The pairs. Bad images and empty captions are skipped and listed, and a warning names them.
+        The pairs. Bad images and empty captions are skipped and listed, and a warning names the first of them.
 
     Raises:
-        ValueError: If ``strict`` and a record is bad, no record is good, or ``limit`` is below 1.
+        TypeError: If an option is unknown.
+        ValueError: If a record has other parts, ``strict`` and a record is bad, no record is good, or ``limit`` is below 1.
     """
+    _require_known(options)
     skipped: list[Skipped] = []
     rows = list(_good_rows(records, skipped, **options))
     pairs = ImageTextPairs(Dataset.from_list(rows, features=FEATURES if rows else None), skipped)
     if not rows:
-        raise ValueError(f"No image-text pair is left: {pairs.report()}.")
+        raise ValueError(
+            f"No image-text pair is left: {pairs.report()}."
+            if skipped
+            else "There are no records, but at least one image with a caption is needed."
+        )
     if skipped:
         logger.warning("Image-text pairs: %s", pairs.report())
     return pairs
+
+
+def _require_known(options: Iterable[str]) -> None:
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise TypeError(
+            f"There is no option {unknown[0]!r}. The options are {', '.join(_OPTIONS)}; from_folder has split."
+        )
 
 
 def _good_rows(
@@ -268,6 +295,11 @@ def _good_rows(
         raise ValueError(f"limit is {limit}, but at least 1 is needed. Leave it out to read all images.")
 
     def check(values: tuple[str, Any, Any]) -> tuple[_Record, str | None]:
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(
+                f"A record is {reprlib.repr(values)}, but a name, an image and its captions are needed, such as "
+                '("cat", Path("cat.jpg"), ["a cat"]).'
+            )
         name, image, captions = values
         record = _Record(name, image, tuple(captions) if isinstance(captions, list | tuple) else (captions,))
         try:
@@ -313,26 +345,33 @@ def _storable(image: Any) -> Any:
     return str(image) if isinstance(image, Path) else {"bytes": image} if isinstance(image, bytes) else image
 
 
-def retrieval_set(pairs: ImageTextPairs) -> tuple[list[PILImage.Image], list[str], list[int]]:
+def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image], list[str], list[int]]:
     """Split pairs into distinct images, all texts, and for each text the index of its image.
 
     Args:
-        pairs: The pairs.
+        pairs: The pairs, or their dataset: it has the columns ``image``, ``text`` and ``label``.
 
     Returns:
         Arguments for :class:`slq_embed.evaluation.ImageTextRetrievalEvaluator`.
 
     Raises:
-        ValueError: If the pairs are streamed.
+        ValueError: If the pairs are streamed, or are no pairs.
     """
-    if isinstance(pairs.dataset, IterableDataset):
+    dataset = pairs.dataset if isinstance(pairs, ImageTextPairs) else pairs
+    if isinstance(dataset, IterableDataset):
         raise ValueError(
             "An evaluation needs all pairs at once, but these are streamed. Load the dataset without streaming."
         )
-    labels = np.asarray(pairs.dataset["label"])
+    if not isinstance(dataset, Dataset) or not set(FEATURES) <= set(dataset.column_names):
+        has = f"the columns {dataset.column_names}" if isinstance(dataset, Dataset) else f"a {type(dataset).__name__}"
+        raise ValueError(
+            f"The pairs are {has}, but image-text pairs are needed, with the columns {list(FEATURES)}. Read them with "
+            "from_folder or from_dataset."
+        )
+    labels = np.asarray(dataset["label"])
     _, first_rows, image_of = np.unique(labels, return_index=True, return_inverse=True)
-    images = [read_image(row["image"]) for row in pairs.dataset.select(first_rows)]
-    return images, list(pairs.dataset["text"]), image_of.tolist()
+    images = [read_image(row["image"]) for row in dataset.select(first_rows)]
+    return images, list(dataset["text"]), image_of.tolist()
 
 
 class DistinctImageBatchSampler(NoDuplicatesBatchSampler):
@@ -340,8 +379,17 @@ class DistinctImageBatchSampler(NoDuplicatesBatchSampler):
 
     Pass the class as ``batch_sampler`` of ``SentenceTransformerTrainingArguments``. The host's own
     ``NO_DUPLICATES`` would decode every image to compare them; this compares the ``label`` column.
+
+    Raises:
+        ValueError: If the dataset has no column ``label``, or a column that the trainer would misread.
     """
 
     def __init__(self, dataset: Dataset, *args: Any, **kwargs: Any) -> None:
+        if "label" not in dataset.column_names:
+            raise ValueError(
+                f"The dataset has the columns {dataset.column_names}, but DistinctImageBatchSampler needs 'label': equal "
+                "numbers mark rows of one image. from_folder and from_dataset add it. Or leave the sampler out."
+            )
+        require_inputs(dataset)
         # Renamed, because the host drops label columns before it compares.
         super().__init__(dataset.select_columns("label").rename_column("label", "image"), *args, **kwargs)

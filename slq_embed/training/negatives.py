@@ -15,6 +15,7 @@ from slq_embed.encoding.protocol import Task
 from slq_embed.encoding.stream import collect, stream
 from slq_embed.index.faiss_index import FaissIndex
 from slq_embed.inputs import Skipped
+from slq_embed.training.columns import require_inputs
 from slq_embed.training.read_rows import ReadRows
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def _checked(pairs: ImageTextPairs | Dataset, anchor: str, positive: str) -> Dat
             f"The dataset has the columns {dataset.column_names}, but {', '.join(map(repr, sorted(missing)))} is needed. "
             "Pass anchor=... and positive=..."
         )
+    require_inputs(dataset, (anchor, positive))
     return dataset.with_format(None)
 
 

@@ -19,9 +19,8 @@ from slq_embed.prefix.vision import takes_vision_features
 from slq_embed.store.budget import free_bytes, parse_bytes
 from slq_embed.store.entries import Precision
 from slq_embed.store.prefix_store import Level, PrefixStore
+from slq_embed.training.columns import LABELS, require_inputs
 from slq_embed.training.read_rows import ReadRows
-
-LABELS = ("label", "labels", "score", "scores")  # columns that the host does not encode
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def plan_prefixes(
 
     Args:
         model: The encoder. Its own store, if it has one, does not change.
-        dataset: The training set: rows with an image, a text or both in each column. Rows of one ``label`` count as rows
-            with the same image.
+        dataset: The training set, or image-text pairs: rows with an image, a text or both in each column. Rows of one
+            ``label`` count as rows with the same image.
         epochs: Epochs of the run.
         folder: As for :class:`PrefixStore`.
         budget: As for :class:`PrefixStore`.
@@ -124,8 +123,9 @@ def plan_prefixes(
         The plan. Print it, and set ``model.prefix_store = plan.store()``.
 
     Raises:
-        ValueError: If ``epochs`` or ``sample`` is below 1, or the dataset is streamed or empty.
+        ValueError: If ``epochs`` or ``sample`` is below 1, the dataset is streamed or empty, or a column holds no inputs.
     """
+    dataset = getattr(dataset, "dataset", dataset)
     for name, number in (("epochs", epochs), ("sample", sample)):
         if number < 1:
             raise ValueError(f"{name} is {number}, but at least 1 is needed.")
@@ -133,6 +133,7 @@ def plan_prefixes(
         raise ValueError(
             "The dataset is streamed or empty, but the estimate needs its number of rows. Load it without streaming."
         )
+    require_inputs(dataset)
     decoder = decoder_of(model.backbone)
     if levels is None:
         levels = [level for level in get_args(Level) if level != "vision" or takes_vision_features(decoder)]

@@ -131,7 +131,7 @@ def sweep(
         model: The encoder whose backbone, instructions, image processing and prefix store are used. Its own queries do
             not change.
         args: For the host's trainer. Nothing is saved or evaluated before the end.
-        train_dataset: For the host's trainer.
+        train_dataset: For the host's trainer; or image-text pairs.
         variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling``, ``projection``,
             ``query_adapter``, ``deep_queries`` as in :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them);
             ``learning_rate``, which is that of the queries, or all rates by patterns as in the host's
@@ -176,7 +176,8 @@ def sweep(
     source = model.transformer.source
     source.shared = True
     try:
-        host = SentenceTransformerTrainer(model, args, train_dataset=train_dataset, loss=every, **trainer)
+        rows = getattr(train_dataset, "dataset", train_dataset)
+        host = SentenceTransformerTrainer(model, args, train_dataset=rows, loss=every, **trainer)
         host.add_callback(_ClipEach(losses))
         for variant in trained:  # the host does this to its own model
             variant.encoder.forward = host.accelerator.autocast()(variant.encoder.forward)

@@ -10,7 +10,16 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from slq_embed.data import DistinctImageBatchSampler, from_coco, from_dataset, from_folder, from_karpathy, retrieval_set
+from slq_embed.data import (
+    DistinctImageBatchSampler,
+    ImageTextPairs,
+    from_coco,
+    from_dataset,
+    from_folder,
+    from_karpathy,
+    from_records,
+    retrieval_set,
+)
 
 
 @pytest.fixture
@@ -52,6 +61,34 @@ def test_bad_records_are_skipped_counted_and_named(folder, caplog):
     assert pairs.report().startswith("4 skipped: cut.png (")
     assert "caption 0 is empty" in caplog.text
     assert "gone.png" in caplog.text
+
+
+def test_of_many_bad_records_the_first_are_named(folder, caplog):
+    """3,000 names would fill the screen, and the error that matters would be above it."""
+    gone = [(f"gone{n}", folder / "gone.png", "x") for n in range(3000)]
+    with caplog.at_level(logging.WARNING):
+        pairs = from_records([*gone, ("a", folder / "a.png", "one")])
+    assert len(pairs.skipped) == 3000
+    assert pairs.report().startswith("3,000 skipped: gone0 (")
+    assert pairs.report().endswith("; ... and 2,990 more")
+    assert "gone9 (" in pairs.report()
+    assert "gone10 (" not in caplog.text
+    with pytest.raises(ValueError, match=r"No image-text pair is left: 3,000 skipped: gone0 .* and 2,990 more\.$"):
+        from_records(gone)
+    assert "more" not in ImageTextPairs(pairs.dataset, pairs.skipped[:10]).report()
+
+
+def test_records_and_options_that_do_not_fit_say_what_is_needed(folder):
+    for record in [("a.png", "one"), {"name": "a", "image": "a.png", "captions": "one"}, "abc"]:
+        with pytest.raises(ValueError, match=r"A record is .*but a name, an image and its captions are needed"):
+            from_records([record])
+    with pytest.raises(ValueError, match="There are no records, but at least one image"):
+        from_records([])
+    lines(folder, *GOOD)
+    with pytest.raises(TypeError, match=r"There is no option 'limt'\. The options are limit, strict, verify"):
+        from_folder(folder, limt=3)
+    with pytest.raises(TypeError, match="There is no option 'limt'"):  # now, and not when the stream is read
+        from_dataset(from_folder(folder).dataset.to_iterable_dataset(), limt=3)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -202,6 +239,11 @@ def test_a_retrieval_set_has_each_image_once(folder):
     assert len(images) == 2
     assert texts == ["one", "two", "three"]
     assert image_of == [0, 0, 1]
+    dataset = from_folder(folder).dataset
+    assert retrieval_set(dataset)[1:] == (texts, image_of)
+    for other, what in ((str(folder), "a str"), (dataset.remove_columns("label"), r"the columns \['image', 'text'\]")):
+        with pytest.raises(ValueError, match=f"The pairs are {what}, but image-text pairs are needed.*from_folder"):
+            retrieval_set(other)
 
 
 def test_no_batch_has_two_captions_of_one_image():

@@ -28,6 +28,7 @@ def angles(monkeypatch):
         return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32), reasons
 
     monkeypatch.setattr(negatives, "_encode", encode)
+    monkeypatch.setattr(negatives, "require_inputs", lambda dataset, columns: None)  # here "image" holds texts
     monkeypatch.setattr(negatives, "_ANCHORS_A_SEARCH", 2)  # several searches, several additions
     monkeypatch.setattr(negatives, "_ROWS_A_READ", 3)
 

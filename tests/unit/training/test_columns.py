@@ -1,0 +1,66 @@
+"""Columns that the trainer would misread are named before a run, and image-text pairs say where their rows are."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
+
+from slq_embed import SymmetricInfoNCELoss
+from slq_embed.data import DistinctImageBatchSampler
+from slq_embed.training import mine_negatives, plan_prefixes, sweep
+from slq_embed.training.columns import require_inputs
+from tests.training import arguments, toy_pairs
+
+PATHS = Dataset.from_dict({"image": ["photos/0.png", "photos/1.png"], "text": ["a", "b"], "label": [0, 1]})
+NUMBERS = Dataset.from_dict({"anchor": ["a", "b"], "klass": [3, 4], "label": [0, 1]})
+READERS = {
+    "sampler": lambda model, dataset: DistinctImageBatchSampler(dataset, batch_size=2, drop_last=False),
+    "plan": lambda model, dataset: plan_prefixes(model, dataset, epochs=2),
+    "mining": lambda model, dataset: mine_negatives(
+        model, dataset, anchor=dataset.column_names[1], positive=dataset.column_names[0], num_negatives=1
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_paths_that_would_be_texts_are_refused(encoder, reader):
+    with pytest.raises(
+        ValueError, match=r"'image' holds strings.*always a text.*cast_column\('image', datasets\.Image"
+    ):
+        READERS[reader](encoder, PATHS)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_column_of_numbers_is_named(encoder, reader):
+    with pytest.raises(ValueError, match=r"'klass' holds int64.*remove_columns\('klass'\)"):
+        READERS[reader](encoder, NUMBERS)
+
+
+def test_texts_images_and_labels_pass():
+    require_inputs(toy_pairs(2).dataset)
+    require_inputs(PATHS.rename_column("image", "said").add_column("score", [0.5, 0.5]))
+    require_inputs(PATHS.with_transform(lambda batch: batch))  # who knows what it gives
+
+
+def test_the_sampler_names_the_column_that_it_needs():
+    with pytest.raises(ValueError, match=r"\['image', 'text'\], but DistinctImageBatchSampler needs 'label'"):
+        DistinctImageBatchSampler(toy_pairs(2).dataset.remove_columns("label"), batch_size=2, drop_last=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": -1}], ids=["steps", "epochs"])
+def test_the_trainer_is_given_pairs_in_place_of_their_dataset(encoder, tmp_path, settings):
+    with pytest.raises(AttributeError, match=r"pass pairs\.dataset instead"):
+        SentenceTransformerTrainer(
+            encoder,
+            arguments(tmp_path, **settings),
+            train_dataset=toy_pairs(4),
+            loss=SymmetricInfoNCELoss(encoder),
+        )
+
+
+def test_pairs_do_where_a_dataset_does(encoder, tmp_path):
+    pairs = toy_pairs(4)
+    assert len(pairs) == 4
+    assert len(plan_prefixes(encoder, pairs, epochs=2, levels=["keys_values"]).options) == 2
+    assert sweep(encoder, arguments(tmp_path, max_steps=1), pairs, [{"num_queries": 2}]).variants[0].loss > 0
