@@ -86,7 +86,8 @@ class SLQEmbeddings(BaseModel, Embeddings):
     truncate_dim: PositiveInt | None = Field(default=None, frozen=True)
     """Numbers of an embedding to keep, for models trained for that; what is left is normalised again."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict, repr=False, frozen=True)
-    """Further arguments for :class:`slq_embed.SLQEncoder`: ``revision``, ``token``, ``backbone``, ``model_kwargs``..."""
+    """Further arguments for :class:`slq_embed.SLQEncoder`: ``revision``, ``token``, ``backbone``, ... Those of the backbone
+    are one level deeper: ``{"model_kwargs": {"dtype": "float16"}}``."""
     show_progress: bool = False
     """Whether to show a progress bar."""
     fetch_urls: bool = False
@@ -177,13 +178,14 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """Embed texts to be searched.
 
         Args:
-            texts: Always texts, even if they spell a path or a URL.
+            texts: A str is always a text, even if it spells a path or a URL. Anything else is read as an input of
+                ``SLQEncoder.encode``, such as a PIL image.
 
         Returns:
             A vector of length ``H`` for each text, with norm 1.
 
         Raises:
-            UnreadableInputsError: If something is no text; its message names which.
+            UnreadableInputsError: If something cannot be read; its message names which.
             RuntimeError: If one text alone does not fit into memory.
         """
         return embed(
@@ -194,13 +196,13 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """Embed a text that is searched with.
 
         Args:
-            text: Always a text, even if it spells a path or a URL.
+            text: As for :meth:`embed_documents`.
 
         Returns:
             A vector of length ``H``, with norm 1.
 
         Raises:
-            UnreadableInputsError: If it is no text.
+            UnreadableInputsError: If it cannot be read.
             RuntimeError: If it does not fit into memory.
         """
         return embed(self.encoder, [text], task="query", prompt=self.query_prompt, **self._settings())[0].tolist()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.serving import UnreadableInputsError, shared_encoder
@@ -40,6 +41,20 @@ def test_a_text_is_only_ever_a_text(embeddings, gallery):
     path = gallery.paths[0]
     assert close(embeddings.embed_query(path), embeddings.encoder.encode({"text": path}))
     assert not close(embeddings.embed_documents([path]), embeddings.embed_image([path]))
+
+
+def test_what_is_no_text_is_an_input_of_the_model(embeddings, gallery):
+    with Image.open(gallery.paths[0]) as picture:
+        assert close(embeddings.embed_documents([picture]), embeddings.embed_image([picture]))
+    with pytest.raises(UnreadableInputsError, match="1 of 1 inputs cannot be read: input 0"):
+        embeddings.embed_query(3)
+
+
+def test_arguments_of_the_backbone_are_one_level_deeper():
+    half = SLQEmbeddings(model=FOLDER, device="cpu", model_kwargs={"model_kwargs": {"dtype": "float16"}})
+    assert half.encoder.backbone.dtype == torch.float16
+    with pytest.raises(TypeError, match="dtype"):  # as in langchain-huggingface
+        SLQEmbeddings(model=FOLDER, device="cpu", model_kwargs={"dtype": "float16"})
 
 
 def test_every_form_of_an_image_is_read(embeddings, gallery):

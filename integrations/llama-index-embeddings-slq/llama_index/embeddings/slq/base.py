@@ -115,6 +115,8 @@ class SLQEmbedding(MultiModalEmbedding):
         api_key: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(model_name, SLQEncoder):
+            raise ValueError("model_name is an SLQEncoder. Pass a loaded model as model=: SLQEmbedding(model=encoder).")
         name = _UNKNOWN if model_name is None else str(model_name)
         remote = None
         if (base_url := kwargs.get("base_url")) is not None:
