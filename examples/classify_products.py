@@ -60,7 +60,9 @@ def add_classes(prototypes: Prototypes, things: list[Thing], pictures: int) -> N
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=2, choices=range(5), help="example pictures a class")
+    parser.add_argument(
+        "--pictures", type=int, default=2, choices=range(5), help="example pictures a class (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     model = SLQEncoder(pretrained("slq-tiny"))
     colours = list(COLOURS)[:2] if SMOKE else list(COLOURS)

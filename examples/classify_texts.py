@@ -37,9 +37,15 @@ def label_of(scene: Scene) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labelled", type=int, default=60 if SMOKE else 600, help="labelled texts")
-    parser.add_argument("--asked", type=int, default=20 if SMOKE else 200, help="texts to classify")
+    parser.add_argument(
+        "--labelled", type=int, default=60 if SMOKE else 600, help="labelled texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--asked", type=int, default=20 if SMOKE else 200, help="texts to classify (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
+    if args.labelled < 1 or args.asked < 1:
+        parser.error(f"--labelled is {args.labelled} and --asked {args.asked}, but both must be at least 1")
     rng = Random(0)
     model = SLQEncoder(pretrained("slq-tiny"))
     labelled = sample_scenes(args.labelled, "train")

@@ -83,7 +83,9 @@ def contact_sheet(rows: list[tuple[Any, list[Image.Image]]], path: Path) -> None
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write to")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder to write to (default: %(default)s)"
+    )
     output: Path = parser.parse_args(argv).output
     torch.manual_seed(0)
 

@@ -31,14 +31,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from accelerate.utils import send_to_device
-from ray.data import ActorPoolStrategy, DataContext
-from ray.data.checkpoint import CheckpointConfig
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.encoding import encoder_digest, resolve_prompt
+
+try:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data.checkpoint import CheckpointConfig
+except ImportError:  # --help works without it
+    ray = None
 
 IMAGES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"]
 
@@ -221,22 +225,29 @@ def embedded(output: Path) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(pretrained("slq-tiny")), help="folder or hub name of the SLQ model")
+    add("--model", default=str(pretrained("slq-tiny")), help="folder or hub name; by default slq-tiny, a toy model")
     add("--input", nargs="+", required=True, help="a folder of images; parquet, jsonl or tar files")
-    add("--output", type=Path, default=Path("output/embeddings"))
+    add("--output", type=Path, default=Path("output/embeddings"), help="folder to write (default: %(default)s)")
     add("--id", help="column that names each row (parquet, jsonl)")
     add("--image", help="column with images (not for a folder)")
     add("--text", help="column with texts (not for a folder)")
     add("--keep", nargs="*", default=[], help="columns to keep beside the embeddings")
     add("--prompt", help="a system message; by default the model's prompt for documents")
-    add("--batch", type=int, default=32, help="inputs a batch")
+    add("--batch", type=int, default=32, help="inputs a batch (default: %(default)s)")
     add("--actors", type=int, help="copies of the model; by default one a GPU, or one")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the backbone (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if ray is None:
+        raise SystemExit('Ray is not installed. Run: pip install "ray[data]"')
     output, root = args.output.resolve(), Path(args.input[0]).resolve().parent
     kind = kind_of(args.input)
     columns = columns_of(kind, args)

@@ -104,18 +104,22 @@ def table(metrics: dict[str, float], paper: dict[str, dict[str, float]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", choices=BENCHMARKS, required=True)
+    parser.add_argument("--benchmark", choices=BENCHMARKS, required=True, help="what to measure")
     parser.add_argument("--data", type=Path, required=True, help="folder with the data as published")
     parser.add_argument("--images", type=Path, help="folder of the image files, if it is elsewhere")
-    parser.add_argument("--model", default="slq-tiny", help="a model: a folder, a hub name, or slq-tiny")
+    parser.add_argument(
+        "--model", default="slq-tiny", help="a model: a folder, a hub name, or slq-tiny (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument(
         "--limit", type=int, help="read only so many images (CIRR, FashionIQ: queries; MMEB: rows a task)"
     )
-    parser.add_argument("--split", default="val", choices=["val", "test1"], help="of CIRR")
-    parser.add_argument("--tasks", type=lambda names: names.split(","), default=MMEB_TASKS, help="of MMEB, with commas")
+    parser.add_argument("--split", default="val", choices=["val", "test1"], help="of CIRR (default: %(default)s)")
+    parser.add_argument(
+        "--tasks", type=lambda names: names.split(","), default=MMEB_TASKS, help="of MMEB, with commas; by default all"
+    )
     parser.add_argument("--embeddings", type=Path, help="folder to keep embeddings in; by default evaluation/...")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="inputs a batch (default: %(default)s)")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("slq_embed.evaluation").setLevel(logging.INFO)  # it says what is being encoded

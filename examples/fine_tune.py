@@ -29,9 +29,13 @@ SMOKE = bool(os.environ.get("SLQ_SMOKE"))
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=64 if SMOKE else 2000)
-    parser.add_argument("--epochs", type=int, default=1 if SMOKE else 2)
-    parser.add_argument("--output", type=Path, default=Path("fine-tune-output"))
+    parser.add_argument(
+        "--scenes", type=int, default=64 if SMOKE else 2000, help="scenes to train on (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=1 if SMOKE else 2, help="passes over them (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("fine-tune-output"), help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # the host would rather have its Trainer used; see demo.py
     torch.manual_seed(0)

@@ -49,9 +49,13 @@ def train_from_start(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=32 if SMOKE else 600)
-    parser.add_argument("--epochs", type=int, default=2 if SMOKE else 4)
-    parser.add_argument("--output", type=Path, default=Path("forget-output"))
+    parser.add_argument(
+        "--scenes", type=int, default=32 if SMOKE else 600, help="scenes to train on (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=2 if SMOKE else 4, help="passes over them (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("forget-output"), help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     pairs = scene_pairs(sample_scenes(args.scenes, "train"), seed=1)
     shutil.rmtree(args.output / "prefixes", ignore_errors=True)

@@ -88,9 +88,13 @@ def draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with captions.jsonl; by default rendered scenes")
-    parser.add_argument("--before", default="mllm-tiny", help="an SLQ model, or a backbone for new queries")
-    parser.add_argument("--after", default="slq-tiny", help="an SLQ model")
-    parser.add_argument("--png", type=Path, default=Path("modality_gap.png"))
+    parser.add_argument(
+        "--before", default="mllm-tiny", help="an SLQ model, or a backbone for new queries (default: %(default)s)"
+    )
+    parser.add_argument("--after", default="slq-tiny", help="an SLQ model (default: %(default)s)")
+    parser.add_argument(
+        "--png", type=Path, default=Path("modality_gap.png"), help="picture to write (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     pictures, texts = load_pairs(args.data)
     models = {f"before ({Path(args.before).name})": args.before, f"after ({Path(args.after).name})": args.after}

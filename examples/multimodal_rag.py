@@ -57,9 +57,16 @@ FRAMEWORKS = {"slq": with_slq, "langchain": with_langchain, "llama-index": with_
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("query", nargs="?", default="a red circle", help="a shape, as the toy backbone knows it")
-    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
-    parser.add_argument("--pictures", type=Path, default=Path("rag-pictures"))
+    parser.add_argument(
+        "query", nargs="?", default="a red circle", help="a shape, as the toy backbone knows it (default: %(default)s)"
+    )
+    parser.add_argument("--framework", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS), help="by default all")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        default=Path("rag-pictures"),
+        help="folder of pictures, which is made (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     scenes = sample_scenes(200, "test")
     args.pictures.mkdir(parents=True, exist_ok=True)

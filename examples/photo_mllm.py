@@ -266,15 +266,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with captions.jsonl")
     parser.add_argument("--split", help="only rows with this value of 'split'")
     parser.add_argument("--limit", type=int, help="read so many photos only")
-    parser.add_argument("--captions", type=int, default=5, help="captions a photo, at most")
-    parser.add_argument("--holdout", type=int, default=16, help="photos at the end that are not trained on")
-    parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--steps", type=int, default=2 if SMOKE else -1, help="stop after so many steps")
-    parser.add_argument("--batch", type=int, default=8, help="photos a step, each with its captions")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output/photo-mllm"))
+    parser.add_argument("--captions", type=int, default=5, help="captions a photo, at most (default: %(default)s)")
+    parser.add_argument(
+        "--holdout", type=int, default=16, help="photos at the end that are not trained on (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the photos (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=2 if SMOKE else -1,
+        help="stop after so many steps; by default after the last epoch",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=8, help="photos a step, each with its captions (default: %(default)s)"
+    )
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest rate (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/photo-mllm"), help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     torch.manual_seed(args.seed)

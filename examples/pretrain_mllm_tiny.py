@@ -332,10 +332,12 @@ def worker(rank: int, world: int, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--vision-steps", type=int, default=600, help="steps of stage one")
-    parser.add_argument("--steps", type=int, default=1900, help="steps of stage two")
-    parser.add_argument("--processes", type=int, default=2, help="training processes, one thread each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=600, help="steps of stage one (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1900, help="steps of stage two (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="training processes, one thread each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (default: %(default)s)")
     args = parser.parse_args(argv)
     mp.spawn(worker, args=(args.processes, args), nprocs=args.processes)
 

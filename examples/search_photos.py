@@ -74,18 +74,31 @@ def gallery(page: Path, text: str, image: Path | None, hits: list[Hit], files: d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of photos; by default ./scenes, which is made")
-    parser.add_argument("query", nargs="?", default="", help="what to look for, in words")
+    parser.add_argument(
+        "query", nargs="?", default="", help="what to look for, in words; by default three yellow rings"
+    )
     parser.add_argument("--image", type=Path, help="a picture; with words, both at once (slq-tiny was not trained to)")
-    parser.add_argument("--model", default="slq-tiny", help="an SLQ model: a folder, a hub name, or slq-tiny")
+    parser.add_argument(
+        "--model", default="slq-tiny", help="an SLQ model: a folder, a hub name, or slq-tiny (default: %(default)s)"
+    )
     parser.add_argument("--index", type=Path, help="where to keep the index; by default FOLDER/.slq-index")
-    parser.add_argument("--html", type=Path, default=Path("gallery.html"), help="the page to write")
-    parser.add_argument("-k", type=int, default=12, help="how many photos to show")
+    parser.add_argument(
+        "--html", type=Path, default=Path("gallery.html"), help="the page to write (default: %(default)s)"
+    )
+    parser.add_argument("-k", type=int, default=12, help="how many photos to show (default: %(default)s)")
     args = parser.parse_args(argv)
     folder, text = args.folder or make_photos(Path("scenes")), args.query or ("" if args.image else QUERY)
     if not folder.is_dir():
         parser.error(f"there is no folder {folder}")
+    if args.image and not args.image.is_file():
+        parser.error(f"there is no picture {args.image}")
+    if args.k < 1:
+        parser.error(f"-k is {args.k}, but at least 1 photo is to be shown")
     index_folder = args.index or folder / ".slq-index"
-    model = SLQEncoder(pretrained(args.model) if args.model == "slq-tiny" else args.model)
+    try:
+        model = SLQEncoder(pretrained(args.model) if args.model == "slq-tiny" else args.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model cannot be loaded: {error}")
     index = (
         EmbeddingIndex.load(index_folder, model) if (index_folder / "index.json").exists() else EmbeddingIndex(model)
     )

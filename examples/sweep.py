@@ -33,8 +33,10 @@ VARIANTS = [
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=64 if SMOKE else 1000)
-    parser.add_argument("--steps", type=int, default=2 if SMOKE else 60)
+    parser.add_argument(
+        "--scenes", type=int, default=64 if SMOKE else 1000, help="scenes to train on (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=2 if SMOKE else 60, help="steps to train (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), seed=0)

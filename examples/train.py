@@ -15,7 +15,7 @@ at 1, 5 and 10 both ways, before and after, with the model in OUTPUT/model.
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_datas
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from slq_embed.training import CachedSymmetricInfoNCELoss, learning_rate_mapping
 
-DATA = Path(os.environ.get("SLQ_DATA", "../shared/data")) / "flickr8k"
+RUN = ("data", "stream", "columns", "buffer", "holdout", "limit", "backbone", "queries", "projection", "query_adapter")
+RUN += ("batch", "learning_rate", "seed")
+"""Options that must stay the same where a run goes on."""
 
 
 def load(folder: Path, holdout: int, limit: int | None) -> tuple[ImageTextPairs, ImageTextPairs]:
     """Training and test pairs: by the file's own split, or the last images."""
     if not holdout:
-        return from_folder(folder, split="train", limit=limit), from_folder(folder, split="val")
+        try:
+            return from_folder(folder, split="train", limit=limit), from_folder(folder, split="val")
+        except ValueError as error:
+            raise SystemExit(f"{error} To measure on the last images, add --holdout 20.") from error
     pairs = from_folder(folder)
     labels = pairs.dataset["label"][:]
     if not 0 < holdout <= labels[-1]:
@@ -47,6 +52,16 @@ def load(folder: Path, holdout: int, limit: int | None) -> tuple[ImageTextPairs,
     parts = range(first if limit is None else labels.index(min(limit, labels[first]))), range(first, len(labels))
     training, test = (ImageTextPairs(pairs.dataset.select(rows), pairs.skipped) for rows in parts)
     return training, test
+
+
+def read(args: argparse.Namespace) -> tuple[ImageTextPairs, ImageTextPairs | None]:
+    """Pairs to train on, and pairs to measure on if there are any."""
+    test = None if args.test is None else from_folder(args.test)
+    if args.stream is not None:
+        return stream(args.stream, *args.columns, args.buffer, args.seed), test
+    return (
+        load(args.data, args.holdout, args.limit) if test is None else (from_folder(args.data, limit=args.limit), test)
+    )
 
 
 def stream(files: list[str], image_column: str, text_column: str, buffer: int = 1000, seed: int = 0) -> ImageTextPairs:
@@ -138,45 +153,84 @@ def train(trainer: SentenceTransformerTrainer) -> None:
         )
 
 
+def require_same_run(args: argparse.Namespace) -> None:
+    """Record the settings of a run, or compare them where it goes on.
+
+    Raises:
+        SystemExit: If the run that is there has other settings: it could not be read, or would end as it is.
+    """
+    settings = {name: getattr(args, name) for name in RUN} | {"data": args.data and str(args.data.resolve())}
+    record = args.output / "run.json"
+    if not args.output.is_dir() or get_last_checkpoint(str(args.output)) is None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(settings, indent=1) + "\n", "utf8")
+        return
+    before = json.loads(record.read_text("utf8")) if record.is_file() else {}
+    if other := [name for name in before if before[name] != settings.get(name)]:
+        was = "; ".join(f"--{name.replace('_', '-')} was {before[name]}, and is {settings.get(name)}" for name in other)
+        raise SystemExit(
+            f"{args.output} has a run with other settings: {was}. Give another --output, or these settings."
+        )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, default=DATA, help="folder with captions.jsonl")
+    add("--data", type=Path, help="folder with captions.jsonl")
     add("--stream", nargs="+", help="WebDataset shards or parquet files, in place of --data")
-    add("--columns", nargs=2, default=["image", "text"], help="of the streamed files: image and text")
-    add("--buffer", type=int, default=1000, help="mix so many streamed pairs at a time: as many images are in memory")
+    add(
+        "--columns",
+        nargs=2,
+        default=["image", "text"],
+        help="of the streamed files: image and text (default: %(default)s)",
+    )
+    add(
+        "--buffer",
+        type=int,
+        default=1000,
+        help="mix so many streamed pairs at a time: as many images are in memory (default: %(default)s)",
+    )
     add("--test", type=Path, help="folder with captions.jsonl to measure on; by default a part of --data")
-    add("--holdout", type=int, default=0, help="measure on so many last images (files without split)")
+    add(
+        "--holdout",
+        type=int,
+        default=0,
+        help="measure on so many last images, where the file has no split (default: %(default)s)",
+    )
     add("--limit", type=int, help="train on so many images only")
-    add("--backbone", default=None, help="hub name or folder; by default the embedded mllm-tiny")
-    add("--queries", type=int, default=16)
+    add("--backbone", help="hub name or folder; by default the embedded mllm-tiny")
+    add("--queries", type=int, default=16, help="latent queries (default: %(default)s)")
     add("--projection", action="store_true", help="train a projection head, too")
     add("--query-adapter", action="store_true", help="train an adapter at the queries, too")
-    add("--steps", type=int, default=600)
-    add("--batch", type=int, default=64, help="pairs a step, over all processes")
-    add("--chunk", type=int, default=32, help="rows that are differentiated at a time")
-    add("--learning-rate", type=float, default=2e-2)
+    add("--steps", type=int, default=600, help="steps to train (default: %(default)s)")
+    add("--batch", type=int, default=64, help="pairs a step, over all processes (default: %(default)s)")
+    add("--chunk", type=int, default=32, help="rows that are differentiated at a time (default: %(default)s)")
+    add("--learning-rate", type=float, default=2e-2, help="of the queries (default: %(default)s)")
     add("--prefixes", type=Path, help="folder to keep prefixes in, which all processes share")
     add("--eval-steps", type=int, help="measure after so many steps, too")
-    add("--save-steps", type=int, default=200)
-    add("--report-to", default="none", help="tensorboard, trackio, ...")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("output/slq-photos"), help="checkpoints, and at the end the model")
+    add("--save-steps", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
+    add("--report-to", default="none", help="who gets the loss: tensorboard, trackio, ... (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the queries and the order (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("output/slq-photos"),
+        help="folder of the checkpoints, and at the end of the model (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.stream is None and not args.data.is_dir():
-        raise SystemExit(f"There is no folder {args.data}: skipped. Give one with --data, or set SLQ_DATA.")
+    if args.stream is None and (args.data is None or not args.data.is_dir()):
+        problem = "Which images?" if args.data is None else f"There is no folder {args.data}."
+        raise SystemExit(f"{problem} Give a folder of captioned images with --data, or shards with --stream.")
     torch.manual_seed(args.seed)
-    test = None if args.test is None else from_folder(args.test)
-    if args.stream is not None:
-        training = stream(args.stream, *args.columns, args.buffer, args.seed)
-    elif test is not None:
-        training = from_folder(args.data, limit=args.limit)
-    else:
-        training, test = load(args.data, args.holdout, args.limit)
+    try:
+        training, test = read(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    require_same_run(args)
     if args.stream is None:
         print(f"{len(training.dataset)} captions to train on; {training.report()}")
     settings: dict[str, Any] = {"projection": args.projection, "query_adapter": args.query_adapter or None}

@@ -242,7 +242,7 @@ def count(rows: Rows) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=DATA, required=True)
+    add("--data", choices=DATA, required=True, help="whose recipe")
     add("--backbone", required=True, help=f"{', '.join(BACKBONES)}, mllm-tiny, or a hub name or folder")
     add("--path", type=Path, help="folder of the data")
     add("--images", type=Path, help="folder of the images, if elsewhere")
@@ -252,36 +252,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the test set, if elsewhere (MMEB: of MMEB-eval; without it no evaluation)",
     )
     add("--test-images", type=Path, help="folder of the test set's images, if elsewhere")
-    add("--output", type=Path, default=Path("output/recipe"), help="checkpoints, and at the end the model")
+    add(
+        "--output",
+        type=Path,
+        default=Path("output/recipe"),
+        help="folder of checkpoints and model (default: %(default)s)",
+    )
     add("--limit", type=int, help="read so many images only (MMEB: rows of each set)")
-    add("--queries", type=int)
-    add("--batch", type=int, help="pairs a step, over all processes")
+    add("--queries", type=int, help="latent queries; by default the recipe's")
+    add("--batch", type=int, help="pairs a step, over all processes; by default the recipe's")
     add(
         "--chunk",
         type=int,
         default=32,
-        help="rows that are differentiated at a time: only memory and time depend on it",
+        help="rows that are differentiated at a time: only memory and time depend on it (default: %(default)s)",
     )
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="passes over the data; by default the recipe's")
     add("--steps", type=int, help="stop after so many steps")
-    add("--learning-rate", type=float)
+    add("--learning-rate", type=float, help="of the queries; by default the recipe's")
     add("--max-pixels", type=int, help="largest image, for families that keep the resolution")
     add(
         "--form",
         default="adapter",
         choices=["adapter", "merged"],
-        help="how to save; see docs/guides/save-load-serve.md",
+        help="how to save; see docs/guides/save-load-serve.md (default: %(default)s)",
     )
     add("--prefixes", type=Path, help="folder to keep prefixes in, if that is faster by measurement")
-    add("--save-steps", type=int, default=100)
-    add("--workers", type=int, default=8 if torch.cuda.is_available() else 0, help="processes that preprocess")
-    add("--seed", type=int, default=0)
+    add("--save-steps", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
+    add(
+        "--workers",
+        type=int,
+        default=8 if torch.cuda.is_available() else 0,
+        help="processes that preprocess (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the queries and the order (default: %(default)s)")
     add("--dry-run", action="store_true", help="random weights and synthetic pairs: time, memory, hours to finish")
     add("--layers", type=int, help="dry run: layers of each tower; by default 2 on a CPU, all on a GPU")
-    add("--dry-steps", type=int, default=3, help="dry run: steps to measure; 0 only counts")
+    add("--dry-steps", type=int, default=3, help="dry run: steps to measure; 0 only counts (default: %(default)s)")
     add("--dry-batch", type=int, help="dry run: pairs of a measured step; by default 4 on a CPU, 64 on a GPU")
     add("--card", action="append", help="dry run: NAME,GB,TFLOPS of a card to estimate for; may come several times")
-    add("--utilisation", type=float, default=0.4, help="dry run: assumed share of the card's peak")
+    add(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="dry run: assumed share of the card's peak (default: %(default)s)",
+    )
     add("--json", type=Path, help="dry run: file to write the results to")
     return parser.parse_args(argv)
 

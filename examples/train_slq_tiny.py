@@ -153,15 +153,26 @@ def train_parts(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["queries", "head"], help="what to train")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=["queries", "head"],
+        help="what to train (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="folder to save the models in")
     parser.add_argument("--backbone", default=None, help="folder of mllm-tiny; by default the one that ships")
-    parser.add_argument("--split", default="validation", choices=["validation", "test"])
-    parser.add_argument("--queries", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=4e-2, help="of the queries")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--split",
+        default="validation",
+        choices=["validation", "test"],
+        help="scenes to measure on (default: %(default)s)",
+    )
+    parser.add_argument("--queries", type=int, default=16, help="latent queries (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="steps to train (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="pairs a step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=4e-2, help="of the queries (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the queries and the order (default: %(default)s)")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)  # sums in one order: a seed gives the same model again, and it costs little at this size

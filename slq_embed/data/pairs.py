@@ -94,7 +94,7 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
     rows = list(csv.DictReader(io.StringIO(text))) if file.suffix == ".csv" else _json_lines(text, file)
     split = options.pop("split", None)
     if split is not None:
-        splits = sorted({str(row.get("split")) for row in rows})
+        splits = sorted({str(row.get("split")) for row in rows} - {"None"})
         rows = [row for row in rows if row.get("split") == split]
         _require_rows(rows, split, splits, file)
     captions_by_name: dict[str, list[Any]] = {}
@@ -191,7 +191,7 @@ def from_karpathy(
     if any(not {"filename", "sentences"} <= set(row) for row in rows):
         raise ValueError(f"{annotations} is no Karpathy split file: each image needs 'filename' and 'sentences'.")
     if split is not None:
-        splits = sorted({str(row.get("split")) for row in rows})
+        splits = sorted({str(row.get("split")) for row in rows} - {"None"})
         rows = [row for row in rows if row.get("split") == split]
         _require_rows(rows, split, splits, annotations)
     records = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from slq_embed.toy import COLOURS, SHAPES, Scene, Thing, render
+from tests.scripts import EXAMPLES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -108,6 +110,49 @@ def test_photos_are_made_where_there_are_none(run_example, tmp_path):
     assert len(hits(output)) == 12
     assert (tmp_path / "gallery.html").is_file()
     assert (tmp_path / "scenes" / ".slq-index").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", "nope.png"], "there is no picture nope.png"),
+        (["-k", 0], "-k is 0, but at least 1 photo"),
+        (["--model", "./nofolder"], "--model cannot be loaded: "),
+    ],
+)
+def test_photos_cannot_be_searched_so(run_example, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        run_example("search_photos", *options)
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--labelled", "--asked"])
+def test_no_texts_cannot_be_classified(run_example, capsys, option):
+    with pytest.raises(SystemExit):
+        run_example("classify_texts", option, 0)
+    assert "both must be at least 1" in capsys.readouterr().err
+
+
+class Built(Exception):  # noqa: N818
+    """Ends an example once its options are known."""
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_help_says_what_each_option_is_and_what_it_is_by_default(run_example, monkeypatch, name):
+    """Also where a package is missing that the example needs."""
+
+    def stop(parser, argv):
+        raise Built(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Built) as caught:
+        run_example(name)
+    (parser,) = caught.value.args
+    parser.format_help()
+    for action in parser._actions:
+        assert action.help, f"{action.dest} has no help"
+        if action.default not in (None, False, "", [], argparse.SUPPRESS):
+            assert "default" in action.help, f"{action.dest} does not say its default, {action.default}"
 
 
 def test_fine_tuning_by_fit(run_example, tmp_path):

@@ -114,6 +114,33 @@ def test_a_streamed_run_goes_on_with_the_rows_that_are_left(run_example, tmp_pat
     assert (one - other).abs().max() < 1e-5
 
 
+def test_what_is_missing_is_said_in_a_line(run_example, tmp_path):
+    folder, output = photos(tmp_path / "photos", 4), ["--output", tmp_path / "o"]
+    (tmp_path / "empty").mkdir()
+    for options, message in {
+        (): r"Which images\? Give a folder of captioned images with --data, or shards with --stream\.",
+        ("--data", "nofolder"): r"There is no folder nofolder\. Give a folder of captioned images with --data",
+        ("--data", folder): r"no rows of the split 'train'\. Its splits are: none\..* add --holdout 20\.$",
+        ("--data", tmp_path / "empty"): "There is no caption file in .*empty",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run_example("train", *options, *output)
+
+
+def test_a_run_with_other_settings_does_not_go_on(run_example, tmp_path):
+    """Other queries do not fit the checkpoint; with another learning rate, a finished run would be taken for the new one."""
+    options = ["--data", photos(tmp_path / "photos", 6), "--holdout", 2, *TINY, "--steps", 1, "--save-steps", 1]
+    output = ["--output", tmp_path / "o"]
+    run_example("train", *options, *output)
+    for other, message in (
+        (["--queries", 3], "--queries was 2, and is 3"),
+        (["--learning-rate", 1e-3], r"--learning-rate was 0\.02, and is 0\.001"),
+    ):
+        with pytest.raises(SystemExit, match=rf"has a run with other settings: {message}\. Give another --output"):
+            run_example("train", *options, *output, *other)
+    assert "going on from" in run_example("train", *options, *output, "--steps", 2, "--chunk", 2)
+
+
 @pytest.mark.parametrize("holdout", [12, 300, -1])
 def test_more_images_to_hold_out_than_there_are(run_example, tmp_path, holdout):
     message = (
