@@ -6,8 +6,8 @@ import ast
 import doctest
 import importlib
 import io
-import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -21,7 +21,6 @@ import torch
 
 import slq_embed
 import slq_embed.evaluation
-from slq_embed.toy import Scene, Thing, captions, render, sample_scenes
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "integrations").glob("*/README.md"))]
@@ -51,15 +50,14 @@ def pages_with_blocks() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def photos() -> dict[str, bytes]:
-    """Files of a folder of images: the first one shows a big red circle."""
-    files, rows = {}, []
-    scenes = [Scene("single", Thing("red", "circle"), detail="big"), *sample_scenes(69, "train")]
-    for number, scene in enumerate(scenes):
-        render(scene).save(image := io.BytesIO(), "PNG")
-        files[f"{number}.png"] = image.getvalue()
-        rows.append(json.dumps({"image": f"{number}.png", "captions": captions(scene)[:2]}))
-    return {**files, "captions.jsonl": "\n".join(rows).encode()}
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the pages use, made as a reader makes it: by the first block of "Get started"."""
+    block = BLOCK.search((ROOT / "docs" / "get-started.md").read_text("utf8"))
+    assert block is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("reader"))
+        exec(block["code"], {})
+    return folder / "photos"
 
 
 @pytest.fixture
@@ -78,9 +76,7 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(page, photos, tmp_path
     text = page.read_text("utf8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```py"), "a block is not closed, or does not begin with ```python"
-    (tmp_path / "photos").mkdir()
-    for name, content in photos.items():
-        (tmp_path / "photos" / name).write_bytes(content)
+    shutil.copytree(photos, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
