@@ -39,7 +39,7 @@ def scene_pairs(scenes: list[Scene], seed: int) -> ImageTextPairs:
 
 
 def train(model: SLQEncoder, pairs: ImageTextPairs, output: Path, evaluator: Any = None, **settings: Any) -> float:
-    """Train the model with the host's trainer; returns the seconds it took."""
+    """Train the model with SentenceTransformerTrainer; returns the seconds it took."""
     settings.setdefault("batch_sampler", DistinctImageBatchSampler)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output),

@@ -86,7 +86,7 @@ def build_trainer(
     evaluator: Any = None,
     **settings: Any,
 ) -> SentenceTransformerTrainer:
-    """The host's trainer with the paper's loss.
+    """SentenceTransformerTrainer with the paper's loss.
 
     The batch may have any size whatever the memory: it is embedded and differentiated in chunks, and all processes share
     their negatives.

@@ -173,7 +173,7 @@ BACKBONES = {
 }
 # 20 queries, as the text says ("about 36K" numbers on InternVL3-1B would be 40). Texts are cut at 128 tokens there and at 512
 # characters here, since the saved template counts characters. 100 steps of warm-up are those of the Qwen script. The schedule is not
-# stated in what we have: linear, the host's default.
+# stated in what we have: linear, the trainer's default.
 COMMON = {"queries": 20, "temperature": 0.07, "warmup_steps": 100, "lr_scheduler_type": "linear", "max_text_chars": 512}
 
 
@@ -199,7 +199,7 @@ def build_model(
 
 
 def trainer_of(args: argparse.Namespace, model: SLQEncoder, rows: Rows, **settings: Any) -> SentenceTransformerTrainer:
-    """The host's trainer with the recipe's settings."""
+    """The trainer with the recipe's settings."""
     # The paper's parameter is the temperature itself, and ours its logarithm. Where the first moves by a learning rate, the second
     # moves by that divided by the temperature.
     rates = {r"\blog_temperature$": args.learning_rate / args.temperature}

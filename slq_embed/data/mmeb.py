@@ -104,7 +104,7 @@ def load_mmeb_train(
     images: str | Path | None = None,
     limit: int | None = None,
 ) -> ImageTextPairs:
-    """Read one set of MMEB-train for the host's trainer.
+    """Read one set of MMEB-train for ``SentenceTransformerTrainer``.
 
     Args:
         folder: A copy of ``TIGER-Lab/MMEB-train``: a folder of parquet files for each set, and the unpacked archives of

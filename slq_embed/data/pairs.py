@@ -377,7 +377,7 @@ def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image]
 class DistinctImageBatchSampler(NoDuplicatesBatchSampler):
     """Batches without two captions of one image: for losses to which every other row is a negative.
 
-    Pass the class as ``batch_sampler`` of ``SentenceTransformerTrainingArguments``. The host's own
+    Pass the class as ``batch_sampler`` of ``SentenceTransformerTrainingArguments``. Its own
     ``NO_DUPLICATES`` would decode every image to compare them; this compares the ``label`` column.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation: what the host does not have, and models for mteb."""
+"""Evaluation: what Sentence Transformers does not have, and models for mteb."""
 
 from slq_embed.evaluation.benchmark import mteb_model
 from slq_embed.evaluation.classification import ZeroShotClassificationEvaluator

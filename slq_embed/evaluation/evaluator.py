@@ -14,7 +14,7 @@ from slq_embed.evaluation.encoding import EvaluatorOptions
 
 
 class Evaluator(SentenceEvaluator, ABC):
-    """An evaluator for the host's trainer and for ``model.evaluate``.
+    """An evaluator for ``SentenceTransformerTrainer`` and for ``model.evaluate``.
 
     Args:
         options: What all evaluators take.

@@ -89,7 +89,7 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         return scaled
 
     def embed_minibatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """Embed a chunk; called by the host. In the second pass each chunk takes its share of the temperature's gradient.
+        """Embed a chunk; called by Sentence Transformers. In the second pass each chunk takes its share of the temperature's gradient.
 
         The share goes to the temperature as the model gave it out: in several processes, DDP waits for it there.
         """
@@ -111,7 +111,7 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of all embeddings; called by the host between its two passes.
+        """The loss of all embeddings; called by Sentence Transformers between its two passes.
 
         Args:
             reps: For each column its embeddings, ``(chunk, H)`` a chunk.

@@ -14,7 +14,7 @@ def learning_rate_mapping(
     query_adapter: float = QUERY_ADAPTER,
     deep_queries: float = DEEP_QUERIES,
 ) -> dict[str, float]:
-    """Learning rates for the host's ``SentenceTransformerTrainingArguments(learning_rate_mapping=...)``.
+    """Learning rates for ``SentenceTransformerTrainingArguments(learning_rate_mapping=...)``.
 
     Queries start far from where they end, so they need a rate (``learning_rate``, about 2e-2) at which a head or an adapter,
     which starts as if it were not there, would be thrown about. So those have parameter groups of their own.

@@ -1,4 +1,4 @@
-"""The paper's loss: symmetric InfoNCE with a learnable temperature. The host's losses serve everything else."""
+"""The paper's loss: symmetric InfoNCE with a learnable temperature. Those of Sentence Transformers serve everything else."""
 
 from __future__ import annotations
 

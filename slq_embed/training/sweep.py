@@ -130,15 +130,15 @@ def sweep(
     Args:
         model: The encoder whose backbone, instructions, image processing and prefix store are used. Its own queries do
             not change.
-        args: For the host's trainer. Nothing is saved or evaluated before the end.
-        train_dataset: For the host's trainer; or image-text pairs.
+        args: For ``SentenceTransformerTrainer``. Nothing is saved or evaluated before the end.
+        train_dataset: For the trainer; or image-text pairs.
         variants: A dict of settings for each query set: ``num_queries``, ``seed``, ``init``, ``pooling``, ``projection``,
             ``query_adapter``, ``deep_queries`` as in :meth:`~slq_embed.SLQEncoder.from_backbone` (by default as ``model`` has them);
-            ``learning_rate``, which is that of the queries, or all rates by patterns as in the host's
+            ``learning_rate``, which is that of the queries, or all rates by patterns as in the trainer's
             ``learning_rate_mapping``; and arguments of ``loss``, such as ``temperature``.
         loss: The class of the loss, or a function: it gets the encoder and the rest of the settings.
         evaluator: Measures every variant at the end.
-        **trainer: For the host's trainer.
+        **trainer: Further arguments of the trainer.
 
     Returns:
         The trained variants; print it for a table.
