@@ -42,9 +42,16 @@ class SLQModelCardData(SentenceTransformerModelCardData):
     def save_usage_example_assets(self) -> None:
         """Save no images of the training data."""
 
-    def compute_dataset_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Size, columns and loss of a dataset, without the rows that the host shows."""
-        metrics: dict[str, Any] = super().compute_dataset_metrics(*args, **kwargs)
+    def compute_dataset_metrics(self, dataset: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Size, columns and loss of a dataset, without the rows that the host shows.
+
+        Called by the trainer before it trains, so columns that it would misread are refused here.
+        """
+        from slq_embed.training.columns import require_inputs  # it imports the encoder, which imports this
+
+        if hasattr(dataset, "format"):  # a stream has none
+            require_inputs(dataset)
+        metrics: dict[str, Any] = super().compute_dataset_metrics(dataset, *args, **kwargs)
         return {key: value for key, value in metrics.items() if "example" not in key}
 
     def set_best_model_step(self, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from slq_embed import SymmetricInfoNCELoss
 from slq_embed.data import DistinctImageBatchSampler
@@ -20,7 +21,16 @@ READERS = {
     "mining": lambda model, dataset: mine_negatives(
         model, dataset, anchor=dataset.column_names[1], positive=dataset.column_names[0], num_negatives=1
     ),
+    "trainer": lambda model, dataset: SentenceTransformerTrainer(
+        model, arguments("output"), train_dataset=dataset, loss=MultipleNegativesRankingLoss(model)
+    ),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """A trainer makes its output folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("reader", READERS)
