@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from slq_embed.inputs import Skipped, read_image, report
-from slq_embed.training.columns import require_inputs
+from slq_embed.inputs.columns import require_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("
 """Columns of a training set: an image, one of its captions, and the number of the image."""
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 _OPTIONS = ("limit", "strict", "verify")
-_NAMED = 10
 
 
 @dataclass
@@ -48,10 +47,7 @@ class ImageTextPairs:
 
     def report(self) -> str:
         """One line that counts the skipped records, and names the first 10."""
-        if (more := len(self.skipped) - _NAMED) <= 0:
-            return report(self.skipped)
-        first = "; ".join(f"{row.name} ({row.reason})" for row in self.skipped[:_NAMED])
-        return f"{len(self.skipped):,} skipped: {first}; ... and {more:,} more"
+        return report(self.skipped)
 
     def __len__(self) -> int:
         return len(self.dataset)  # else the trainer asks for max_steps, where it needs .dataset

@@ -43,7 +43,7 @@ def report(skipped: Sequence[Skipped]) -> str:
     """One line that names the first ten skipped inputs, with the reasons, and counts the others."""
     if not skipped:
         return "nothing was skipped"
-    return f"{len(skipped)} skipped: {name_some([f'{row.name} ({row.reason})' for row in skipped])}"
+    return f"{len(skipped):,} skipped: {name_some([f'{row.name} ({row.reason})' for row in skipped])}"
 
 
 def name_some(parts: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from torch import nn
 
+from slq_embed.inputs.columns import require_inputs
 from slq_embed.saving.checkpoints import expect_reload
 
 SNIPPET = """\
@@ -47,8 +48,6 @@ class SLQModelCardData(SentenceTransformerModelCardData):
 
         Called by the trainer before it trains, so columns that it would misread are refused here.
         """
-        from slq_embed.training.columns import require_inputs  # it imports the encoder, which imports this
-
         if hasattr(dataset, "format"):  # a stream has none
             require_inputs(dataset)
         metrics: dict[str, Any] = super().compute_dataset_metrics(dataset, *args, **kwargs)

@@ -15,7 +15,7 @@ from slq_embed.encoding.protocol import Task
 from slq_embed.encoding.stream import collect, stream
 from slq_embed.index.faiss_index import FaissIndex
 from slq_embed.inputs import Skipped
-from slq_embed.training.columns import require_inputs
+from slq_embed.inputs.columns import require_inputs
 from slq_embed.training.read_rows import ReadRows
 
 if TYPE_CHECKING:

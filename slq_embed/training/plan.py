@@ -15,11 +15,11 @@ from sentence_transformers.util import batch_to_device
 
 from slq_embed.backbone.families import decoder_of
 from slq_embed.encoder import SLQEncoder
+from slq_embed.inputs.columns import LABELS, require_inputs
 from slq_embed.prefix.vision import takes_vision_features
 from slq_embed.store.budget import free_bytes, parse_bytes
 from slq_embed.store.entries import Precision
 from slq_embed.store.prefix_store import Level, PrefixStore
-from slq_embed.training.columns import LABELS, require_inputs
 from slq_embed.training.read_rows import ReadRows
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sentence_transformers import CrossEncoder
 
 from slq_embed.inputs import Skipped, report
-from slq_embed.training.columns import LABELS
+from slq_embed.inputs.columns import LABELS
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,8 +9,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from slq_embed import SymmetricInfoNCELoss
 from slq_embed.data import DistinctImageBatchSampler
+from slq_embed.inputs.columns import require_inputs
 from slq_embed.training import mine_negatives, plan_prefixes, sweep
-from slq_embed.training.columns import require_inputs
 from tests.training import arguments, toy_pairs
 
 PATHS = Dataset.from_dict({"image": ["photos/0.png", "photos/1.png"], "text": ["a", "b"], "label": [0, 1]})
