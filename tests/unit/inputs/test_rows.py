@@ -112,6 +112,6 @@ def test_a_chat_is_rendered_as_it_came():
 @pytest.mark.parametrize(("count", "end"), [(10, "9.png (damaged)"), (3000, "9.png (damaged); ... and 2,990 more")])
 def test_a_report_names_ten_and_counts_the_others(count, end):
     line = report([Skipped(f"{number}.png", "damaged") for number in range(count)])
-    assert line.startswith(f"{count} skipped: 0.png (damaged); 1.png")
+    assert line.startswith(f"{count:,} skipped: 0.png (damaged); 1.png")
     assert line.endswith(end)
     assert line.count(".png") == 10
