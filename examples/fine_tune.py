@@ -37,9 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, default=Path("fine-tune-output"), help="folder to write to (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # Sentence Transformers would rather have its Trainer used; see demo.py
+    # Sentence Transformers would rather have its Trainer used; see demo.py.
+    warnings.simplefilter("ignore", FutureWarning)
     torch.manual_seed(0)
 
     model = SLQEncoder.from_backbone(pretrained("mllm-tiny"), num_queries=8, seed=0)

@@ -28,7 +28,8 @@ class Untouched:
     """The checkpoint as transformers loads it, which nothing of this package has seen."""
 
     def __init__(self, folder: Path | str) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        # Frozen, as an encoder's backbone is: where a bias may need a gradient, PyTorch rounds some layers otherwise.
+        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval().requires_grad_(False)
         self.processor = AutoProcessor.from_pretrained(folder)
         kind = self.model.config.model_type
         self.images = {"crop_to_patches": False} if kind == "internvl" else {}
