@@ -259,7 +259,10 @@ def main(argv: list[str] | None = None) -> None:
         **({} if args.stream else {"batch_sampler": DistinctImageBatchSampler}),
     )
     train(trainer)
-    if not trainer.is_world_process_zero():
+    first = trainer.is_world_process_zero()
+    # The processes part here. One that just ended would at times crash in its own clean-up, and torchrun would stop the first one.
+    trainer.accelerator.end_training()
+    if not first:
         return
     if args.stream:
         print(training.report())
