@@ -268,7 +268,10 @@ class LatentQueryTransformer(InputModule):
 
         self.bias._apply(move)
         if recurse and not is_placed(self.backbone):
-            self.backbone._apply(move if is_quantized(self.backbone) else fn)  # a cast would undo what was packed
+            if not is_quantized(self.backbone):
+                self.backbone._apply(fn)
+            elif self.backbone.device != device:  # a cast would undo what was packed
+                self.backbone._apply(move)
             self.query_adapter._apply(move)  # else each part stays beside the layer that it adapts
         return self
 

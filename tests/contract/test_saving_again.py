@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import transformers
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder
 from tests.parts import PARTS, build, files, furthest, trained
 
+LOADS_ADAPTERS = Version(transformers.__version__) >= Version("5.23")  # older ones are refused
 MODELS = {
     "adapter": {},
     "merged": {"form": "merged"},
@@ -34,8 +37,9 @@ def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, se
     assert files(tmp_path / "twice") == files(tmp_path / "once")
     expected = later.encode(mixed)
     assert furthest(SLQEncoder(tmp_path / "twice", device="cpu").encode(mixed), expected) < 1e-5
-    stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=second == "all")
-    assert furthest(stock.encode(mixed), expected) < 1e-5
+    if second != "all" or LOADS_ADAPTERS:
+        stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=second == "all")
+        assert furthest(stock.encode(mixed), expected) < 1e-5
 
 
 def test_other_files_stay(checkpoint, tmp_path):
