@@ -82,7 +82,7 @@ def run(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if holders and elsewhere and operation not in COPIES:
         found = ", ".join(f"{tensor.device} {tuple(tensor.shape)}" for tensor in tensors)
         raise RuntimeError(f"{operation} got tensors on several devices: {found}.")
-    target = kwargs.get("device") or (args[0] if operation in COPIES else tensors[0]).device
+    target = kwargs.get("device") or (args[0] if operation in COPIES else (holders or tensors)[0]).device
     if torch.device(target).type == NAME and "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     of_held = {id(holder.held): holder for holder in holders}

@@ -56,6 +56,7 @@ def test_it_refuses_tensors_on_several_devices():
         "there = torch.nn.Embedding(3, 2).to(DEVICE)\n"
         "assert there(torch.tensor([0, 1], device=DEVICE)).device.type == DEVICE\n"
         "assert there.weight[torch.tensor([0])].shape == (1, 2)\n"  # as CUDA allows
+        "assert (torch.tensor(2.0) * there.weight).device.type == DEVICE\n"  # so too
         "there(torch.tensor([0, 1]))\n",
     )
     assert "aten.embedding.default got tensors on several devices: standin:0 (3, 2), cpu (2,)." in done.stderr
