@@ -10,12 +10,14 @@ from slq_embed.saving.config import CONFIG_NAME, SLQConfig
 from slq_embed.saving.weights import ADAPTER_NAME, DEEP_NAME, QUERIES_NAME
 
 _ADAPTER = ("adapter_config.json", ADAPTER_NAME)
+_MODULES = tuple(f"[0-9]_{name}" for name in ("Dense", "WordWeights", "Pooling", "Normalize"))
 _MERGED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", QUERIES_NAME)
 
 
 def require_other_folder(folder: Path, slq_config: SLQConfig) -> None:
     """Raise a ValueError if the adapter form would be written over the backbone that it names."""
-    if slq_config.form == "adapter" and folder.resolve() == Path(slq_config.backbone).resolve():
+    named = slq_config.form == "adapter" and slq_config.backbone
+    if named and folder.resolve() == Path(slq_config.backbone).resolve():
         raise ValueError(
             f"The adapter form names its backbone, which is {folder} itself. Save to another folder, or with form='merged'."
         )
@@ -31,7 +33,7 @@ def remove_leftovers(folder: Path, slq_config: SLQConfig, written: Collection[st
     """
     if not (folder / CONFIG_NAME).exists():
         return
-    patterns = [*(_MERGED if slq_config.form == "adapter" else _ADAPTER), "slq_query_*.py", "[0-9]_*"]
+    patterns = [*(_MERGED if slq_config.form == "adapter" else _ADAPTER), "slq_query_*.py", *_MODULES]
     if not slq_config.deep_queries:
         patterns.append(DEEP_NAME)
     for path in (path for pattern in patterns for path in folder.glob(pattern) if path.name not in written):

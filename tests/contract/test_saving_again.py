@@ -44,11 +44,14 @@ def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, se
 
 def test_other_files_stay(checkpoint, tmp_path):
     model = build(checkpoint)
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = [tmp_path / name for name in ("notes.txt", "2_notes.txt", "3_drafts/first.txt")]
+    (tmp_path / "3_drafts").mkdir()
+    for path in mine:
+        path.write_text("mine")
     (tmp_path / "config.json").write_text("{}")  # of no saved SLQ model
     for _ in range(2):
         model.save_pretrained(tmp_path)
-        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert all(path.read_text() == "mine" for path in mine)
 
 
 def test_the_adapter_form_is_not_written_over_its_backbone(checkpoint, tmp_path):
@@ -60,3 +63,11 @@ def test_the_adapter_form_is_not_written_over_its_backbone(checkpoint, tmp_path)
     assert files(tmp_path) == before
     again.save_pretrained(tmp_path)
     assert files(tmp_path) == before
+
+
+def test_a_backbone_without_a_name_is_said_wherever_it_is_saved(checkpoint, tmp_path, monkeypatch):
+    model = build(checkpoint)
+    model.slq_config.backbone = ""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="built in memory and has no name"):
+        model.save_pretrained(".")
