@@ -2,12 +2,12 @@
 
     python benchmarks/training.py [--quick] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-4b]
 
-One backbone shape (by default Qwen3-VL, 59 M parameters; random weights: speed and memory do not depend on the
-values), one batch of images (by default of 208 tokens) with texts of 24 words. Times are medians of rounds in which every method
-takes its turn, so that a noisy machine slows all of them alike; preprocessing is left out of all of them. Memory is
-the peak above the loaded weights, each method alone, and on a CPU in a process of its own; the largest batch is a straight line
-through the peaks of two batches. Results are written as they come; a method that fails is among their `errors`. Five epochs with five captions an image are timed as they are for our path; the other
-methods do the same work at every step, so theirs are 25 median steps.
+One backbone shape (by default Qwen3-VL, 59 M parameters; random weights: speed and memory do not depend on the values), one batch of
+images (by default of 208 tokens) with texts of 24 words. Times are medians of rounds in which every method takes its turn, so that a
+noisy machine slows all of them alike; preprocessing is left out of all of them. Memory is the peak above the loaded weights, each
+method alone, and on a CPU in a process of its own; the largest batch is a straight line through the peaks of two batches. Results are
+written as they come; a method that fails is among their `errors`. Five epochs with five captions an image are timed as they are for
+our path; the other methods do the same work at every step, so theirs are 25 median steps.
 
 `prefix` is a step of latent queries; `head` adds a projection head to them, `deep_queries` vectors in each layer, `query_adapter`
 a LoRA that acts at the queries only. `..._stored` is the same step in a later epoch, whose prefixes are kept.
