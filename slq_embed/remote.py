@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm.autonotebook import tqdm
 
 from slq_embed.encoding.batches import input_name
-from slq_embed.inputs.rows import Picture, Row, Skipped, read_row
+from slq_embed.inputs.rows import Picture, Row, Skipped, read_row, report
 
 __all__ = ["PartlyEmbeddedError", "RemoteEncoder"]
 
@@ -41,18 +41,20 @@ class PartlyEmbeddedError(RuntimeError):
     Args:
         reason: What the server's failure says.
         embeddings: ``(number of inputs, H)`` in float32; rows that the server did not give are NaN.
+        skipped: Inputs that could not be read, or were refused, before it failed.
     """
 
-    def __init__(self, reason: str, embeddings: NDArray[np.float32]) -> None:
-        self.reason, self.embeddings = reason, embeddings
+    def __init__(self, reason: str, embeddings: NDArray[np.float32], skipped: Sequence[Skipped] = ()) -> None:
+        self.reason, self.embeddings, self.skipped = reason, embeddings, list(skipped)
         done = int(np.isfinite(embeddings).all(axis=1).sum())
+        before = f" Before that: {report(self.skipped)}" if skipped else ""
         super().__init__(
-            f"{done} of {len(embeddings)} inputs were embedded (error.embeddings holds them), then the server failed: {reason}"
+            f"{done} of {len(embeddings)} inputs were embedded (error.embeddings holds them), then the server failed: {reason}{before}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For processes: an error that cannot be unpickled breaks their pool."""
-        return type(self), (self.reason, self.embeddings)
+        return type(self), (self.reason, self.embeddings, self.skipped)
 
 
 @dataclass
@@ -153,7 +155,8 @@ class RemoteEncoder:
             except (OSError, RuntimeError) as error:
                 if rows is None:
                     raise
-                raise PartlyEmbeddedError(str(error), self._shorten(rows, normalize_embeddings)) from error
+                rows = self._shorten(rows, normalize_embeddings)
+                raise PartlyEmbeddedError(str(error), rows, skipped) from error
             skipped += [Skipped(names[index], reason, index) for index, reason in refused.items()]
             for index, row in found.items():
                 if rows is None:

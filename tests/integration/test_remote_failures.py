@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,7 +135,12 @@ def test_what_was_embedded_before_a_server_fails_is_not_lost(server, local, trun
     server.failures = [(200, answer), (500, {"error": "broken"})]
     with pytest.raises(PartlyEmbeddedError, match=r"^1 of 3 inputs were embedded .*failed: .*500: broken") as raised:
         embed(remote, ["a", "b", "c"], batch_size=1)
+    assert not raised.value.skipped
+    server.failures = [(200, answer), (500, {"error": "broken"})]
+    with pytest.raises(PartlyEmbeddedError, match=r"broken Before that: 1 skipped: input 1 \(missing\.png\)") as raised:
+        embed(remote, ["a", Path("missing.png"), "b"], batch_size=1)
     for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert [row.index for row in error.skipped] == [1]
         assert np.abs(error.embeddings[0] - expected[0]).max() < 1e-5
         assert np.isnan(error.embeddings[1:]).all()
         assert str(error) == str(raised.value)

@@ -188,9 +188,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
             UnreadableInputsError: If something cannot be read; its message names which.
             RuntimeError: If one text alone does not fit into memory.
         """
-        return embed(
-            self.encoder, list(texts), task="document", prompt=self.document_prompt, **self._settings()
-        ).tolist()
+        return embed(self.encoder, texts, task="document", prompt=self.document_prompt, **self._settings()).tolist()
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a text that is searched with.
@@ -250,7 +248,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
         self, sources: Sequence[Any], task: Literal["query", "document"], prompt: str | None
     ) -> list[list[float]]:
         settings = {"fetch_urls": self.fetch_urls, **self._settings()}
-        return embed_images(self.encoder, list(sources), task=task, prompt=prompt, **settings).tolist()
+        return embed_images(self.encoder, sources, task=task, prompt=prompt, **settings).tolist()
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """As :meth:`embed_documents`, in a thread: the event loop stays free."""

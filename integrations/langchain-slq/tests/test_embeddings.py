@@ -70,6 +70,16 @@ def test_every_form_of_an_image_is_read(embeddings, gallery):
     assert not close(both[:1], expected)
 
 
+def test_one_input_is_no_list(embeddings, gallery):
+    for call in (embeddings.embed_image, embeddings.embed_images, embeddings.embed_documents):
+        for one in (gallery.paths[0], Path(gallery.paths[0]).read_bytes()):
+            with pytest.raises(ValueError, match=f"is a {type(one).__name__}, but a list is needed"):
+                call(one)
+    with pytest.raises(ValueError, match="is a dict, but a list is needed"):
+        embeddings.embed_inputs({"text": "a"})
+    assert close(embeddings.embed_documents(iter(["a"])), embeddings.embed_documents(["a"]))
+
+
 def test_nothing_in_nothing_out(embeddings):
     assert embeddings.embed_documents([]) == embeddings.embed_image([]) == embeddings.embed_inputs([]) == []
 
