@@ -26,7 +26,14 @@ from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
 from slq_embed.modules.query_adapter import QueryAdapter
-from slq_embed.saving.assembly import QuerySet, build_modules, load_modules, rebuild_modules, require_form
+from slq_embed.saving.assembly import (
+    QuerySet,
+    build_modules,
+    load_modules,
+    rebuild_modules,
+    require_form,
+    require_text_limit,
+)
 from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
@@ -75,8 +82,7 @@ class SLQEncoder(SentenceTransformer):
                 "SLQEncoder came without a model. Give the folder or hub name of a saved SLQ model, or put latent queries on a "
                 "backbone with SLQEncoder.from_backbone."
             )
-        if (backend := kwargs.get("backend", "torch")) != "torch":
-            raise ValueError(f"backend is {backend!r}, but an SLQEncoder computes in torch only. Leave backend out.")
+        _require_torch(kwargs)
         self._replacement = (backbone,)  # a tuple, because nn.Module is not ready yet
         if isinstance(backbone, PreTrainedModel):
             kwargs.setdefault("device", str(backbone.device))
@@ -126,13 +132,16 @@ class SLQEncoder(SentenceTransformer):
             **kwargs: As for ``SentenceTransformer``: ``device``, ``revision``, ``token``, ``cache_folder``,
                 ``local_files_only``, ``trust_remote_code``, ``model_kwargs``, ``processor_kwargs``, ``prompts``, ...
                 And what transformers takes for the backbone: ``dtype``, ``attn_implementation``, ``device_map``,
-                ``quantization_config``. ``backbone_name``: what to record where a loaded model has no name.
+                ``quantization_config``. ``backbone_name``: what to record in place of the name that it has.
 
         Raises:
             ValueError: If the backbone is unsupported, has too few free rows for the adapter form, or an argument
                 does not fit.
             OSError: If nothing can be loaded from there.
         """
+        require_form(form)
+        require_text_limit(max_text_chars)
+        _require_torch(kwargs)
         loaded = load_or_share(backbone, processor, kwargs)
         query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = build_modules(
@@ -333,3 +342,8 @@ class SLQEncoder(SentenceTransformer):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
         return CheckpointState(model_name_or_path)
+
+
+def _require_torch(arguments: Mapping[str, Any]) -> None:
+    if (backend := arguments.get("backend", "torch")) != "torch":
+        raise ValueError(f"backend is {backend!r}, but an SLQEncoder computes in torch only. Leave backend out.")

@@ -89,6 +89,12 @@ def require_form(form: str) -> None:
         raise ValueError(f"form is {form!r}, but one of {get_args(Form)} is needed.")
 
 
+def require_text_limit(max_text_chars: int) -> None:
+    """Raise a ValueError if this is no number of characters."""
+    if type(max_text_chars) is not int or max_text_chars < 1:
+        raise ValueError(f"max_text_chars is {max_text_chars!r}, but an int of at least 1 is needed.")
+
+
 def build_modules(
     loaded: LoadedBackbone,
     query_set: QuerySet,
@@ -117,9 +123,6 @@ def build_modules(
     Raises:
         ValueError: If no schedule is exact on the backbone, or an argument does not fit.
     """
-    require_form(form)
-    if type(max_text_chars) is not int or max_text_chars < 1:
-        raise ValueError(f"max_text_chars is {max_text_chars!r}, but an int of at least 1 is needed.")
     backbone, processor = loaded.model, private_processor(loaded.processor)
     family = family_of(backbone.config)
     image_kwargs = {**family.image_kwargs, **(image_kwargs or {})}

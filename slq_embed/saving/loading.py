@@ -72,14 +72,14 @@ def load_or_share(
     device = arguments.pop("device", None)
     for argument in _HUB:
         arguments.pop(argument, None)
-    name = arguments.pop("backbone_name", None)
+    recorded = arguments.pop("backbone_name", None)
     model_kwargs = {key: value for key in _MODEL if (value := arguments.pop(key, None)) is not None}
     model_kwargs |= arguments.pop("model_kwargs", None) or {}
     processor_kwargs = arguments.pop("processor_kwargs", None) or {}
     if isinstance(backbone, PreTrainedModel):
         _require_unquantized(model_kwargs)
         family_of(backbone.config)
-        model, name, commit = backbone, name or backbone.name_or_path, hub.get("revision")
+        model, name, commit = backbone, recorded or backbone.name_or_path, hub.get("revision")
         if processor is None and not name:
             raise ValueError("A backbone without a name came without its processor: pass processor=.")
         device = device or model.device
@@ -93,12 +93,15 @@ def load_or_share(
             if Path(name).is_dir():
                 raise
             raise OSError(f"{_not_found(name)} ({error})") from error
-        commit = commit_of(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
+        if recorded is None:  # else it would be a commit of another name
+            commit = commit_of(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
+        else:
+            commit = None
         if is_placed(model):
             device = model.device
     if processor is None:
         processor = load_processor(name, **hub, **processor_kwargs)
-    return LoadedBackbone(model, processor, _place(name), commit, device)
+    return LoadedBackbone(model, processor, _place(recorded or name), commit, device)
 
 
 def _require_unquantized(model_kwargs: Mapping[str, Any]) -> None:

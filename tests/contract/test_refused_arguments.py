@@ -6,12 +6,14 @@ import pytest
 
 from slq_embed import SLQEncoder, pretrained
 
+NOT_LOADED = "a/backbone-that-takes-minutes-to-load"
+
 
 @pytest.mark.parametrize("form", ["bogus", "Adapter", ""])
-def test_a_form_that_there_is_not_is_refused(encoder, checkpoint, tmp_path, form):
+def test_a_form_that_there_is_not_is_refused(encoder, tmp_path, form):
     message = rf"form is '{form}', but one of \('adapter', 'merged'\) is needed"
     with pytest.raises(ValueError, match=message):
-        SLQEncoder.from_backbone(checkpoint(), form=form)
+        SLQEncoder.from_backbone(NOT_LOADED, form=form)
     with pytest.raises(ValueError, match=message):
         encoder.save_pretrained(tmp_path / "slq", form=form)
     assert not (tmp_path / "slq").exists()
@@ -20,9 +22,9 @@ def test_a_form_that_there_is_not_is_refused(encoder, checkpoint, tmp_path, form
 
 
 @pytest.mark.parametrize("longest", [0, -3, "10", 2.0, True, None])
-def test_texts_of_no_length_are_refused(checkpoint, longest):
+def test_texts_of_no_length_are_refused(longest):
     with pytest.raises(ValueError, match=rf"max_text_chars is {longest!r}, but an int of at least 1 is needed"):
-        SLQEncoder.from_backbone(checkpoint(), max_text_chars=longest)
+        SLQEncoder.from_backbone(NOT_LOADED, max_text_chars=longest)
 
 
 def test_a_limit_in_tokens_is_refused(encoder):
@@ -35,8 +37,9 @@ def test_a_limit_in_tokens_is_refused(encoder):
 @pytest.mark.parametrize("build", [SLQEncoder, SLQEncoder.from_backbone], ids=["load", "from_backbone"])
 def test_another_backend_is_refused(checkpoint, build):
     folder = pretrained("slq-tiny") if build is SLQEncoder else checkpoint()
-    with pytest.raises(ValueError, match="backend is 'onnx', but an SLQEncoder computes in torch"):
-        build(folder, backend="onnx")
+    for name in (folder, NOT_LOADED):
+        with pytest.raises(ValueError, match="backend is 'onnx', but an SLQEncoder computes in torch"):
+            build(name, backend="onnx")
     assert build(folder, backend="torch").backend == "torch"
 
 

@@ -259,6 +259,14 @@ def test_a_model_without_a_name_cannot_be_an_adapter(checkpoint, tmp_path):
         SLQEncoder.from_backbone(model)
 
 
+def test_a_backbone_may_be_read_from_elsewhere_than_the_folder_names(checkpoint, tmp_path):
+    """A copy on a local disk is read, and the hub name is recorded, for whoever gets the folder."""
+    loaded = SLQEncoder.from_backbone(checkpoint(), num_queries=4, backbone_name="org/backbone", revision="main")
+    loaded.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/backbone", None)
+
+
 def test_wrong_folders_and_widths_get_a_clear_error(encoder, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"no saved SLQ model.*SLQEncoder\.from_backbone"):
         SLQEncoder(checkpoint())
