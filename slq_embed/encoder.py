@@ -21,7 +21,7 @@ from slq_embed.encoding.protocol import resolve_prompt
 from slq_embed.encoding.query_sets import encode_query_sets
 from slq_embed.encoding.stream import EncodedBatch, collect, stream
 from slq_embed.encoding.to_file import EncodedFile, encode_to_file
-from slq_embed.inputs.rows import is_one_input, require_list
+from slq_embed.inputs.rows import require_list
 from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
@@ -34,7 +34,7 @@ from slq_embed.saving.assembly import (
     require_form,
     require_text_limit,
 )
-from slq_embed.saving.checkpoints import CheckpointState, failed_reload
+from slq_embed.saving.checkpoints import checkpoint_state, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
 from slq_embed.saving.loading import load_or_share, load_saved
@@ -203,18 +203,6 @@ class SLQEncoder(SentenceTransformer):
         logarithm = self.slq_config.log_temperature if learned is None else float(learned.detach())
         return None if logarithm is None else math.exp(logarithm)
 
-    @property
-    def max_seq_length(self) -> int | None:
-        """No limit in tokens. ``max_text_chars`` of :meth:`from_backbone` limits a text; setting this is an AttributeError."""
-        return self.transformer.max_seq_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        raise AttributeError(
-            "max_seq_length cannot be set: texts are cut by characters, because a cut by tokens would take the latent queries "
-            "with it. Use SLQEncoder.from_backbone(..., max_text_chars=...)."
-        )
-
     @cached_property
     def backbone_fingerprint(self) -> Fingerprint:
         """The fingerprint that saving records; taken once, since the backbone is frozen."""
@@ -253,10 +241,6 @@ class SLQEncoder(SentenceTransformer):
             "An SLQEncoder was wrapped in nn.DataParallel, which Trainers do where one process sees several GPUs. That is not "
             "supported: start one process for each GPU (torchrun --nproc-per-node N ...), or choose one with CUDA_VISIBLE_DEVICES."
         )
-
-    def is_singular_input(self, inputs: Any) -> bool:
-        """Whether this is one input and not a batch; a path, a dict, a chat and an array of numbers are one input."""
-        return is_one_input(inputs) or bool(super().is_singular_input(inputs))
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Turn inputs into features. The host's version would open texts as files, and lose prompts."""
@@ -341,7 +325,7 @@ class SLQEncoder(SentenceTransformer):
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
-        return CheckpointState(model_name_or_path)
+        return checkpoint_state(model_name_or_path)
 
 
 def _require_torch(arguments: Mapping[str, Any]) -> None:

@@ -112,11 +112,6 @@ def reads_videos(processor: Any, config: PretrainedConfig) -> bool:
     return "range(slq.videos)" in processor.chat_template and _NO_VIDEO not in processor.chat_template
 
 
-def counts_images(template: Any) -> bool:
-    """Whether a template of :func:`build_chat_template` counts images; one of older versions writes one in any case."""
-    return isinstance(template, str) and "slq.images" in template
-
-
 def build_chat_template(
     processor: Any,
     query_tokens: Iterable[str],

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from slq_embed.encoding.protocol import Encoder
 from slq_embed.inputs.images import shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Row, Skipped, read_row
 from slq_embed.prefix.features import Features
+
+if TYPE_CHECKING:
+    from slq_embed.encoder import SLQEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Reader(Dataset[Any]):
         options: For the model's ``preprocess``.
     """
 
-    model: Encoder
+    model: SLQEncoder
     prompt: str | None
     options: Mapping[str, Any]
 

@@ -4,54 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol, get_args
-
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slq_embed.backbone.families import image_settings
-from slq_embed.backbone.fingerprint import Fingerprint
-from slq_embed.store.prefix_store import PrefixStore
+
+if TYPE_CHECKING:
+    from slq_embed.encoder import SLQEncoder
 
 Task = Literal["query", "document"]
 
 _PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}  # as the host looks them up
 
 
-class Encoder(Protocol):
-    """The part of :class:`slq_embed.SLQEncoder` that encoding uses: encoding stands below the encoder."""
-
-    slq_config: Any
-    prompts: dict[str, str]
-    truncate_dim: int | None
-    num_workers: int | None
-    prefix_store: PrefixStore | None
-
-    @property
-    def backbone(self) -> PreTrainedModel: ...  # noqa: D102
-    @property
-    def backbone_fingerprint(self) -> Fingerprint: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
-    @property
-    def processor(self) -> ProcessorMixin: ...  # noqa: D102
-    @property
-    def queries(self) -> nn.Parameter: ...  # noqa: D102
-    @property
-    def transformer(self) -> Any: ...  # noqa: D102
-    def __call__(self, features: dict[str, Any]) -> dict[str, Tensor]: ...  # noqa: D102
-    def __iter__(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...  # noqa: D102
-    def get_embedding_dimension(self) -> int | None: ...  # noqa: D102
-    def require_loaded(self) -> None: ...  # noqa: D102
-    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
-    def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str | None: ...
-
-
 def resolve_prompt(
-    model: Encoder, prompt: str | None = None, prompt_name: str | None = None, task: Task | None = None
+    model: SLQEncoder, prompt: str | None = None, prompt_name: str | None = None, task: Task | None = None
 ) -> str | None:
     """The prompt that holds, by the rules of Sentence Transformers.
 
@@ -72,7 +38,7 @@ def resolve_prompt(
     return model._resolve_prompt(prompt, prompt_name) or None
 
 
-def encoder_digest(model: Encoder) -> str:
+def encoder_digest(model: SLQEncoder) -> str:
     """A digest of all that decides an encoder's embeddings, but for the precision that its backbone computes in."""
     backbone = model.backbone_fingerprint
     config = model.slq_config

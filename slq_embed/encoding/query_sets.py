@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slq_embed.backbone.chat_template import replace_queries
 from slq_embed.backbone.families import image_settings
-from slq_embed.encoding.protocol import Encoder
 from slq_embed.encoding.stream import collect, stream
+
+if TYPE_CHECKING:
+    from slq_embed.encoder import SLQEncoder
 
 _OF_THE_HOST = {
     "output_value": "sentence_embedding",
@@ -21,9 +23,9 @@ _OF_THE_HOST = {
 
 
 def encode_query_sets(
-    model: Encoder,
+    model: SLQEncoder,
     inputs: Sequence[Any],
-    query_sets: Mapping[str, Encoder],
+    query_sets: Mapping[str, SLQEncoder],
     *,
     convert_to_numpy: bool = True,
     convert_to_tensor: bool = False,
@@ -62,7 +64,7 @@ def encode_query_sets(
     }
 
 
-def check_query_sets(model: Encoder, query_sets: Mapping[str, Encoder]) -> None:
+def check_query_sets(model: SLQEncoder, query_sets: Mapping[str, SLQEncoder]) -> None:
     """Refuse query sets that would see another prefix.
 
     Raises:
@@ -88,6 +90,6 @@ def check_query_sets(model: Encoder, query_sets: Mapping[str, Encoder]) -> None:
                 raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")
 
 
-def _template(model: Encoder) -> str:
+def _template(model: SLQEncoder) -> str:
     template: Any = model.processor.chat_template
     return replace_queries(template, model.slq_config.tokens.strings, ())

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,9 +18,12 @@ from tqdm.autonotebook import tqdm
 
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoding.batches import Reader, read_features
-from slq_embed.encoding.protocol import Encoder, Task, resolve_prompt
+from slq_embed.encoding.protocol import Task, resolve_prompt
 from slq_embed.inputs.rows import Skipped
 from slq_embed.prefix.features import Features, select_rows
+
+if TYPE_CHECKING:
+    from slq_embed.encoder import SLQEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class EncodedBatch:
 
 
 def stream(
-    model: Encoder,
+    model: SLQEncoder,
     inputs: Iterable[tuple[int, Any]],
     *,
     batch_size: int = 32,
@@ -50,7 +53,7 @@ def stream(
     task: Task | None = None,
     truncate_dim: int | None = None,
     normalize_embeddings: bool = False,
-    query_sets: Mapping[str, Encoder] | None = None,
+    query_sets: Mapping[str, SLQEncoder] | None = None,
     strict: bool = False,
     show_progress_bar: bool = False,
     total: int | None = None,

@@ -8,17 +8,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from slq_embed.backbone.fingerprint import settings_digest
-from slq_embed.encoding.protocol import Encoder, encoder_digest, resolve_prompt
+from slq_embed.encoding.protocol import encoder_digest, resolve_prompt
 from slq_embed.encoding.stream import stream
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Skipped, read_row, report, require_list
+
+if TYPE_CHECKING:
+    from slq_embed.encoder import SLQEncoder
 
 _PENDING, _DONE, _SKIPPED = 0, 1, 2
 _BATCHES_A_FLUSH = 16
@@ -58,7 +61,7 @@ class EncodedFile:
 
 
 def encode_to_file(
-    model: Encoder,
+    model: SLQEncoder,
     inputs: Sequence[Any],
     path: Path,
     *,
@@ -159,7 +162,7 @@ def encode_to_file(
     return result
 
 
-def _model_digest(model: Encoder, prompt: str | None, normalize: bool) -> str:
+def _model_digest(model: SLQEncoder, prompt: str | None, normalize: bool) -> str:
     settings = settings_digest(model.backbone, model.processor, model.slq_config.image_kwargs)
     whole = encoder_digest(model).encode() + settings + repr(prompt).encode() + (b"normalized" if normalize else b"")
     return hashlib.sha256(whole).hexdigest()

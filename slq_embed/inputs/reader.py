@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.chat_template import counts_images, reads_videos
+from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import family_of, tokenizer_of
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
@@ -84,11 +84,6 @@ class InputReader:
             raise ValueError(f"There is {'a video' if row.videos else 'an image'}, but a {kind} reads texts only.")
         if row.videos and not self.reads_videos:
             raise ValueError(f"There is a video, but this {kind} reads no videos. Pass some of its frames as images.")
-        if len(row.pictures) > 1 and not counts_images(self.processor.chat_template):
-            raise ValueError(
-                f"There are {len(row.pictures)} images, but this model was saved by a version of slq-embed that reads one image "
-                "an input. Build it again with SLQEncoder.from_backbone, and load its queries."
-            )
 
     def render(self, rows: Sequence[Row], prompt: str | None) -> list[str]:
         """The chat of each row, with the query tokens at its end.

@@ -23,7 +23,7 @@ from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
-from slq_embed.prefix.features import Features, make_room, move_padding_left, run_in_passes, select_rows
+from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
 from slq_embed.prefix.keys import keys_to_tensor
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
@@ -150,6 +150,13 @@ class LatentQueryTransformer(InputModule):
         """No limit in tokens: the chat template caps the text in characters."""
         return int(self.tokenizer.model_max_length)
 
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        raise AttributeError(
+            "max_seq_length cannot be set: texts are cut by characters, because a cut by tokens would take the latent queries "
+            "with it. Use SLQEncoder.from_backbone(..., max_text_chars=...)."
+        )
+
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, *, keyed: bool = True, **kwargs: Any
     ) -> Features:
@@ -210,7 +217,9 @@ class LatentQueryTransformer(InputModule):
         if isinstance(prefix, Prefix):
             states = run_queries(self.query_decoder, prefix, self.cast_queries(), self.query_ids())
         else:
-            states = run_in_passes(self.all_positions, prefix, len(self.queries), self.source.image_token)
+            rows = {index: index for index in range(len(prefix["input_ids"]))}
+            found = self.source.run(prefix, rows, lambda decoder, part: self.all_positions(part))
+            states = torch.stack([found[index] for index in rows])
         return states.to(self.queries.device, torch.float32)
 
     def all_positions(self, features: Features) -> Tensor:

@@ -25,10 +25,6 @@ class PrefixReadyError(Exception):
     """The last layer has its keys and values. Nothing that the backbone computes after them reaches the queries."""
 
 
-class UnknownStateError(ValueError):
-    """A layer of the backbone keeps a state of another kind than keys, values and linear attention."""
-
-
 class _LinearLayer(LinearAttentionLayer):
     """Keeps its state out of place: the backward pass needs the state that a query saw."""
 
@@ -38,7 +34,7 @@ class _LinearLayer(LinearAttentionLayer):
         return recurrent_states
 
 
-class _BackboneCache(DynamicCache):
+class BackboneCache(DynamicCache):
     """A cache whose layers grow only.
 
     A layer with a sliding window keeps all positions here, and its mask hides the old ones. So rows of different lengths
@@ -46,11 +42,11 @@ class _BackboneCache(DynamicCache):
 
     Args:
         config: The backbone's configuration.
-        stop: Whether to stop the forward pass once the last layer has its keys and values: before its attention, its MLP
-            and the norm.
+        stop: Whether a :class:`PrefixReadyError` ends the forward pass once the last layer has its keys and values: before
+            its attention, its MLP and the norm.
 
     Raises:
-        UnknownStateError: If a layer keeps another kind of state.
+        ValueError: If a layer keeps another kind of state.
     """
 
     def __init__(self, config: PreTrainedConfig, stop: bool = False) -> None:
@@ -62,39 +58,28 @@ class _BackboneCache(DynamicCache):
             elif type(layer) is LinearAttentionLayer:
                 self.layers[number] = _LinearLayer(layer.number_of_states)
             elif type(layer) not in _NONE:
-                raise UnknownStateError(
+                raise ValueError(
                     f"Layer {number} of {config.model_type} keeps its state in a {type(layer).__name__}, which no prefix "
                     "can hold."
                 )
             if type(layer) not in _NONE:
                 kept = range(number + 1)
         if not any(isinstance(layer, DynamicLayer) for layer in self.layers):
-            raise UnknownStateError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
+            raise ValueError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
         self._last = len(kept) - 1 if stop else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append, as the host does; then maybe stop."""
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self._last:
             raise PrefixReadyError
         return updated
 
 
-def empty_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A cache for the pass over a prefix, which it ends with a :class:`PrefixReadyError` as soon as it can.
-
-    Args:
-        config: The backbone's configuration.
-
-    Raises:
-        UnknownStateError: If a layer keeps a state that a prefix cannot hold.
-    """
-    return _BackboneCache(config, stop=True)
-
-
 def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
-    """What a pass left in a cache of :func:`empty_cache`."""
+    """What a pass left in a :class:`BackboneCache`."""
     layers: list[tuple[Tensor, ...]] = []
     states: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.layers):
@@ -115,7 +100,7 @@ def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> Dy
         layers: Of a batch, from :func:`read_cache`.
         states: Likewise.
     """
-    cache = _BackboneCache(config)
+    cache = BackboneCache(config)
     for layer, part in zip(cache.layers, layers, strict=True):
         if part:
             layer.lazy_initialization(*part)

@@ -22,7 +22,7 @@ Features are a dict, as Sentence Transformers hands them from module to module. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,22 +136,6 @@ def split_into_passes(lengths: Sequence[int], device: torch.device) -> list[list
             passes.append([])
         passes[-1].append(row)
     return passes
-
-
-def run_in_passes(run: Callable[[Features], Tensor], features: Features, num_queries: int, image_token: int) -> Tensor:
-    """States of the queries, ``(batch, Q, H)``, from passes over whole sequences.
-
-    Args:
-        run: Runs one pass.
-        features: Of the batch.
-        num_queries: How many queries follow each input.
-        image_token: Id of the token that stands for a piece of an image.
-    """
-    lengths = (features["attention_mask"].sum(dim=1) + num_queries).tolist()
-    states: dict[int, Tensor] = {}
-    for group in split_into_passes(lengths, features["input_ids"].device):
-        states |= dict(zip(group, run(select_rows(features, group, image_token)), strict=True))
-    return torch.stack([states[index] for index in range(len(lengths))])
 
 
 def pad_left(rows: Sequence[Tensor], value: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
-from slq_embed.prefix.cache import Layers, PrefixReadyError, States, empty_cache, filled_cache, read_cache
+from slq_embed.prefix.cache import BackboneCache, Layers, PrefixReadyError, States, filled_cache, read_cache
 from slq_embed.prefix.features import Features, backbone_inputs, image_features
 
 
@@ -160,7 +160,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     # Read before the decoder starts: afterwards, these numbers would have to wait for a GPU to finish it.
     last = last_positions(positions, mask).tolist()
     starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
-    cache = empty_cache(decoder.config)
+    cache = BackboneCache(decoder.config, stop=True)
     with suppress(PrefixReadyError):
         decoder(
             input_ids=features["input_ids"],

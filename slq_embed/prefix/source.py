@@ -38,7 +38,7 @@ class PrefixSource:
 
     def __init__(self, backbone: PreTrainedModel, processor: Any, schedule: Schedule = "prefix") -> None:
         self._schedule = schedule
-        self._backbone = (backbone,)
+        self._backbone = backbone
         self._tokenizer = tokenizer_of(processor)
         self.pad_token = int(self._tokenizer.pad_token_id or 0)
         image_token = image_token_of(backbone, processor)
@@ -58,7 +58,7 @@ class PrefixSource:
         Raises:
             ValueError: If nothing of this backbone can be kept at the store's level.
         """
-        backbone = self._backbone[0]
+        backbone = self._backbone
         kind = backbone.config.model_type
         if store is not None and self._schedule == "all_positions":
             raise ValueError(
@@ -80,7 +80,7 @@ class PrefixSource:
 
     @cached_property
     def _weights_digest(self) -> bytes:
-        return weights_digest(self._backbone[0])
+        return weights_digest(self._backbone)
 
     @cached_property
     def _tokenizer_digest(self) -> bytes:
@@ -109,7 +109,7 @@ class PrefixSource:
         Raises:
             RuntimeError: If a prefix was in the store when the batch was built and is not there any more.
         """
-        table = embedding_table(self._backbone[0])
+        table = embedding_table(self._backbone)
         # What is kept must be what the backbone itself computes, not what a trainer's autocast makes of it.
         with torch.autocast(table.device.type, enabled=False) if self.store is not None else nullcontext():
             return self._prefix(features, training, table)
@@ -117,7 +117,7 @@ class PrefixSource:
     def _prefix(self, features: Features, training: bool, table: Tensor) -> Prefix:
         if "prefix_key" not in features:
             everything = {index: index for index in range(len(features["input_ids"]))}
-            by_index = self._run(features, everything, run_prefix)
+            by_index = self.run(features, everything, run_prefix)
             return collate([by_index[index] for index in everything], table.device, table.dtype)
         keys = keys_from_tensor(features["prefix_key"])
         first_index = {key: index for index, key in reversed(list(enumerate(keys)))}
@@ -128,7 +128,7 @@ class PrefixSource:
         rows = {key: memory.rows[key] for key in first_index if key in memory.rows}
         missing = {key: index for key, index in first_index.items() if key not in rows}
         if self.store is None:
-            rows |= self._run(features, missing, run_prefix)
+            rows |= self.run(features, missing, run_prefix)
         elif self.store.level == "keys_values":
             rows |= self._kept(self.store, features, missing, run_prefix, pack_row, unpack_row)
         else:
@@ -144,7 +144,7 @@ class PrefixSource:
             return [[name] for name in names]
         return [[names[index] for index in group] for group in split_into_passes(list(members.values()), device)]
 
-    def _run(self, features: Features, indices: Mapping[T, int], run: Callable[..., list[Any]]) -> dict[T, Any]:
+    def run(self, features: Features, indices: Mapping[T, int], run: Callable[..., Any]) -> dict[T, Any]:
         """What a function of decoder and features gives for rows of a batch, by the names of the rows."""
         _require_inputs(features, indices.values())
         lengths = features["attention_mask"].sum(dim=1).tolist()
@@ -153,7 +153,7 @@ class PrefixSource:
             {name: lengths[index] for name, index in indices.items()}, features["input_ids"].device
         ):
             chosen = select_rows(features, [indices[name] for name in group], self.image_token)
-            found |= dict(zip(group, run(decoder_of(self._backbone[0]), chosen), strict=True))
+            found |= dict(zip(group, run(decoder_of(self._backbone), chosen), strict=True))
         return found
 
     def _kept(
@@ -178,7 +178,7 @@ class PrefixSource:
         Returns:
             For each key its row.
         """
-        table, kept = embedding_table(self._backbone[0]), store._entries
+        table, kept = embedding_table(self._backbone), store._entries
         rows: dict[bytes, Any] = {}
 
         def read(keys: Iterable[bytes]) -> None:
@@ -190,7 +190,7 @@ class PrefixSource:
             try:
                 read(missing)  # again: another process may have written it before the claim
                 ours = {key: indices[key] for key in missing if key in claimed and key not in rows}
-                computed = self._run(features, ours, run)
+                computed = self.run(features, ours, run)
                 store.counts.computed += len(computed)
                 if kept.full:  # then do not pack in vain
                     store.counts.over_budget += len(computed)
@@ -207,7 +207,7 @@ class PrefixSource:
     def _from_vision(
         self, store: PrefixStore, features: Features, indices: Mapping[bytes, int]
     ) -> dict[bytes, PrefixRow]:
-        decoder, table = decoder_of(self._backbone[0]), embedding_table(self._backbone[0])
+        decoder, table = decoder_of(self._backbone), embedding_table(self._backbone)
         is_image = features["input_ids"] == self.image_token
         if (stored := features.get("prefix_stored")) is not None:
             is_image = is_image | stored[:, None]
@@ -219,7 +219,7 @@ class PrefixSource:
             return run_vision(decoder, chosen, self.image_token)
 
         vision = self._kept(store, features, images, run, pack_vision_row, unpack_vision_row)
-        rows = self._run(features, texts, run_prefix)
+        rows = self.run(features, texts, run_prefix)
         for group in self._group({key: len(vision[key]["input_ids"]) for key in images}, table.device):
             joined = join_rows([vision[key] for key in group], self.pad_token)
             rows |= dict(zip(group, run_prefix(decoder, joined), strict=True))

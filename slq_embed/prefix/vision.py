@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slq_embed.backbone.families import family_of
 from slq_embed.prefix.features import backbone_inputs, pad_left
 
 
@@ -20,7 +21,10 @@ def takes_vision_features(decoder: PreTrainedModel) -> bool:
     Args:
         decoder: The backbone without its head.
     """
-    return "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
+    return (
+        family_of(decoder.config).batches_images
+        and "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
+    )
 
 
 @torch.no_grad()

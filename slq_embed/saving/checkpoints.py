@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slq_embed.saving.weights import TEMPERATURE, read_folder
 
 
-class CheckpointState:
-    """What stands in for the second model that the trainer builds from a checkpoint, only to copy its state.
-
-    Args:
-        folder: The checkpoint.
+def checkpoint_state(folder: str | Path) -> Any:
+    """What stands in for the second model that the trainer builds from a checkpoint, only to copy its ``state_dict()``.
 
     Raises:
         ValueError: If the folder is no SLQ model, or its weights are missing or damaged.
     """
-
-    def __init__(self, folder: str | Path) -> None:
-        slq_config, self._state = read_folder(folder)
-        if slq_config.log_temperature is not None:
-            self._state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights and the temperature; the backbone is in no checkpoint."""
-        return self._state
+    slq_config, state = read_folder(folder)
+    if slq_config.log_temperature is not None:
+        state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
+    return SimpleNamespace(state_dict=lambda: state)
 
 
 def expect_reload(model: Any, checkpoint: str) -> None:

@@ -15,17 +15,7 @@ from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.query_adapter import QueryAdapter
 
 FORMAT_VERSION = 2
-"""What this version reads. It writes 1 where nothing but queries is trained, so that earlier versions can read it."""
 CONFIG_NAME = "slq_config.json"
-_SINCE_2 = (
-    "projection",
-    "query_adapter",
-    "deep_queries",
-    "schedule",
-    "query_token_type",
-    "quantization",
-    "query_scores",
-)
 
 
 @dataclass
@@ -84,8 +74,7 @@ class SLQConfig:
         values = json.loads(Path(path).read_text("utf8"))
         if (version := values.pop("format_version")) > FORMAT_VERSION:
             raise ValueError(
-                f"This SLQ model has format {version}, but this slq-embed reads up to "
-                f"{FORMAT_VERSION}. Upgrade slq-embed; plain SentenceTransformer loads the folder as it is."
+                f"This SLQ model has format {version}, but this slq-embed reads up to {FORMAT_VERSION}. Upgrade slq-embed."
             )
         tokens = values.pop("tokens")
         recorded, adapter = values.pop("fingerprint"), values.pop("query_adapter", None)
@@ -111,7 +100,5 @@ class SLQConfig:
 
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
-        values = asdict(self)
-        since_2 = {name: value for name in _SINCE_2 if (value := values.pop(name)) not in (None, False, 0)}
-        values |= since_2 | {"format_version": 2 if since_2 else 1}
+        values = {**asdict(self), "format_version": FORMAT_VERSION}
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", "utf8")

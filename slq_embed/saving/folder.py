@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
@@ -80,30 +80,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     else:
         quantization = quantization_of(model.backbone)
         slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, quantization=quantization)
-    write_folder(folder, slq_config, model.backbone, model.processor, model.state_dict())
-    path = folder / "config_sentence_transformers.json"
-    path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
-
-
-def write_folder(
-    folder: Path,
-    slq_config: SLQConfig,
-    backbone: PreTrainedModel,
-    processor: ProcessorMixin,
-    weights: Mapping[str, Tensor],
-) -> None:
-    """Write everything but the model card and the host's own configuration.
-
-    Args:
-        folder: Where to; it exists.
-        slq_config: What to record.
-        backbone: The frozen backbone; only read.
-        processor: The processor with the SLQ chat template.
-        weights: The trained weights, by their names in the encoder's state dict.
-
-    Raises:
-        ValueError: If the form does not fit the backbone, or the folder is the backbone's own.
-    """
+    backbone, processor, weights = model.backbone, model.processor, model.state_dict()
     require_other_folder(folder, slq_config)
     queries, reference = weights[QUERIES], _reference(Transformer)
     scores = weights[SCORES].tolist() if slq_config.pooling == "weighted" else None
@@ -143,17 +120,19 @@ def write_folder(
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
     for module in _tail(slq_config, rows, queries.shape[1], weights):
         number = len(modules)
-        path = f"{number}_{type(module).__name__}"
-        (folder / path).mkdir(exist_ok=True)
-        module.save(str(folder / path))
+        name = f"{number}_{type(module).__name__}"
+        (folder / name).mkdir(exist_ok=True)
+        module.save(str(folder / name))
         if isinstance(module, WordWeights):  # one item a line would triple the file
-            (folder / path / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
-        modules.append({"idx": number, "name": str(number), "path": path, "type": _reference(type(module))})
+            (folder / name / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
+        modules.append({"idx": number, "name": str(number), "path": name, "type": _reference(type(module))})
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf8")
     remove_leftovers(
         folder, slq_config, {f"{reference.partition('.')[0]}.py", *(str(module["path"]) for module in modules)}
     )
     slq_config.write(folder)
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
 
 
 def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Tensor]) -> list[Any]:

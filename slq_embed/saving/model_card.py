@@ -40,9 +40,6 @@ class SLQModelCardData(SentenceTransformerModelCardData):
     def set_widget_examples(self, dataset: Any) -> None:
         """Show no rows of the training data."""
 
-    def save_usage_example_assets(self) -> None:
-        """Save no images of the training data."""
-
     def compute_dataset_metrics(self, dataset: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Size, columns and loss of a dataset, without the rows that the host shows.
 
@@ -72,9 +69,6 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         """The backbone's hub name, or the last part of its folder: no card tells where someone's files are."""
         name = config.backbone or "in memory"
         return Path(name).name if Path(name).is_absolute() else name
-
-    def run_usage_snippet(self) -> None:
-        """Run nothing on saving; a test runs the snippet."""
 
     def generate_usage_snippet(self) -> str:
         """The snippet, with the hub name or the folder this card is saved in."""

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 
 from slq_embed import SLQEncoder
-from slq_embed.prefix.cache import UnknownStateError, empty_cache
+from slq_embed.prefix.cache import BackboneCache
 from slq_embed.prefix.packing import pack_row, unpack_row
 from slq_embed.prefix.passes import run_prefix
 from tests.families import lfm, others, qwen
@@ -59,5 +59,5 @@ def test_states_of_fixed_size_are_packed_exactly(folders, precision):
     ("config", "words"), [("falcon_h1", "keeps its state in a"), ("mamba2", "would have no length")]
 )
 def test_other_states_are_refused(config: Any, words: str):
-    with pytest.raises(UnknownStateError, match=words):
-        empty_cache(transformers.AutoConfig.for_model(config))
+    with pytest.raises(ValueError, match=words):
+        BackboneCache(transformers.AutoConfig.for_model(config))
