@@ -134,9 +134,6 @@ def plan_prefixes(
             "The dataset is streamed or empty, but the estimate needs its number of rows. Load it without streaming."
         )
     require_inputs(dataset)
-    decoder = decoder_of(model.backbone)
-    if levels is None:
-        levels = [level for level in get_args(Level) if level != "vision" or takes_vision_features(decoder)]
     folder = None if folder is None else Path(folder)
     limit = free_bytes(folder) if budget is None else parse_bytes(budget)
     columns = [name for name in dataset.column_names if name not in LABELS]
@@ -147,6 +144,7 @@ def plan_prefixes(
     spread = np.linspace(0, len(different) - 1, min(sample, len(different))).astype(int)
     chosen = [dataset[int(index)] for index in different[spread]]
     batches = {name: [row[name] for row in chosen] for name in columns}
+    levels = _levels(model, batches) if levels is None else levels
     distinct = _distinct(dataset, columns)
     before = model.prefix_store
     options = []
@@ -174,6 +172,15 @@ def plan_prefixes(
     finally:
         model.prefix_store = before
     return Plan(tuple(options), epochs, folder, limit, precision)
+
+
+def _levels(model: SLQEncoder, batches: Mapping[str, Sequence[Any]]) -> list[Level]:
+    """The levels at which something of these inputs can be kept."""
+    if model.transformer.schedule == "all_positions":
+        return []
+    videos = any(row.videos for batch in batches.values() for row in model.transformer.reader.read(batch))
+    with_vision = not videos and takes_vision_features(decoder_of(model.backbone))
+    return [level for level in get_args(Level) if level != "vision" or with_vision]
 
 
 def _pass(model: SLQEncoder, batches: Mapping[str, Sequence[Any]], store: PrefixStore | None) -> dict[str, float]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.data import ImageTextPairs, from_records
 from slq_embed.training import mine_negatives
-from slq_embed.training.plan import Option, Plan, plan_prefixes
+from slq_embed.training.plan import Option, Plan, _levels, plan_prefixes
+from tests.families import llava
+from tests.families.building import write
 from tests.training import toy_pairs, toy_train
 
 
@@ -86,6 +91,20 @@ def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
     assert levels == [None, "keys_values", "vision"]
     monkeypatch.setattr("slq_embed.training.plan.takes_vision_features", lambda decoder: False)
     assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
+
+
+def test_only_levels_that_keep_something_are_choices(encoder, checkpoint, tmp_path):
+    """Each of them would be refused by the store."""
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("measured with 5.23")
+    other = SLQEncoder.from_backbone(write(tmp_path, llava.llava()), num_queries=2, seed=0, device="cpu")
+    assert [option.level for option in plan_prefixes(other, toy_pairs(4), epochs=2).options] == [None, "keys_values"]
+    video = {"video": np.zeros((4, 32, 32, 3), dtype=np.uint8)}
+    assert _levels(encoder, {"video": [video], "text": ["a"]}) == ["keys_values"]
+    assert _levels(encoder, {"text": ["a"]}) == ["keys_values", "vision"]
+    together = SLQEncoder.from_backbone(checkpoint(), num_queries=2, seed=0, device="cpu")
+    together.transformer.schedule = together.transformer.source._schedule = "all_positions"
+    assert [option.level for option in plan_prefixes(together, toy_pairs(4), epochs=2).options] == [None]
 
 
 def test_a_small_budget_keeps_its_share(encoder):
