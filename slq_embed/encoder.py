@@ -163,7 +163,7 @@ class SLQEncoder(SentenceTransformer):
         deep_queries: bool | None = None,
     ) -> SLQEncoder:
         """Fresh queries, a fresh head and adapter as this encoder has them; arguments as for :meth:`from_backbone`."""
-        num_queries = num_queries or len(self.queries)
+        num_queries = len(self.queries) if num_queries is None else num_queries
         query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = rebuild_modules(self.slq_config, self.transformer, query_set)
         settings = {name: getattr(self, name) for name in _COPIED} | {"prompts": dict(self.prompts)}
@@ -219,13 +219,20 @@ class SLQEncoder(SentenceTransformer):
             raise ValueError(f"prefix_store is {store!r:.100}, but a PrefixStore(...) or None is needed.")
         self.transformer.source.attach(store)
 
-    def forget(self, inputs: Sequence[Any], prompt: str | None = None, prompt_name: str | None = None) -> int:
+    def forget(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        processing_kwargs: Mapping[str, Any] | None = None,
+    ) -> int:
         """Remove the prefixes of inputs from the attached store for good; returns how many were there.
 
         Args:
             inputs: In the form in which they were encoded: an image file and its decoded picture have different keys.
             prompt: Their prompt, as for ``encode``.
             prompt_name: Its name.
+            processing_kwargs: As they were encoded with.
 
         Raises:
             ValueError: If no store is attached, or one input came in place of a list.
@@ -233,7 +240,8 @@ class SLQEncoder(SentenceTransformer):
         require_list(inputs)
         if self.prefix_store is None:
             raise ValueError("There is nothing to forget: no prefix store is attached (model.prefix_store is None).")
-        return self.prefix_store.forget(self.transformer.prefix_keys(inputs, resolve_prompt(self, prompt, prompt_name)))
+        keys = self.transformer.prefix_keys(inputs, resolve_prompt(self, prompt, prompt_name), processing_kwargs)
+        return self.prefix_store.forget(keys)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # nn.DataParallel would split the batch by rows, and pixels lie by patch; all copies would share one backbone.
@@ -320,6 +328,8 @@ class SLQEncoder(SentenceTransformer):
     def _load_modules(self, model_name_or_path: str, *args: Any, **arguments: Any) -> Any:
         saved = load_saved(model_name_or_path, self._replacement[0], arguments)
         self.slq_config, self._model_card_text = saved.slq_config, saved.model_card
+        if saved.slq_config.fingerprint is not None:  # compared already, and of the precision in which it was recorded
+            self.backbone_fingerprint = saved.slq_config.fingerprint
         self._parse_model_config(saved.host_config)
         return OrderedDict((str(number), module) for number, module in enumerate(load_modules(saved))), OrderedDict()
 

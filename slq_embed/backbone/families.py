@@ -256,8 +256,10 @@ def limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> 
     """Set the largest image that a processor passes on, in pixels.
 
     Raises:
-        ValueError: If the family resizes every image to one size.
+        ValueError: If the family resizes every image to one size, or there would be no pixel.
     """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels is {max_pixels}, but at least 1 is needed.")
     if not family_of(backbone.config).resizes_by_area:
         raise ValueError(
             f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}, which resizes every image to one "

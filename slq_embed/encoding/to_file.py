@@ -176,7 +176,9 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
         value = repr(inputs[index]) if isinstance(inputs[index], PdfPage) else inputs[index]
         if isinstance(value, str | Path):
             digest.update(f"{len(str(value))} {value}".encode())
-        elif isinstance(value, Mapping) and all(isinstance(part, str | Path | float | None) for part in value.values()):
+        elif isinstance(value, Mapping) and all(
+            isinstance(part, str | Path | int | float | None) for part in value.values()
+        ):
             digest.update(repr([(key, None if part is None else str(part)) for key, part in value.items()]).encode())
         elif index in sample:
             with suppress(ValueError):  # it will be skipped and named

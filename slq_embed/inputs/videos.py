@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +86,7 @@ class Video:
         """
         if not self.is_file:
             _ = self.frames
-        elif not Path(self.source).is_file():
+        elif not os.path.isfile(self.source):  # noqa: PTH113 - Path.is_file raises an error for a name that is too long
             raise ValueError(
                 f"There is no video file {shortened(Path(self.source))!r}. Check the path (URLs are not fetched)."
             )

@@ -15,13 +15,17 @@ def initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, se
     """Latent queries ``(Q, H)``; see :meth:`slq_embed.SLQEncoder.from_backbone`.
 
     Raises:
-        ValueError: If the initialisation is unknown, or there would be no query.
+        ValueError: If the initialisation is unknown or has another width, or there would be no query.
     """
+    table, width = table.detach(), table.shape[1]
     if isinstance(init, Tensor):
+        if init.ndim != 2 or init.shape[1] != width or not len(init):
+            raise ValueError(
+                f"init has the shape {tuple(init.shape)}, but (number of queries, {width}) is needed for this backbone."
+            )
         return init
     if count < 1:
         raise ValueError(f"num_queries is {count}, but at least 1 is needed.")
-    table, width = table.detach(), table.shape[1]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     noise = torch.randn(count, width, generator=generator)
     choices: dict[str, Callable[[], Tensor]] = {

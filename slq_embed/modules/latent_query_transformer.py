@@ -200,10 +200,15 @@ class LatentQueryTransformer(InputModule):
         features["prefix_key"] = keys_to_tensor(keys)
         return features
 
-    def prefix_keys(self, inputs: Sequence[Any], prompt: str | None = None) -> list[bytes]:
-        """The keys under which the attached store keeps prefixes."""
-        rows = self.reader.read(inputs)
-        return self.reader.keys(rows, self.reader.render(rows, prompt), self.reader.options(), self.source.namespace)
+    def prefix_keys(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[bytes]:
+        """The keys under which the attached store keeps prefixes; arguments as for :meth:`preprocess`."""
+        rows, options = self.reader.read(inputs), self.reader.options(processing_kwargs)
+        return self.reader.keys(rows, self.reader.render(rows, prompt), options, self.source.namespace)
 
     def prefix(self, features: Features) -> Prefix | Features:
         """Everything before the queries, without autograd: kept, or computed once for each distinct input.

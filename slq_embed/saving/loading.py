@@ -77,7 +77,7 @@ def load_or_share(
     model_kwargs |= arguments.pop("model_kwargs", None) or {}
     processor_kwargs = arguments.pop("processor_kwargs", None) or {}
     if isinstance(backbone, PreTrainedModel):
-        _require_unquantized(model_kwargs)
+        _require_no_settings(model_kwargs)
         family_of(backbone.config)
         model, name, commit = backbone, recorded or backbone.name_or_path, hub.get("revision")
         if processor is None and not name:
@@ -104,11 +104,11 @@ def load_or_share(
     return LoadedBackbone(model, processor, _place(recorded or name), commit, device)
 
 
-def _require_unquantized(model_kwargs: Mapping[str, Any]) -> None:
-    if model_kwargs.get("quantization_config") is not None:
+def _require_no_settings(model_kwargs: Mapping[str, Any]) -> None:
+    if given := ", ".join(name for name, value in model_kwargs.items() if value is not None):
         raise ValueError(
-            "The backbone is loaded already, so quantization_config came too late. Give its name or folder in place of the "
-            "loaded model, or load that with from_pretrained(..., quantization_config=...)."
+            f"The backbone is loaded already, so {given} came too late. Give its name or folder in place of the loaded model, or "
+            f"load that with from_pretrained(..., {given.split(',')[0]}=...)."
         )
 
 
@@ -190,7 +190,7 @@ def _find_backbone(
 ) -> PreTrainedModel:
     """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
     if isinstance(backbone, PreTrainedModel):
-        _require_unquantized(model_kwargs)
+        _require_no_settings(model_kwargs)
     elif (quantization := slq_config.quantization) is not None and "quantization_config" not in model_kwargs:
         if quantization["quant_method"] == IN_MEMORY:
             raise ValueError(

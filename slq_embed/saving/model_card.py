@@ -89,5 +89,6 @@ class SLQModelCardData(SentenceTransformerModelCardData):
             "adapted_layers": len(model.transformer.query_adapter),
             "frozen_parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
             "temperature": model.temperature,
+            "inputs": [kind for kind in ("text", "image", "video") if kind in model.transformer.modalities],
             "loss_name": self.loss_name or model.slq_config.loss,
         }

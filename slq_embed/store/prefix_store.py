@@ -40,7 +40,7 @@ class PrefixStore:
         counts: What the store did in this process: ``reused``, ``computed``, ``over_budget`` and ``damaged`` prefixes.
 
     Raises:
-        ValueError: If an argument is none of its choices, or an earlier version of slq-embed wrote the folder.
+        ValueError: If an argument is none of its choices.
     """
 
     def __init__(

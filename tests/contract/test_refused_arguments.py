@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 from slq_embed import SLQEncoder, pretrained
 
@@ -19,6 +22,37 @@ def test_a_form_that_there_is_not_is_refused(encoder, tmp_path, form):
     assert not (tmp_path / "slq").exists()
     assert encoder.slq_config.form == "adapter"
     encoder.save_pretrained(tmp_path / "slq")
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 32), (4, 16)])
+def test_queries_of_another_shape_are_refused(checkpoint, shape):
+    with pytest.raises(ValueError, match=rf"init has the shape {re.escape(str(shape))}, but \(number of queries, 32\)"):
+        SLQEncoder.from_backbone(checkpoint(), init=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_queries_are_refused(encoder, checkpoint, count):
+    for build in (encoder.with_queries, lambda count: SLQEncoder.from_backbone(checkpoint(), num_queries=count)):
+        with pytest.raises(ValueError, match=f"num_queries is {count}, but at least 1 is needed"):
+            build(count)
+
+
+@pytest.mark.parametrize("pixels", [0, -4])
+def test_images_of_no_pixels_are_refused(checkpoint, pixels):
+    with pytest.raises(ValueError, match=f"max_pixels is {pixels}, but at least 1 is needed"):
+        SLQEncoder.from_backbone(checkpoint(), max_pixels=pixels)
+
+
+@pytest.mark.parametrize("setting", ["dtype", "attn_implementation", "quantization_config"])
+def test_settings_of_a_loaded_backbone_are_refused(encoder, tmp_path, setting):
+    given = {setting: "eager"}
+    message = rf"loaded already, so {setting} came too late.*from_pretrained\(\.\.\., {setting}="
+    with pytest.raises(ValueError, match=message):
+        SLQEncoder.from_backbone(encoder.backbone, **given)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SLQEncoder(tmp_path, backbone=encoder.backbone, model_kwargs=given)
+    assert SLQEncoder(tmp_path, backbone=encoder.backbone, model_kwargs={setting: None}).backbone is encoder.backbone
 
 
 @pytest.mark.parametrize("longest", [0, -3, "10", 2.0, True, None])

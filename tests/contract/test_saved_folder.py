@@ -13,12 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
 from tests.checkpoints import build
+from tests.families import others
+from tests.families.building import write
 from tests.forks import needs_fork
 
 
@@ -215,6 +219,22 @@ def test_the_same_backbone_in_another_dtype_is_accepted(saved, dtype):
     assert SLQEncoder(saved / "slq", model_kwargs={"dtype": dtype}).backbone.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
+def test_what_was_saved_from_float16_loads_in_any_precision(checkpoint, saved, tmp_path, dtype):
+    options = {"num_queries": 4, "seed": 0, "device": "cpu", "dtype": torch.float16}
+    SLQEncoder.from_backbone(checkpoint(), **options).save_pretrained(tmp_path / "built")
+    SLQEncoder(saved / "slq", device="cpu").half().save_pretrained(tmp_path / "loaded")
+    for name in ("built", "loaded"):
+        SLQEncoder(tmp_path / name, device="cpu", model_kwargs={"dtype": dtype})
+    record = [json.loads((folder / "slq_config.json").read_text()) for folder in (saved / "slq", tmp_path / "loaded")]
+    assert record[0]["fingerprint"] == record[1]["fingerprint"], "a precision of a load is none of the model"
+    (values := record[1]["fingerprint"])["table_sha256"] = "float16:0"
+    values["table_sample"][0] += 0.5
+    (tmp_path / "loaded" / "slq_config.json").write_text(json.dumps(record[1]))
+    with pytest.raises(ValueError, match="token embeddings differ"):
+        SLQEncoder(tmp_path / "loaded", device="cpu", model_kwargs={"dtype": dtype})
+
+
 def test_a_float16_load_of_another_backbone_is_refused(saved):
     build(saved / "backbone", seed=1)
     with pytest.raises(ValueError, match="embeddings differ"):
@@ -313,3 +333,16 @@ def test_the_model_card_is_right_and_its_snippet_runs(encoder, tmp_path, capsys)
         warnings.simplefilter("ignore")
         exec(snippet, {})
     assert "tensor([[1.0" in capsys.readouterr().out
+
+
+def test_the_card_of_a_language_model_names_texts_only(encoder, tmp_path):
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("measured with 5.23")
+    folder = write(tmp_path / "llama", others.llama())
+    SLQEncoder.from_backbone(folder, num_queries=2, device="cpu").save_pretrained(tmp_path / "slq")
+    card = (tmp_path / "slq" / "README.md").read_text()
+    assert "on a frozen language model" in card
+    assert "| Inputs | text; text is read up to" in card
+    assert "image" not in card
+    encoder.save_pretrained(tmp_path / "both")
+    assert "| Inputs | text, images, videos, both with text; text" in (tmp_path / "both" / "README.md").read_text()

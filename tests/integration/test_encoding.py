@@ -184,6 +184,14 @@ def test_every_text_and_path_of_a_list_of_dicts_is_compared(encoder, folder, tmp
             encoder.encode_to_file([*inputs[:number], other, *inputs[number + 1 :]], file)
 
 
+def test_every_path_beside_a_number_is_compared(encoder):
+    """A video has numbers beside its path."""
+    inputs = [{"video": f"{number}.mp4", "fps": 2, "max_frames": 8} for number in range(100)]
+    changed = [*inputs[:1], {**inputs[1], "video": "other.mp4"}, *inputs[2:]]
+    assert encoded_file._inputs_digest(inputs) == encoded_file._inputs_digest([dict(value) for value in inputs])
+    assert encoded_file._inputs_digest(inputs) != encoded_file._inputs_digest(changed)
+
+
 def test_embeddings_in_a_file(encoder, folder, tmp_path):
     folder[3].write_bytes(b"no image")
     inputs = [*folder, "a text"]

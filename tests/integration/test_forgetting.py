@@ -14,6 +14,16 @@ def build(checkpoint):
     return SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
 
 
+def test_what_was_encoded_with_processing_kwargs_is_forgotten_with_them(checkpoint, images):
+    encoder = build(checkpoint)
+    encoder.prefix_store = PrefixStore()
+    larger = {"image": {"size": {"shortest_edge": 1024, "longest_edge": 4096}}}
+    encoder.encode(images[:1], processing_kwargs=larger)
+    assert encoder.forget(images[:1]) == 0
+    assert encoder.forget(images[:1], processing_kwargs=larger) == 1
+    assert len(encoder.prefix_store) == 0
+
+
 @pytest.mark.parametrize("level", ["keys_values", "vision"])
 def test_forgetting_from_prefixes_computed_one_by_one_is_exact(checkpoint, tmp_path, level):
     """Bit for bit as if what was forgotten had never been there, after every step."""
