@@ -181,7 +181,7 @@ class SLQEncoder(SentenceTransformer):
         """The frozen multimodal LLM: the same object that was passed in, ready to generate."""
         return self.transformer.backbone
 
-    transformers_model = backbone
+    transformers_model = backbone  # the host looks for it among the submodules, and the backbone is none
 
     @property
     def hf_device_map(self) -> dict[str, Any]:

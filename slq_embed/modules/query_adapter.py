@@ -116,12 +116,7 @@ def adapt(twin: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None)
 
 
 def at_the_end(twin: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A twin whose updates act at the last positions of a whole sequence only.
-
-    Args:
-        twin: From :func:`adapt`.
-        count: How many positions.
-    """
+    """A twin of :func:`adapt` whose updates act at the last ``count`` positions of a whole sequence only."""
     from peft.tuners.lora import LoraLayer
 
     def keep(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

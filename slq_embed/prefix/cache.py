@@ -93,13 +93,7 @@ def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
 
 
 def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> DynamicCache:
-    """A cache that the backbone can extend; what it appends is not seen in ``layers`` and ``states``.
-
-    Args:
-        config: The backbone's configuration.
-        layers: Of a batch, from :func:`read_cache`.
-        states: Likewise.
-    """
+    """A cache that the backbone can extend; what it appends is not seen in ``layers`` and ``states``."""
     cache = BackboneCache(config)
     for layer, part in zip(cache.layers, layers, strict=True):
         if part:

@@ -69,13 +69,7 @@ def pack_vision_row(row: Mapping[str, Tensor], precision: Precision) -> Entry:
 
 
 def unpack_vision_row(entry: Entry, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The inverse of :func:`pack_vision_row`.
-
-    Args:
-        entry: The packed row.
-        dtype: dtype of the tower's features in the result.
-        device: Where to bring all tensors.
-    """
+    """The inverse of :func:`pack_vision_row`; ``dtype`` is that of the tower's features."""
     return {
         name: _unpack_states(name, entry, dtype, device).to(dtype) if _is_states(name) else value.to(device)
         for name, value in entry.items()

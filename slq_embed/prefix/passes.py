@@ -124,16 +124,7 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
 
 
 def continue_positions(last_position: Tensor, count: int, axes: int) -> Tensor:
-    """Positions of the queries, which continue each row.
-
-    Args:
-        last_position: ``(batch,)``, the largest position of each row.
-        count: How many positions follow.
-        axes: As in :class:`PrefixRow`.
-
-    Returns:
-        ``(batch, count)``, or ``(axes, batch, count)`` for more than one axis.
-    """
+    """Positions ``(batch, count)`` after the last one of each row; for several axes ``(axes, batch, count)``."""
     positions = last_position[:, None] + torch.arange(1, count + 1, device=last_position.device)
     return positions if axes == 1 else positions.expand(axes, -1, -1)
 

@@ -16,11 +16,7 @@ from slq_embed.prefix.features import backbone_inputs, pad_left
 
 
 def takes_vision_features(decoder: PreTrainedModel) -> bool:
-    """Whether this version of transformers can run a backbone on vision features that were computed earlier.
-
-    Args:
-        decoder: The backbone without its head.
-    """
+    """Whether this version of transformers can run a backbone on vision features that were computed earlier."""
     return (
         family_of(decoder.config).batches_images
         and "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters

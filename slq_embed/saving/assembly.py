@@ -37,17 +37,7 @@ NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
 
 @dataclass(frozen=True)
 class QuerySet:
-    """What is to be trained on a backbone; see :meth:`slq_embed.SLQEncoder.from_backbone`.
-
-    Args:
-        num_queries: How many latent queries, ``Q``.
-        init: Where they start.
-        seed: Seed of the initialisation.
-        pooling: ``"mean"``, ``"last"`` or ``"weighted"``; None for that of the encoder before.
-        projection: Width of the head; True for the backbone's, False for no head, None for that of the encoder before.
-        query_adapter: The adapter; True for the default one, False for none, None for that of the encoder before.
-        deep_queries: Whether vectors are added before each layer; None for what the encoder before does.
-    """
+    """What is to be trained on a backbone: as for :meth:`slq_embed.SLQEncoder.from_backbone`; None keeps what is recorded."""
 
     num_queries: int
     init: Initialisation | Tensor = "normal"
@@ -105,20 +95,9 @@ def build_modules(
     image_kwargs: Mapping[str, Any] | None,
     checked: bool = False,
 ) -> tuple[list[nn.Module], SLQConfig]:
-    """Put latent queries on a backbone; see :meth:`slq_embed.SLQEncoder.from_backbone`.
+    """The modules of a new encoder, and what is to be recorded of them; the processor is copied.
 
-    Args:
-        loaded: The backbone with its processor, which is copied.
-        query_set: The latent queries and what is trained beside them.
-        form: As for ``from_backbone``, and so are the others.
-        instructions: As for ``from_backbone``.
-        max_text_chars: As for ``from_backbone``.
-        max_pixels: As for ``from_backbone``.
-        image_kwargs: As for ``from_backbone``.
-        checked: Whether the caller checks the backbone.
-
-    Returns:
-        The modules, and what is to be recorded of them.
+    Arguments as for :meth:`slq_embed.SLQEncoder.from_backbone`. ``checked`` says that the caller checks the backbone.
 
     Raises:
         ValueError: If no schedule is exact on the backbone, or an argument does not fit.

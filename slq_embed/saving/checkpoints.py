@@ -25,12 +25,7 @@ def checkpoint_state(folder: str | Path) -> Any:
 
 
 def expect_reload(model: Any, checkpoint: str) -> None:
-    """Note that a model is about to take over a checkpoint's state; until that is there, it refuses to be used.
-
-    Args:
-        model: The :class:`slq_embed.SLQEncoder`.
-        checkpoint: What it is to reload, for the error.
-    """
+    """Note that a model is about to take over a checkpoint's state; until that is there, it refuses to be used."""
 
     def done(module: nn.Module, incompatible_keys: Any) -> None:
         model.failed_checkpoint = None

@@ -59,15 +59,10 @@ _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
 
 def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None:
-    """Write everything of an encoder but the model card.
-
-    Args:
-        model: The :class:`slq_embed.SLQEncoder`; its ``slq_config`` names the form.
-        folder: Made if it is not there.
-        host_config: The host's own configuration: prompts and the like.
+    """Write everything of a :class:`slq_embed.SLQEncoder` but the model card, in the form that its ``slq_config`` names.
 
     Raises:
-        ValueError: If the form does not fit the backbone.
+        ValueError: If the form does not fit the backbone, or the folder is the backbone's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slq_config = model.slq_config

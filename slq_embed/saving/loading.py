@@ -35,19 +35,11 @@ def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class LoadedBackbone:
-    """A backbone in memory.
-
-    Args:
-        model: The multimodal LLM, with its head.
-        processor: Its processor.
-        name: Hub name or absolute folder; empty where it has none.
-        commit: Its commit on the hub.
-        device: Where it has to compute; ``None`` leaves the choice to Sentence Transformers.
-    """
+    """A backbone in memory; ``device``, where it has to compute, may leave the choice to Sentence Transformers (None)."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
-    name: str
+    name: str  # hub name or absolute folder; empty where it has none
     commit: str | None
     device: str | torch.device | None
 
@@ -125,19 +117,10 @@ def _place(name: str) -> str:
 
 @dataclass
 class SavedModel:
-    """What a saved folder holds, and the backbone it names.
-
-    Args:
-        slq_config: The record.
-        weights: The trained weights, by their names in the encoder's state dict.
-        backbone: The multimodal LLM.
-        processor: The processor with the SLQ chat template.
-        host_config: The host's own configuration: prompts and the like.
-        model_card: Text of the model card, if there is one.
-    """
+    """What a saved folder holds, and the backbone it names."""
 
     slq_config: SLQConfig
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by their names in the encoder's state dict
     backbone: PreTrainedModel
     processor: ProcessorMixin
     host_config: dict[str, Any]

@@ -154,3 +154,9 @@ def test_a_file_is_decoded_and_its_own_rate_is_known(tmp_path, qwen3, monkeypatc
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"The video '.*bad.mp4' cannot be read"):
         Video(tmp_path / "bad.mp4").sample(qwen3, {})
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "x" * 5000])
+def test_a_file_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"There is no video file '{name[:10]}"):
+        read_row({"video": name}).read_files()
