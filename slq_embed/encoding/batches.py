@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from slq_embed.backbone.lock import FairLock
 from slq_embed.inputs.images import shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import Row, Skipped, read_row
@@ -162,7 +162,7 @@ def _start_worker(number: int) -> None:
 
 
 def read_features(
-    reader: Reader, inputs: Iterable[tuple[int, Any]], batch_size: int, lock: threading.RLock
+    reader: Reader, inputs: Iterable[tuple[int, Any]], batch_size: int, lock: FairLock
 ) -> Iterator[tuple[list[int], Features, list[Skipped]]]:
     """Features of all inputs, batch by batch.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from sentence_transformers.util import truncate_embeddings
 from torch import Tensor
 from tqdm.autonotebook import tqdm
 
-from slq_embed.backbone.lock import lock_of
+from slq_embed.backbone.lock import FairLock, lock_of
 from slq_embed.encoding.batches import Reader, read_features
 from slq_embed.encoding.protocol import Task, resolve_prompt
 from slq_embed.inputs.rows import Skipped
@@ -127,7 +126,7 @@ class _Halving:
     """Runs a batch, in halves where it does not fit into memory, and later batches in parts of that size at once."""
 
     def __init__(
-        self, run: Callable[[Features], Tensor], lock: threading.RLock, device: torch.device, image_token: int
+        self, run: Callable[[Features], Tensor], lock: FairLock, device: torch.device, image_token: int
     ) -> None:
         self._run, self._lock, self._device, self._image_token = run, lock, device, image_token
         self._limit: int | None = None
