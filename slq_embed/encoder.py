@@ -328,8 +328,8 @@ class SLQEncoder(SentenceTransformer):
     def _load_modules(self, model_name_or_path: str, *args: Any, **arguments: Any) -> Any:
         saved = load_saved(model_name_or_path, self._replacement[0], arguments)
         self.slq_config, self._model_card_text = saved.slq_config, saved.model_card
-        if saved.slq_config.fingerprint is not None:  # compared already, and of the precision in which it was recorded
-            self.backbone_fingerprint = saved.slq_config.fingerprint
+        if saved.slq_config.form == "adapter" and saved.slq_config.fingerprint is not None:
+            self.backbone_fingerprint = saved.slq_config.fingerprint  # compared already; also of another precision
         self._parse_model_config(saved.host_config)
         return OrderedDict((str(number), module) for number, module in enumerate(load_modules(saved))), OrderedDict()
 

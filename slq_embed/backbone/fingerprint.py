@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import embedding_table, image_settings
-from slq_embed.backbone.quantization import packing_of, parts_of
+from slq_embed.backbone.families import decoder_of, embedding_table, image_settings
+from slq_embed.backbone.quantization import is_quantized, packing_of, parts_of
 from slq_embed.backbone.query_tokens import OWN_TOKEN
 
 # What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
@@ -25,7 +25,7 @@ _VOLATILE: tuple[str, ...] = (
     "use_cache",
 )
 _VOLATILE += ("quantization_config", "architectures", "attn_implementation", "_attn_implementation_internal")
-_SAMPLE_ROWS, _SAMPLE_COLUMNS = 32, 4
+_SAMPLE_ROWS, _SAMPLE_COLUMNS, _SAMPLE_LAYER = 32, 4, 256
 _HALF = "float16:"
 
 
@@ -39,12 +39,15 @@ class Fingerprint:
             another one, marked as such.
         table_sample: A few of their values, to compare a float16 load with, or another load with it.
         shape: Shape of the table.
+        layers_sha256: Digest of some numbers of each other matrix, in bfloat16. Empty where they cannot be compared: in float16,
+            quantized, or on the disk.
     """
 
     config_sha256: str
     table_sha256: str
     table_sample: list[float]
     shape: list[int]
+    layers_sha256: str = ""
 
 
 def _stable(value: Any) -> Any:
@@ -63,21 +66,49 @@ def fingerprint(backbone: PreTrainedModel) -> Fingerprint:
     rows = torch.linspace(0, len(table) - 1, _SAMPLE_ROWS, device=table.device).long()
     sample = table[rows][:, :_SAMPLE_COLUMNS].float().flatten().tolist()
     table_sha256 = (_HALF if table.dtype == torch.float16 else "") + digest.hexdigest()
-    return Fingerprint(hashlib.sha256(config.encode()).hexdigest(), table_sha256, sample, [int(n) for n in table.shape])
+    config_sha256 = hashlib.sha256(config.encode()).hexdigest()
+    return Fingerprint(config_sha256, table_sha256, sample, [int(n) for n in table.shape], _layers_digest(backbone))
 
 
-def difference(recorded: Fingerprint, backbone: PreTrainedModel) -> str | None:
-    """Say in words how a backbone differs from the one recorded, or None if it is the same."""
+def _layers_digest(backbone: PreTrainedModel) -> str:
+    if is_quantized(backbone):
+        return ""
+    table, samples = embedding_table(backbone), []
+    for weight in decoder_of(backbone).parameters():
+        if weight is table or weight.ndim < 2:
+            continue
+        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.is_meta:
+            return ""
+        flat = weight.detach().flatten()
+        sample = flat[:: -(-len(flat) // _SAMPLE_LAYER)].to("cpu", torch.bfloat16)
+        samples.append(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return hashlib.sha256(
+        b"".join(sorted(samples))
+    ).hexdigest()  # sorted: versions of transformers order and name them otherwise
+
+
+def difference(recorded: Fingerprint, backbone: PreTrainedModel, layers_only: bool = False) -> str | None:
+    """Say in words how a backbone differs from the one recorded, or None if it is the same.
+
+    Args:
+        recorded: Of the right one.
+        backbone: The one that came.
+        layers_only: Whether the token embeddings may differ, as those of a merged model do from its backbone's.
+    """
     current = fingerprint(backbone)
+    if recorded.layers_sha256 and current.layers_sha256 not in ("", recorded.layers_sha256):
+        return "its layers differ"
+    if layers_only:
+        return None
     if current.shape != recorded.shape:
         return f"its token embeddings have shape {current.shape}, not {recorded.shape}"
     if current.config_sha256 != recorded.config_sha256:
         return "its configuration differs"
     if any(part.table_sha256.startswith(_HALF) for part in (current, recorded)):
-        if torch.allclose(torch.tensor(current.table_sample), torch.tensor(recorded.table_sample), 1e-2, 1e-6):
-            return None
-        return "its token embeddings differ"
-    return None if current.table_sha256 == recorded.table_sha256 else "its token embeddings differ"
+        same = torch.allclose(torch.tensor(current.table_sample), torch.tensor(recorded.table_sample), 1e-2, 1e-6)
+    else:
+        same = current.table_sha256 == recorded.table_sha256
+    return None if same else "its token embeddings differ"
 
 
 def weights_digest(backbone: PreTrainedModel) -> bytes:

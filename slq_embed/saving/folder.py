@@ -71,7 +71,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     slq_config.loss = model.model_card_data.loss_name or slq_config.loss
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
         label = model.model_card_data.backbone_label(slq_config)
-        slq_config = replace(slq_config, fingerprint=None, backbone=label)
+        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, backbone=label)
     else:
         quantization = quantization_of(model.backbone)
         slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, quantization=quantization)

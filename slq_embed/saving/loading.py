@@ -196,7 +196,8 @@ def _find_backbone(
                 f"{folder} was trained on the backbone {name!r}, but nothing can be loaded from there. Bring it back, "
                 f"or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
             ) from error
-    if slq_config.fingerprint is not None and (change := difference(slq_config.fingerprint, backbone)) is not None:
+    recorded = slq_config.fingerprint
+    if recorded is not None and (change := difference(recorded, backbone, layers_only=slq_config.form == "merged")):
         raise ValueError(
             f"{folder} was trained on the backbone {slq_config.backbone!r}, but this one is another: {change}. "
             "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."

@@ -219,6 +219,22 @@ def test_the_same_backbone_in_another_dtype_is_accepted(saved, dtype):
     assert SLQEncoder(saved / "slq", model_kwargs={"dtype": dtype}).backbone.dtype == dtype
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_backbone_whose_layers_alone_differ_is_refused(checkpoint, tmp_path, form):
+    """As a merged LoRA leaves them: the token embeddings are the same."""
+    SLQEncoder.from_backbone(checkpoint(), num_queries=4, device="cpu").save_pretrained(tmp_path / "slq", form=form)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        SLQEncoder(tmp_path / "slq", backbone=checkpoint(), model_kwargs={"dtype": dtype}, device="cpu")
+    own = SLQEncoder(tmp_path / "slq", device="cpu").backbone
+    SLQEncoder(tmp_path / "slq", backbone=own)
+    tuned = AutoModelForImageTextToText.from_pretrained(checkpoint())
+    layer = tuned.get_submodule("model.language_model.layers.1.self_attn.q_proj")
+    with torch.no_grad():
+        layer.weight += 0.01 * torch.randn(len(layer.weight), 1) @ torch.randn(1, layer.weight.shape[1])
+    with pytest.raises(ValueError, match="this one is another: its layers differ"):
+        SLQEncoder(tmp_path / "slq", backbone=tuned)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
 def test_what_was_saved_from_float16_loads_in_any_precision(checkpoint, saved, tmp_path, dtype):
     options = {"num_queries": 4, "seed": 0, "device": "cpu", "dtype": torch.float16}
