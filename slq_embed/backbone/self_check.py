@@ -127,8 +127,10 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
 def examine(transformer: Any) -> Report:
     """Compare the schedules of a :class:`slq_embed.modules.LatentQueryTransformer` on a few inputs.
 
-    What agrees up to the precision's own error is the same. That is estimated: how far the embedding of a text moves if each
-    number that enters the backbone moves by one rounding, times twice the square root of the number of layers.
+    What agrees up to the precision's own error is the same. That is estimated from every input, for values and gradients: how
+    far they move if each number that enters the backbone moves by one rounding, times twice the square root of the number of
+    layers. The queries are such numbers: with more of them it is likelier that one comes close to zero before a norm, which
+    then divides by little, and rounding grows.
     """
     started = time.monotonic()
     with lock_of(transformer.backbone):
@@ -169,11 +171,11 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
         note("input and queries as one sequence", False, None, 0.0, _first_line(error))
         return findings, None, f"fails on a sample input ({_first_line(error)})"
     values = torch.cat([value for value, _ in reference])
-    gradient = sum((gradient for _, gradient in reference), torch.zeros(()))
-    moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in alone[:2]]
+    gradient = _total(reference)
+    moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in alone]
     roundings = 2 * math.sqrt(transformer.backbone.config.get_text_config().num_hidden_layers)
-    own = roundings * float((torch.cat([value for value, _ in moved]) - values[:2]).abs().max())
-    grown = roundings * max(_relative(part[1], one[1]) for part, one in zip(moved, reference, strict=False))
+    own = roundings * _furthest(moved, values)
+    grown = roundings * _relative(_total(moved), gradient)
     limits = (min(max(VALUE, own), _MOST[0]), min(max(GRADIENT, grown), _MOST[1]))
 
     seen = max(_influence_of_later_tokens(transformer, one) for one in (alone[0], alone[-1]))
@@ -196,9 +198,8 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
             results = [_run(transformer, one, run) for one in features]
         except Exception as error:
             return note(name, False, None, 0.0, _first_line(error))
-        difference = float((torch.cat([value for value, _ in results]) - values).abs().max())
-        total = sum((part for _, part in results), torch.zeros(()))
-        grown = _relative(total, gradient)
+        difference = _furthest(results, values)
+        grown = _relative(_total(results), gradient)
         ok = note(f"{name}: value", difference <= limits[0], difference, limits[0])
         return note(f"{name}: gradient", grown <= limits[1], grown, limits[1]) and ok
 
@@ -247,20 +248,40 @@ def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
 
 
 def _rounded(transformer: Any, features: Any) -> Tensor:
-    """States of the queries where each token embedding is off by a rounding of its precision."""
+    """States of the queries where each token embedding, pixel and query is off by a rounding of the backbone's precision."""
     from slq_embed.prefix.passes import run_all_positions
 
-    decoder = twin_of(transformer.query_decoder)
-    step = torch.finfo(embedding_table(transformer.backbone).dtype).eps / 2
+    decoder, table = twin_of(transformer.query_decoder), embedding_table(transformer.backbone)
     generator = torch.Generator().manual_seed(2)
 
-    def off(values: Tensor) -> Tensor:
-        signs = torch.randint(2, values.shape, generator=generator) * 2 - 1
-        return (values.float() * (1 + 2 * step * signs.to(values.device))).to(values.dtype)
+    def signs(*shape: int) -> Tensor:
+        return (torch.randint(2, shape, generator=generator) * 2 - 1).to(table.device)
 
-    decoder.get_input_embeddings().register_forward_hook(lambda layer, args, output: off(output))
-    queries = transformer.cast_queries()
-    return run_all_positions(decoder, features, queries, transformer.query_ids())
+    def off(values: Tensor, signs: Tensor) -> Tensor:
+        return (values.float() * (1 + torch.finfo(table.dtype).eps * signs)).to(values.dtype)
+
+    # By token: a backbone finds the places of an image by comparing embeddings with that of the image's token.
+    by_token = signs(64, table.shape[1])
+    decoder.get_input_embeddings().register_forward_hook(
+        lambda layer, args, output: off(output, by_token.to(output.device)[args[0] % 64])
+    )
+    queries, ids = transformer.cast_queries(), transformer.query_ids()
+    if ids is None:  # else they come from the layer above
+        queries = off(queries, signs(*queries.shape))
+    pixels = {
+        key: off(value, signs(*value.shape).to(value.device))
+        for key, value in features.items()
+        if key.startswith("pixel_values") and value.is_floating_point()
+    }
+    return run_all_positions(decoder, {**features, **pixels}, queries, ids)
+
+
+def _total(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    return sum((gradient for _, gradient in results), torch.zeros(()))
+
+
+def _furthest(results: Sequence[tuple[Tensor, Tensor]], values: Tensor) -> float:
+    return float((torch.cat([value for value, _ in results]) - values).abs().max())
 
 
 def _relative(first: Tensor, second: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from packaging.version import Version
 from transformers import AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder
-from slq_embed.backbone import check, families
+from slq_embed.backbone import check, families, self_check
 from slq_embed.backbone.__main__ import main
 from slq_embed.backbone.families import load_backbone
 from slq_embed.backbone.query_tokens import private_processor
 from slq_embed.prefix import passes
-from tests.families import llava, others
+from tests.families import llava, others, qwen
 from tests.families.building import Parts, write
 
 MIXED = ["hello", "a much longer text about red circles, blue squares and everything else that there is", "x"]
@@ -30,9 +31,9 @@ def folders(tmp_path_factory) -> Any:
     """Folders of tiny backbones, built once."""
     known: dict[str, Path] = {}
 
-    def get(name: str, parts: Parts) -> Path:
+    def get(name: str, parts: Parts, seed: int = 0) -> Path:
         if name not in known:
-            known[name] = write(tmp_path_factory.mktemp(name), parts)
+            known[name] = write(tmp_path_factory.mktemp(name), parts, seed)
         return known[name]
 
     return get
@@ -117,6 +118,63 @@ def test_a_prefix_that_is_not_exact_is_not_taken(llama, monkeypatch):
     report = check(*loaded(llama))
     assert report.schedule == "all_positions"
     assert next(finding.name for finding in report.findings if not finding.ok) == "prefix path alone: value"
+
+
+def _off_by_one(row: passes.PrefixRow) -> passes.PrefixRow:
+    return replace(row, last_position=row.last_position + 1)
+
+
+def _without_the_first_token(row: passes.PrefixRow) -> passes.PrefixRow:
+    return replace(row, layers=tuple(tuple(part[:, 1:] for part in layer) for layer in row.layers))
+
+
+def _padding_is_seen(prefix: passes.Prefix) -> passes.Prefix:
+    return replace(prefix, attention_mask=torch.ones_like(prefix.attention_mask))
+
+
+def _neighbours_leak(prefix: passes.Prefix) -> passes.Prefix:
+    """A hundredth of it."""
+
+    def leaking(part: torch.Tensor) -> torch.Tensor:
+        return part + 1e-2 * (part.roll(1, dims=0) - part)
+
+    return replace(prefix, states={name: leaking(state) for name, state in prefix.states.items()})
+
+
+@pytest.fixture(scope="module")
+def many(folders) -> SLQEncoder:
+    """60 queries on linear attention, whose gradients are 2e-4 apart by rounding."""
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("measured with transformers 5.23")
+    folder = folders("qwen3_5", qwen.qwen3_5(), seed=1)
+    return SLQEncoder.from_backbone(folder, num_queries=60, seed=1, device="cpu")
+
+
+class TestManyQueries:
+    """Linear attention rounds more where a query comes close to zero. The limit grows with that, and still finds errors."""
+
+    def test_they_are_taken(self, many, folders):
+        assert many.transformer.schedule == "prefix"
+        again = SLQEncoder.from_backbone(
+            folders("minicpmv4_7", qwen.minicpmv4_7()), num_queries=60, seed=0, device="cpu"
+        )
+        assert again.transformer.schedule == "prefix"
+
+    @pytest.mark.parametrize("wrong", [_off_by_one, _without_the_first_token])
+    def test_a_wrong_prefix_is_found(self, many, monkeypatch, wrong):
+        run = passes.run_prefix
+        monkeypatch.setattr("slq_embed.prefix.source.run_prefix", lambda *args: [wrong(row) for row in run(*args)])
+        report = self_check.examine(many.transformer)
+        assert report.schedule == "all_positions"
+        assert "prefix path alone: value" in [finding.name for finding in report.findings if not finding.ok]
+
+    @pytest.mark.parametrize("wrong", [_padding_is_seen, _neighbours_leak])
+    def test_a_wrong_batch_is_found(self, many, monkeypatch, wrong):
+        collate = passes.collate
+        monkeypatch.setattr("slq_embed.prefix.source.collate", lambda *args: wrong(collate(*args)))
+        report = self_check.examine(many.transformer)
+        assert report.schedule == "all_positions"
+        assert "prefix path in a batch: value" in [finding.name for finding in report.findings if not finding.ok]
 
 
 def test_text_attention_in_both_directions_is_refused(folders):
