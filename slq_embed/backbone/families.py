@@ -34,6 +34,7 @@ class Family:
         patch_indices: A feature that numbers the patches of a row's own images; in a batch, the model counts them all.
         reads_videos: Whether its code reads videos right where its processor has a video processor.
         reads_ids: Whether images enter only where token ids come in, so that the queries must be ids too.
+        casts_pixels: Whether its tower computes with the pixels as they are, and then casts them itself.
     """
 
     example: str = ""
@@ -46,6 +47,7 @@ class Family:
     patch_indices: str | None = None
     reads_videos: bool = True
     reads_ids: bool = False
+    casts_pixels: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -72,6 +74,8 @@ QUIRKS: dict[str, Family] = {
     # One tile: its processor cannot read images with different numbers of tiles at once.
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),
     "gemma3n": Family(package="timm"),
+    # It moves pixels from 0..1 to -1..1, which loses digits in half precision.
+    "gemma4": Family(casts_pixels=True),
     "smolvlm": Family(package="num2words"),
     # One tile: its processor pads images to the same number of tiles, so that a row alone has others than in a batch.
     "phi4_multimodal": Family(reads_ids=True, image_kwargs={"dynamic_hd": 1}),

@@ -25,7 +25,7 @@ from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
 from slq_embed.prefix.keys import keys_to_tensor
-from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries
+from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries, scaled
 from slq_embed.prefix.source import PrefixSource
 
 
@@ -242,7 +242,7 @@ class LatentQueryTransformer(InputModule):
         """The queries as they enter the backbone, ``(Q, H)`` in its dtype."""
         # Master weights stay float32 for the optimizer; only this copy is cast.
         table = embedding_table(self.backbone)
-        return (self.queries * self._scale).to(table.device, table.dtype)
+        return scaled(self.queries.to(table.device, table.dtype), self._scale)
 
     def train(self, mode: bool = True) -> LatentQueryTransformer:
         """Set the mode; leaving training forgets the last step."""

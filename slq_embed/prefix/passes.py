@@ -174,6 +174,11 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     ]
 
 
+def scaled(rows: Tensor, scale: float) -> Tensor:
+    """Rows as the embedding layer gives them: it multiplies in the table's precision, where the scale is rounded too."""
+    return rows * torch.tensor(scale, dtype=rows.dtype).item()
+
+
 def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Sequence[int], scale: float) -> None:
     """Let the embedding layer of a twin give the queries for the ids of the query tokens.
 
@@ -187,7 +192,7 @@ def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Se
 
     def replace(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         matches = args[0][..., None] == tokens.to(args[0].device)
-        rows = (vectors["queries"] * scale).to(output.device, output.dtype)[matches.int().argmax(dim=-1)]
+        rows = scaled(vectors["queries"].to(output.device, output.dtype), scale)[matches.int().argmax(dim=-1)]
         return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
 
     twin.get_input_embeddings().register_forward_hook(replace)
@@ -272,7 +277,8 @@ def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
     if family.batches_images:
         return extra
     for key, value in extra.items():
-        if isinstance(value, Tensor) and value.is_floating_point():  # not every model casts its pixels
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        if is_float and not family.casts_pixels:  # not every model casts its pixels
             extra[key] = value.to(decoder.dtype)
     if (name := family.patch_indices) is not None and name in extra:
         pieces = dict(zip(image_features(features), features["row_pieces"].T, strict=True))

@@ -324,6 +324,16 @@ def test_gemma_scales_rows_of_its_table(folders):
     assert families.embedding_scale(model) == pytest.approx(32**0.5)
 
 
+def test_gemma_rounds_queries_as_its_table_rounds_rows(folders):
+    """In half precision: plain Sentence Transformers reads the queries from the table."""
+    folder = folders("gemma", others.gemma())
+    encoder = SLQEncoder.from_backbone(folder, num_queries=4, seed=0, device="cpu", dtype=torch.bfloat16)
+    layer, queries = encoder.backbone.get_input_embeddings(), encoder.queries.detach()
+    with torch.no_grad():
+        layer.weight[:4] = queries
+        assert torch.equal(layer(torch.arange(4)), encoder.transformer.cast_queries())
+
+
 def test_the_command_prints_and_writes_reports(llama, tmp_path, capsys):
     assert main([str(llama), "--json", str(tmp_path / "a.json")]) == 0
     assert "llama (float32): prefix" in capsys.readouterr().out
