@@ -212,7 +212,7 @@ def mistral3() -> Parts:
     tokenizer, processor = _pixtral(2)
     built = config(
         "mistral3",
-        text_config=text(tokenizer, "mistral", head_dim=8, sliding_window=24),
+        text_config=text(tokenizer, "mistral", head_dim=8),
         vision_config=PIXTRAL,
         vision_feature_layer=-1,
         spatial_merge_size=2,
