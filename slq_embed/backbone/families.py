@@ -31,7 +31,8 @@ class Family:
             other families, each row with an image is processed alone.
         query_token_type: Token type of the queries, where its processor gives token types.
         pixels_axis: The axis of ``pixel_values`` along which its processor puts one image after the other.
-        patch_indices: A feature that numbers the patches of a row's own images; in a batch, the model counts them all.
+        patch_indices: Features that number the patches of a row's own images or videos, each with the feature that holds these.
+            In a batch, the model counts all of them.
         reads_videos: Whether its code reads videos right where its processor has a video processor.
         reads_ids: Whether images enter only where token ids come in, so that the queries must be ids too.
         casts_pixels: Whether its tower computes with the pixels as they are, and then casts them itself.
@@ -44,7 +45,7 @@ class Family:
     batches_images: bool = False
     query_token_type: int = 0
     pixels_axis: int = 0
-    patch_indices: str | None = None
+    patch_indices: Mapping[str, str] = field(default_factory=dict)
     reads_videos: bool = True
     reads_ids: bool = False
     casts_pixels: bool = False
@@ -70,13 +71,18 @@ QUIRKS: dict[str, Family] = {
     "glm46v": Family(reads_videos=False),
     "glm_ocr": Family(reads_videos=False),
     "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),
-    "molmo2": Family(patch_indices="image_token_pooling"),
+    "molmo2": Family(
+        patch_indices={"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+    ),
     # One tile: its processor cannot read images with different numbers of tiles at once.
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),
+    # Its model counts the pieces of a video for each frame, but its tower averages over frames (transformers 5.23).
+    "kimi_k25": Family(reads_videos=False),
     "gemma3n": Family(package="timm"),
     # It moves pixels from 0..1 to -1..1, which loses digits in half precision.
     "gemma4": Family(casts_pixels=True),
-    "smolvlm": Family(package="num2words"),
+    # Its processor renders conversations with a video by a template of its own, which has no queries (transformers 5.23).
+    "smolvlm": Family(package="num2words", reads_videos=False),
     # One tile: its processor pads images to the same number of tiles, so that a row alone has others than in a batch.
     "phi4_multimodal": Family(reads_ids=True, image_kwargs={"dynamic_hd": 1}),
 }

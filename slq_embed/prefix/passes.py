@@ -280,9 +280,11 @@ def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
         if is_float and not family.casts_pixels:  # not every model casts its pixels
             extra[key] = value.to(decoder.dtype)
-    if (name := family.patch_indices) is not None and name in extra:
+    for name, pixels in family.patch_indices.items():
+        if name not in extra:
+            continue
         pieces = dict(zip(image_features(features), features["row_pieces"].T, strict=True))
-        before = (pieces["pixel_values"].cumsum(0) - pieces["pixel_values"]) * extra["pixel_values"].shape[1]
+        before = (pieces[pixels].cumsum(0) - pieces[pixels]) * extra[pixels].shape[1]
         shift = before.repeat_interleave(pieces[name]).view(-1, *[1] * (extra[name].ndim - 1))
         extra[name] = torch.where(extra[name] >= 0, extra[name] + shift, extra[name])
     if family.pixels_axis and "pixel_values" in extra:

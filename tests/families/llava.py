@@ -271,7 +271,7 @@ def perception_lm() -> Parts:
         tokenizer,
         patch_size=8,
         pooling_ratio=2,
-        chat_template=template("<|image|>"),
+        chat_template=template("<|image|>", "<|video|>"),
     )
     tower = {"embed_dim": 32, "depth": 2, "img_size": [32, 32], "patch_size": 8, "num_heads": 4, "global_pool": ""}
     built = config(

@@ -79,8 +79,8 @@ def gemma4() -> Parts:
         transformers.Gemma4AudioFeatureExtractor(),
         transformers.Gemma4ImageProcessor(patch_size=2, max_soft_tokens=70, pooling_kernel_size=2),
         tokenizer,
-        transformers.Gemma4VideoProcessor(patch_size=2, pooling_kernel_size=2),
-        template("<|image|>"),
+        transformers.Gemma4VideoProcessor(patch_size=2, pooling_kernel_size=2, num_frames=4),
+        template("<|image|>", "<|video|>"),
     )
     shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "use_bidirectional_attention": "vision"}
     text = {**TEXT, **WINDOWS, **shared, "vocab_size": rows(tokenizer), "vocab_size_per_layer_input": rows(tokenizer)}
@@ -175,7 +175,10 @@ def molmo2() -> Parts:
     tokenizer = tokenizer_with(**named)
     image = transformers.Molmo2ImageProcessor(size=SQUARE, patch_size=8, max_crops=2, overlap_margins=[1, 1])
     processor = transformers.Molmo2Processor(
-        image, transformers.Molmo2VideoProcessor(size=SQUARE, patch_size=8), tokenizer, template("<|image|>")
+        image,
+        transformers.Molmo2VideoProcessor(size=SQUARE, patch_size=8),
+        tokenizer,
+        template("<|image|>", "<|video|>"),
     )
     vision = {**TOWER, "num_key_value_heads": 4, "head_dim": 8, "image_size": [32, 32], "patch_size": 8}
     adapter = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}

@@ -56,3 +56,20 @@ def test_rows_are_the_same_alone_joined_and_cut(encoder, images):
     texts = select_rows(together, [1], module.source.image_token)
     assert not image_features(texts)
     assert "row_pieces" not in texts
+
+
+def test_videos_are_the_same_alone_and_joined(encoder, images):
+    """Molmo2 numbers the patches of each row's own videos, too."""
+    if not encoder.transformer.reader.reads_videos:
+        with pytest.raises(ValueError, match="reads no videos"):
+            encoder.transformer.preprocess([{"video": [images[0]] * 4}])
+        return
+    frames = [torch.randint(256, (8, 3, 40, 48), generator=torch.Generator().manual_seed(n)).byte() for n in (0, 1)]
+    rows: list[Any] = [
+        {"video": {"array": part, "video_metadata": {"fps": 2.0, "total_num_frames": 8}}} for part in frames
+    ]
+    rows.append("a text")
+    alone = torch.cat([vectors(encoder, encoder.transformer.preprocess([row], keyed=False)) for row in rows])
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    joined = encoder.transformer.preprocess(rows[::-1], keyed=False)
+    assert (vectors(encoder, joined).flip(0) - alone).abs().max() < 1e-5
