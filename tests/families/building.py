@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from slq_embed.backbone.families import auto_class
+from slq_embed.backbone.families import auto_class, tokenizer_of
 from tests.checkpoints import TEXT, build_tokenizer, draw_weights
 from tests.checkpoints import chat_template as template  # noqa: F401 - the builders import it from here
 
@@ -40,6 +40,18 @@ def ids(tokenizer: Any, **named: str) -> dict[str, int]:
 
 def rows(tokenizer: Any, spare: int = 64) -> int:
     return len(tokenizer) + spare
+
+
+def without_spare_rows(parts: Parts) -> Parts:
+    """A table as long as the vocabulary: the same parts, changed."""
+    tokenizer = tokenizer_of(parts.processor)
+    for owner in (parts.config, parts.config.get_text_config()):
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if getattr(owner, name, None) == rows(tokenizer):
+                setattr(owner, name, len(tokenizer))
+        if hasattr(owner, "additional_vocab_size"):
+            owner.additional_vocab_size = len(tokenizer) - owner.vocab_size
+    return parts
 
 
 def text(tokenizer: Any, kind: str = "llama", **more: Any) -> dict[str, Any]:

@@ -19,6 +19,10 @@ SHORT = {
     "alone and in a batch": "in a batch",
     "plain Sentence Transformers": "plain load",
     "plain Sentence Transformers, merged": "merged",
+    "no spare rows": "no spare rows",
+    "several images": "several images",
+    "videos": "videos",
+    "plain Sentence Transformers, bfloat16": "bfloat16",
     "stored prefixes": "stored",
 }
 
@@ -27,10 +31,16 @@ def table(results: dict[str, Any]) -> str:
     """The rows, in Markdown: differences in float32, and the seconds of the self-check."""
     lines = [f"| family | attention | {' | '.join(SHORT.values())} | check |", "| --- " * (len(SHORT) + 3) + "|"]
     for name, row in results["families"].items():
-        found = [row["differences"][key] for key in SHORT]
-        cells = ["no" if value is None else f"{value:.0e}" if value else "0" for value in found]
+        cells = [_cell(row["differences"][key], results["limits"][key]) for key in SHORT]
         lines.append(f"| `{name}` | {row['kind']} | {' | '.join(cells)} | {row['seconds']:.1f} s |")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, limit: float) -> str:
+    if value is None:
+        return "no"
+    shown = f"{value:.0e}" if value > 0 else "0"  # 1 - cosine is rounded below 0
+    return f"**{shown}**" if value > limit else shown
 
 
 def page_with_table(page: str, results: dict[str, Any]) -> str:
