@@ -138,6 +138,13 @@ def test_commands_exist():
         assert f"\n{target}:" in makefile, f"make {target} is named, but does not exist"
 
 
+def test_vllm_is_told_the_precision():
+    """By default it rounds float32 weights to float16: the comparison on the page would print False."""
+    lines = [line for page in PAGES for line in re.findall(r"^vllm serve .*", page.read_text("utf8"), flags=re.M)]
+    assert len(lines) == 2
+    assert all("--dtype float32" in line for line in lines)
+
+
 def public_modules() -> list[ModuleType]:
     """Folders and files at the top of the package that list their public names."""
     package = ROOT / "slq_embed"
