@@ -43,6 +43,17 @@ def test_the_other_benchmarks_write_their_json(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stream_trains_in_constant_memory(tmp_path):
+    """A stream of three times the bytes takes no more. A buffer that holds all of it does, so growth would be seen."""
+    run_script("benchmarks/streaming.py", "--quick", "--json", tmp_path / "result.json", folder=tmp_path)
+    short, long, kept = json.loads((tmp_path / "result.json").read_text())["runs"]
+    more = long["bytes"] - short["bytes"]
+    assert more > 300e6
+    assert long["peak_bytes"] - short["peak_bytes"] < 0.1 * more
+    assert kept["peak_bytes"] - long["peak_bytes"] > 0.5 * more
+
+
+@pytest.mark.slow
 def test_the_embedded_models_keep_their_promises(tmp_path):
     run_script("benchmarks/embedded_default.py", "--json", tmp_path / "result.json", folder=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
