@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
@@ -76,6 +77,20 @@ def stream(files: list[str], image_column: str, text_column: str, buffer: int = 
     return pairs
 
 
+class SamplerEpoch(TrainerCallback):
+    """Tells a sampler its epoch, where several processes share it.
+
+    Where a run goes on in the middle of an epoch, the hosts wrap the sampler once more, and do not reach it: the rest of that epoch would
+    have the order of the first one. Seen in transformers 5.23 with accelerate 1.15: https://github.com/huggingface/accelerate/issues/2016
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sharded = getattr(kwargs["train_dataloader"], "batch_sampler", None)
+        sampler = getattr(sharded, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch))
+
+
 def build_trainer(
     model: SLQEncoder,
     rows: Any,
@@ -120,6 +135,7 @@ def build_trainer(
         model, temperature, mini_batch_size=chunk, gather_across_devices=training.world_size > 1
     )
     trainer = SentenceTransformerTrainer(model, training, train_dataset=rows, loss=loss, evaluator=evaluator)
+    trainer.add_callback(SamplerEpoch)
     if trainer.args.n_gpu > 1:  # 1 where the layers of a large model lie on several GPUs
         raise SystemExit(
             f"One process has {trainer.args.n_gpu} GPUs, and would split batches among them in a way that latent queries do not "

@@ -14,8 +14,10 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import Tensor
 from torch.nn.parallel import replicate
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
@@ -26,13 +28,13 @@ from tests.scripts import EXAMPLES
 TINY = ["--batch", 4, "--queries", 2]
 
 
-def photos(folder: Path, count: int = 12) -> Path:
+def photos(folder: Path, count: int = 12, per_image: int = 2) -> Path:
     """A folder of captioned pictures; one more is missing."""
     folder.mkdir(exist_ok=True)
     rows = []
     for number, scene in enumerate(sample_scenes(count, "train")):
         render(scene).save(folder / f"{number}.png")
-        rows.append(json.dumps({"image": f"{number}.png", "captions": captions(scene)[:2]}))
+        rows.append(json.dumps({"image": f"{number}.png", "captions": captions(scene)[:per_image]}))
     (folder / "captions.jsonl").write_text("\n".join([*rows, json.dumps({"image": "gone.png", "captions": ["x"]})]))
     return folder
 
@@ -209,58 +211,107 @@ def test_a_missing_file_is_named(run_example, tmp_path):
         run_example("train", "--stream", tmp_path / "none.tar", "--output", tmp_path / "o")
 
 
-def command(folder: Path, *options: object, processes: int = 1) -> list[str]:
-    launcher = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, str(EXAMPLES / "train.py"), "--data", str(folder), *TINY_TEXT, *map(str, options)]
-
-
 TINY_TEXT = [str(option) for option in TINY]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ONE = (sys.executable, "-W", "ignore")
+TORCHRUN = (*ONE, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = (*ONE, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+ACCELERATE += ("--mixed_precision=no", "--dynamo_backend=no")  # what it would say that it assumes
+
+
+def command(launcher: tuple[str, ...], *options: object) -> list[str]:
+    return [*launcher, str(EXAMPLES / "train.py"), *TINY_TEXT, *map(str, options)]
+
+
+def launch(launcher: tuple[str, ...], *options: object) -> str:
+    """What the example prints, run to its end."""
+    process = subprocess.run(
+        command(launcher, *options), capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def queries(output: Path) -> Tensor:
+    return SLQEncoder(output / "model", device="cpu").queries.detach()
+
+
+def assert_close(output: Path, other: Path) -> None:
+    difference = (queries(output) - queries(other)).abs().max()
+    assert difference < 1e-5, difference
+
+
+@pytest.fixture
+def full_batches(monkeypatch) -> None:
+    """One process in this test takes full batches only, as several do."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train")
+    build = example.build_trainer
+    monkeypatch.setattr(example, "build_trainer", lambda *args, **more: build(*args, **more, dataloader_drop_last=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.usefixtures("full_batches")
+def test_two_processes_train_as_one_does(run_example, tmp_path, launcher):
+    """An epoch of 10 pairs is two batches of 4; the last 2 pairs, which do not fill one, are left out in both."""
+    folder = photos(tmp_path / "photos", 14, per_image=1)
+    options = ["--data", folder, "--holdout", 4, "--steps", 5]
+    launch(launcher, *options, "--output", tmp_path / "two")
+    run_example("train", *TINY, *options, "--output", tmp_path / "one")
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("full_batches")
+def test_two_processes_train_on_a_stream_as_one_does(run_example, tmp_path):
+    """Each takes its own rows of the stream. 11 pairs are two batches of 4; the last step is in the second pass."""
+    options = ["--stream", *shards(tmp_path), "--columns", "jpg", "txt", "--steps", 3]
+    assert "1 skipped: row 0" in launch(TORCHRUN, *options, "--output", tmp_path / "two")
+    run_example("train", *TINY, *options, "--output", tmp_path / "one")
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_store(tmp_path):
     """The last batch is uneven: 5 images of 2 captions are 3 batches of 4 for 2 processes."""
     folder = photos(tmp_path / "photos", 9)
-    options = ["--holdout", 4, "--steps", 6, "--prefixes", tmp_path / "prefixes", "--output", tmp_path / "o"]
-    process = subprocess.run(
-        command(folder, *options, processes=2), capture_output=True, text=True, check=False, env=ENVIRONMENT
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("saved to") == 1
+    options = ["--data", folder, "--holdout", 4, "--steps", 6]
+    printed = launch(TORCHRUN, *options, "--prefixes", tmp_path / "prefixes", "--output", tmp_path / "o")
+    assert printed.count("saved to") == 1
     assert SentenceTransformer(str(tmp_path / "o" / "model"), device="cpu").encode("a").shape == (192,)
     assert len(PrefixStore(tmp_path / "prefixes")) == 5 + 10 + 4 + 8  # what is trained on, and what is measured on
 
 
+def ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that train."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if str(EXAMPLES / "train.py") in child.cmdline()]
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path):
-    """It ends with the same queries as a run that was not killed."""
-    folder = photos(tmp_path / "photos")
-    options = ["--holdout", 4, "--steps", 40, "--save-steps", 5]
+@pytest.mark.parametrize("launcher", [ONE, TORCHRUN], ids=["one process", "one of two"])
+def test_a_killed_run_goes_on(tmp_path, launcher):
+    """It ends with the same queries as a run that was not killed. Where one of two is killed, the other one ends, too."""
+    options = ["--data", photos(tmp_path / "photos"), "--holdout", 4, "--steps", 40, "--save-steps", 5]
     killed = tmp_path / "killed"
     run = subprocess.Popen(
-        command(folder, *options, "--output", killed),
+        command(launcher, *options, "--output", killed),
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     while run.poll() is None and not (killed / "checkpoint-5" / "trainer_state.json").exists():
         time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL, "it ended before it was killed"
-    outputs = []
-    for name in ("killed", "whole"):
-        process = subprocess.run(
-            command(folder, *options, "--output", tmp_path / name),
-            capture_output=True,
-            text=True,
-            check=True,
-            env=ENVIRONMENT,
-        )
-        outputs.append(process.stdout)
-    assert "going on from" in outputs[0]
-    assert "going on from" not in outputs[1]
-    one, other = (SLQEncoder(tmp_path / name / "model", device="cpu").queries for name in ("killed", "whole"))
-    assert (one - other).abs().max() < 1e-5
+    if launcher is ONE:
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, "it ended before it was killed"
+    else:
+        first, second = ranks(run)
+        second.send_signal(signal.SIGKILL)
+        assert run.wait(120) == 1
+        assert not first.is_running()
+    assert not (killed / "model").exists()
+    assert "going on from" in launch(launcher, *options, "--output", killed)
+    assert "going on from" not in launch(launcher, *options, "--output", tmp_path / "whole")
+    assert_close(killed, tmp_path / "whole")
