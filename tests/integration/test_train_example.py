@@ -6,12 +6,14 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -69,6 +71,24 @@ def test_a_folder_of_photos(run_example, tmp_path):
     assert output.count("'eval_mean_recall'") == 2
     assert "'train_samples_per_second'" in output
     assert (tmp_path / "o" / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="TensorBoard is not installed: pip install tensorboard")
+def test_a_run_is_written_for_tensorboard(run_example, tmp_path):
+    """Loss, recall during the training, seconds and pairs a second."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--data", photos(tmp_path), "--holdout", 4, "--steps", 10, *TINY, "--eval-steps", 5]
+    output = run_example("train", *options, "--report-to", "tensorboard", "--output", tmp_path / "o")
+    (file,) = (tmp_path / "o").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    values = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    assert values["train/loss"][10] > 0
+    assert set(values["eval/mean_recall"]) == {5, 10}
+    after = float(re.search(r"mean_recall: .* -> +([\d.]+)%", output).group(1))
+    assert values["eval/mean_recall"][10] == pytest.approx(after / 100, abs=1e-3)
+    seconds, speed = values["train/train_runtime"][10], values["train/train_samples_per_second"][10]
+    assert seconds * speed == pytest.approx(10 * 4, rel=0.05)
 
 
 def test_a_folder_without_splits_and_another_to_measure_on(run_example, tmp_path):
