@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +166,25 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def versions() -> dict[str, str]:
+    return {module.__name__: module.__version__ for module in (torch, transformers, sentence_transformers)}
+
+
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     processor = cpu if args.device == "cpu" else torch.cuda.get_device_name()
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, sentence_transformers)}
-    return {"machine": processor, "versions": versions, "dtype": args.dtype, "shape": args.shape, "rounds": args.rounds}
+    return {
+        "machine": processor,
+        "versions": versions(),
+        "dtype": args.dtype,
+        "shape": args.shape,
+        "rounds": args.rounds,
+    }
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result, with the date and the versions if it does not say them itself."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        stamped = {"date": date.today().isoformat(), "versions": versions(), **result}
+        path.write_text(json.dumps(stamped, indent=2) + "\n")

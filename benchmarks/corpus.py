@@ -1,4 +1,4 @@
-"""What 10 million, a billion and 100 billion images cost to embed, to keep and to search: a simulation from measured unit costs.
+"""What 10 million, a billion and 100 billion images cost to embed, to keep and to search: a simulation from unit costs.
 
     python benchmarks/corpus.py [--share 0.4] [--prices 0.5 1.8 3.5] [--core-hour 0.04] [--disk-month 0.08] [--json FILE]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import platform
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import write
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
@@ -189,9 +189,7 @@ def main() -> None:
             medians = ", ".join(f"{name} {statistics.median(values):.1%}" for name, values in found.items())
             print(f"median of {len(args.seeds)} seeds, {part}: {medians}")
         print(f"the backbone answers {'the same bits' if same else 'OTHER BITS'} after all trainings")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    write(args.json, results)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -150,7 +151,9 @@ def run(piece: Piece, output: Path, limit: float, rehearse: bool, settings: dict
         return f"{'stopped' if code is None else 'FAILED'} after {seconds:.0f} s: {' | '.join(tail)}"
     partial.unlink(missing_ok=True)
     if not json_of_its_own:
-        results.write_text(json.dumps({"command": command, "exit_code": code, "end_of_log": tail}, indent=2) + "\n")
+        stamp = {"date": date.today().isoformat(), "versions": {"torch": torch.__version__}}
+        result = {**stamp, "command": command, "exit_code": code, "end_of_log": tail}
+        results.write_text(json.dumps(result, indent=2) + "\n")
     return f"done in {seconds:.0f} s: {tail[-1] if tail else ''}"
 
 

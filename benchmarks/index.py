@@ -13,7 +13,6 @@ batches of 100, through ids and metadata; the index is saved, and searched as it
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from common import versions, write
 
 from slq_embed.index import EmbeddingIndex
 from slq_embed.index.faiss_types import has_gpu
@@ -96,7 +96,7 @@ def main() -> None:
         raise SystemExit("There is no faiss-gpu, or no GPU: pip install 'slq-embed[faiss-gpu]'.")
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {faiss.omp_get_max_threads()} threads",
-        "versions": {"faiss": faiss.__version__, "numpy": np.__version__},
+        "versions": {**versions(), "faiss": faiss.__version__, "numpy": np.__version__},
         "kinds": [],
     }
     print(result["machine"], result["versions"])
@@ -151,8 +151,7 @@ def main() -> None:
                     print(f"{'on the GPU':>31} recall@10 {row['gpu_recall']:.3f}  {of_both}", flush=True)
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.json, result)
 
 
 if __name__ == "__main__":

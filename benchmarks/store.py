@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -173,9 +173,7 @@ def main() -> None:
         ratio = f"{value / plain:6.2f} x plain files" if "read" in name or "plain" in name else ""
         print(f"{name:>32}: {value * 1e3:10.3f} ms {ratio}")
     print(f"on disk: {sizes['disk_over_payload']:.3f} x the tensors' bytes")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"entries": count, "seconds": seconds, **sizes}, indent=2) + "\n")
+    common.write(args.json, {"entries": count, "seconds": seconds, **sizes})
 
 
 if __name__ == "__main__":

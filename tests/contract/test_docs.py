@@ -33,6 +33,7 @@ BLOCK = re.compile(
 AVAILABLE = {
     "the hub": False,
     "a server": False,
+    "the output of Ray": False,  # tests/integration/test_embed_corpus_ray.py runs it
     "pypdfium2": find_spec("pypdfium2") is not None,
     "torchao": find_spec("torchao") is not None,
     "vector databases": all(map(find_spec, ("lancedb", "pymilvus", "milvus_lite", "qdrant_client"))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from datetime import date
 
 import pytest
 
@@ -154,3 +155,13 @@ def test_the_page_on_large_corpora_shows_what_the_simulation_prints(monkeypatch,
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     importlib.import_module("corpus").main([])
     assert capsys.readouterr().out in (ROOT / "docs/guides/large-corpora.md").read_text("utf8")
+
+
+def test_what_a_script_writes_has_date_and_versions(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("corpus").main(["--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert date.fromisoformat(result["date"])
+    assert set(result["versions"]) == {"torch", "transformers", "sentence_transformers"}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        assert "args.json.write" not in script.read_text("utf8"), f"{script.name} does not write by common.write"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -277,6 +278,22 @@ def test_the_files_are_plain_parquet(done):
     schema = pq.read_schema(path)
     assert schema.names == ["id", "price", "embedding"]
     assert schema.field("embedding").type == pa.list_(pa.float32(), 192)
+
+
+def test_the_page_makes_a_lancedb_table_of_it(done, corpus, tmp_path, monkeypatch, capsys):
+    """The block of the page, with the files that Ray wrote."""
+    pytest.importorskip("lancedb")
+    page = (ROOT / "docs" / "guides" / "large-corpora.md").read_text("utf8")
+    block = re.search(r"needs the output of Ray -->\n```python\n(.*?)```", page, flags=re.S)
+    (tmp_path / "embeddings").symlink_to(done[0] / "folder")
+    monkeypatch.chdir(tmp_path)
+    model = SLQEncoder(corpus / "model", device="cpu")
+    names = {"model": model}
+    exec(block[1], names)
+    assert names["corpus"].count_rows() == 12
+    inputs = [corpus / "photos" / f"{number:02}.png" for number in range(12)]
+    nearest = int((model.encode_document(inputs) @ model.encode_query("a big red circle")).argmax())
+    assert Path(capsys.readouterr().out.strip()).name == f"{nearest:02}.png"
 
 
 def test_a_killed_run_goes_on(corpus, tmp_path):
