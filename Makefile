@@ -71,12 +71,14 @@ gpu: ## All that waits for a GPU, most wanted first, in nine minutes; again for 
 # and pyarrow 24, or newer.
 WHEELS := datasets dill multiprocess peft pytest-socket sentence-transformers transformers
 GPU_PYTHON ?= 3.12
+WHEELS_KB ?= 40000
 VERSIONS := from importlib.metadata import version; import sys; print(*(f"{name}=={version(name)}" for name in sys.argv[1:]))
 gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine without a registry, in .wheels
 	rm -rf .wheels
 	$(BIN)/python -c '$(VERSIONS)' $(WHEELS) | xargs $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: \
 		--python-version $(GPU_PYTHON) --dest .wheels
-	@du -sh .wheels
+	@size=$$(du -sk .wheels | cut -f1); echo "$$size kB in .wheels"; test $$size -lt $(WHEELS_KB) || \
+		{ echo "More than $(WHEELS_KB) kB, which is as much as goes along to a GPU machine. Take a name off WHEELS." >&2; exit 1; }
 
 test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
