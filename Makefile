@@ -83,7 +83,7 @@ gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine with
 test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; five minutes
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
 
-test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; six minutes
+test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; three to seven minutes
 	$(RAY)/bin/python -m pytest --quiet -m "" tests/integration/test_embed_corpus_ray.py
 
 check: $(READY) ## Lint, format and types
