@@ -2,6 +2,7 @@
 
 from slq_embed.data.caption_sets import RetrievalSet, load_coco, load_flickr30k
 from slq_embed.data.cirr import CIRRSet, load_cirr
+from slq_embed.data.concatenate import concatenate_pairs
 from slq_embed.data.fashion_iq import FashionIQSet, load_fashion_iq
 from slq_embed.data.karr_bench import KARRBenchSet, load_karr_bench
 from slq_embed.data.mmeb import load_mmeb_eval, load_mmeb_train
@@ -23,6 +24,7 @@ __all__ = [
     "ImageTextPairs",
     "KARRBenchSet",
     "RetrievalSet",
+    "concatenate_pairs",
     "from_coco",
     "from_dataset",
     "from_folder",

@@ -13,6 +13,7 @@ from PIL import Image
 from slq_embed.data import (
     DistinctImageBatchSampler,
     ImageTextPairs,
+    concatenate_pairs,
     from_coco,
     from_dataset,
     from_folder,
@@ -253,3 +254,24 @@ def test_no_batch_has_two_captions_of_one_image():
     batches = list(DistinctImageBatchSampler(dataset, batch_size=4, drop_last=False, **settings))
     assert sorted(row for batch in batches for row in batch) == list(range(40))
     assert all(len({row // 5 for row in batch}) == len(batch) for batch in batches)
+
+
+def test_sets_are_put_one_after_the_other(folder):
+    lines(folder, *GOOD, *BAD)
+    first, other = from_folder(folder), from_folder(folder, limit=1)
+    both = concatenate_pairs([first, other, first])
+    assert both.dataset.column_names == first.dataset.column_names
+    assert both.dataset.features == first.dataset.features
+    assert both.dataset["text"][:] == [*first.dataset["text"], "one", "two", *first.dataset["text"]]
+    assert both.dataset["label"][:] == [0, 0, 1, 2, 3, 3, 4, 4, 5, 6]
+    assert both.skipped == [*first.skipped, *other.skipped, *first.skipped]
+    images, texts, image_of = retrieval_set(both)
+    assert (len(images), len(texts), max(image_of)) == (7, 10, 6)
+
+
+def test_sets_without_labels_are_refused():
+    with pytest.raises(ValueError, match="no set to concatenate"):
+        concatenate_pairs([])
+    unlabelled = ImageTextPairs(Dataset.from_dict({"image": ["a"], "text": ["b"]}))
+    with pytest.raises(ValueError, match="Set 0 of 1 is streamed or has no labels"):
+        concatenate_pairs([unlabelled])
