@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
+from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead
 from slq_embed.modules.latent_query_pooling import weights_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
@@ -64,8 +65,9 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     Raises:
         ValueError: If the form does not fit the backbone, or the folder is the backbone's own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     slq_config = model.slq_config
+    _require_own_modules(model, slq_config)
+    folder.mkdir(parents=True, exist_ok=True)
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())
     slq_config.loss = model.model_card_data.loss_name or slq_config.loss
@@ -128,6 +130,17 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     slq_config.write(folder)
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
+
+
+def _require_own_modules(model: Any, slq_config: SLQConfig) -> None:
+    head = [] if slq_config.projection is None else [ProjectionHead]
+    if [type(module) for module in model] != [LatentQueryTransformer, LatentQueryPooling, *head, Normalize]:
+        modules = ", ".join(type(module).__name__ for module in model)
+        raise ValueError(
+            f"The model's modules were changed ({modules}), and a saved SLQ model would not have them. For a linear head, use "
+            "projection= of SLQEncoder.from_backbone. For other modules, save the model without them, then put them behind it: "
+            "SentenceTransformer(modules=[*SentenceTransformer(folder), ...])."
+        )
 
 
 def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Tensor]) -> list[Any]:

@@ -17,6 +17,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import SLQEncoder
@@ -362,3 +363,16 @@ def test_the_card_of_a_language_model_names_texts_only(encoder, tmp_path):
     assert "image" not in card
     encoder.save_pretrained(tmp_path / "both")
     assert "| Inputs | text, images, videos, both with text; text" in (tmp_path / "both" / "README.md").read_text()
+
+
+def test_modules_that_a_folder_would_not_have_are_refused(checkpoint, mixed, tmp_path):
+    model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu")
+    model.save_pretrained(tmp_path / "slq")
+    model.append(Dense(32, 8))
+    with pytest.raises(ValueError, match=r"modules were changed \(LatentQueryTransformer, .*, Dense\)"):
+        model.save_pretrained(tmp_path / "with")
+    assert not (tmp_path / "with").exists()
+    behind = SentenceTransformer(
+        modules=[*SentenceTransformer(str(tmp_path / "slq"), device="cpu"), model[-1]], device="cpu"
+    )
+    assert np.abs(behind.encode(mixed) - model.encode(mixed)).max() < 1e-6
