@@ -77,7 +77,8 @@ def encode_to_file(
     Args:
         model: The encoder.
         inputs: Texts, images, or both. A list of texts and paths, or of dicts of them, is compared whole with an
-            earlier run's; of images in memory, or of a dataset, 64 are.
+            earlier run's; of images in memory, or of a dataset, 64 are. Paths are compared, and not what is in the files: after
+            a file has changed, begin another ``.npy``.
         path: The file; where an earlier run has left it unfinished, that run is continued.
         batch_size: Inputs a batch.
         prompt: A system message.
