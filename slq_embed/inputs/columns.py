@@ -7,6 +7,10 @@ from typing import Any
 
 LABELS = ("label", "labels", "score", "scores")  # columns that the host does not encode
 
+_TEXTS = ("string", "large_string")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_FIRST = 4
+
 
 def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
     """Refuse columns that hold no texts, images or both.
@@ -16,20 +20,33 @@ def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
         columns: The columns to encode; by default all but labels.
 
     Raises:
-        ValueError: If a column holds numbers, or one that is named for images holds strings.
+        ValueError: If a column holds numbers or lists of texts; or strings, if it is named for images or these name image files.
     """
     if dataset.format["type"] == "custom":
         return
     for name in [name for name in dataset.column_names if name not in LABELS] if columns is None else columns:
-        kind = str(getattr(dataset.features[name], "dtype", None))
-        if name in ("image", "images") and kind in ("string", "large_string"):
+        feature = dataset.features[name]
+        kind = str(getattr(feature, "dtype", None))
+        if kind in _TEXTS and (name in ("image", "images") or _names_images(dataset, name)):
             raise ValueError(
                 f"The column {name!r} holds strings. A str is always a text, so the model would learn the paths and not "
                 f"the images. Open them with dataset.cast_column({name!r}, datasets.Image()), or read the dataset with "
-                "slq_embed.data.from_dataset. If these are texts, rename the column."
+                "slq_embed.data.from_dataset. If these are texts, rename the column, or give each as {'text': value}."
+            )
+        item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        if str(getattr(item, "dtype", None)) in _TEXTS:
+            raise ValueError(
+                f"The column {name!r} holds lists of texts, but one input a row is needed. Split it into columns, such as "
+                f"'{name}_1' and '{name}_2'."
             )
         if kind.startswith(("int", "uint", "float", "bool")):
             raise ValueError(
                 f"The column {name!r} holds {kind}, but a column of texts or images is needed. Remove it with "
                 f"dataset.remove_columns({name!r}). If equal numbers mark rows of one image, rename it to 'label'."
             )
+
+
+def _names_images(dataset: Any, column: str) -> bool:
+    """Whether the first texts of a column, if they are there at once, all end as names of image files do."""
+    values = list(dataset.select_columns(column)[:_FIRST][column]) if hasattr(dataset, "__len__") else []
+    return bool(values) and all(isinstance(value, str) and value.lower().endswith(_IMAGE_SUFFIXES) for value in values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -14,6 +14,7 @@ from slq_embed.training import mine_negatives, plan_prefixes, sweep
 from tests.training import arguments, toy_pairs
 
 PATHS = Dataset.from_dict({"image": ["photos/0.png", "photos/1.png"], "text": ["a", "b"], "label": [0, 1]})
+TEXT = {"text": Value("string")}
 NUMBERS = Dataset.from_dict({"anchor": ["a", "b"], "klass": [3, 4], "label": [0, 1]})
 READERS = {
     "sampler": lambda model, dataset: DistinctImageBatchSampler(dataset, batch_size=2, drop_last=False),
@@ -41,6 +42,25 @@ def test_paths_that_would_be_texts_are_refused(encoder, reader):
         READERS[reader](encoder, PATHS)
 
 
+@pytest.mark.parametrize("name", ["photo", "img", "url"])
+def test_paths_are_known_by_their_ends_under_any_name(name):
+    paths = PATHS.rename_column("image", name)
+    with pytest.raises(ValueError, match=f"The column '{name}' holds strings"):
+        require_inputs(paths)
+    require_inputs(
+        paths.map(lambda row: {name: {"text": row[name]}}, features=Features({**paths.features, name: TEXT}))
+    )
+    require_inputs(Dataset.from_dict({name: ["photo of a.png", "a second text"]}))
+
+
+def test_lists_of_texts_are_named(encoder):
+    lists = Dataset.from_dict({"anchor": ["a"], "positive": ["b"], "negatives": [["c", "d"]]})
+    with pytest.raises(ValueError, match=r"'negatives' holds lists of texts.*'negatives_1' and 'negatives_2'"):
+        READERS["trainer"](encoder, lists)
+    chat = [{"role": "user", "content": "a"}]
+    require_inputs(Dataset.from_dict({"anchor": [chat], "positive": ["b"]}))
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_a_column_of_numbers_is_named(encoder, reader):
     with pytest.raises(ValueError, match=r"'klass' holds int64.*remove_columns\('klass'\)"):
@@ -49,7 +69,7 @@ def test_a_column_of_numbers_is_named(encoder, reader):
 
 def test_texts_images_and_labels_pass():
     require_inputs(toy_pairs(2).dataset)
-    require_inputs(PATHS.rename_column("image", "said").add_column("score", [0.5, 0.5]))
+    require_inputs(PATHS.remove_columns("image").add_column("score", [0.5, 0.5]))
     require_inputs(PATHS.with_transform(lambda batch: batch))  # who knows what it gives
 
 
