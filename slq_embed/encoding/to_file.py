@@ -147,18 +147,20 @@ def encode_to_file(
         show_progress_bar=show_progress_bar,
         total=len(pending),
     )
-    for number, batch in enumerate(batches, start=1):
-        if batch.indices:
-            rows[batch.indices] = batch.embeddings.cpu().numpy()
-            states.append((batch.indices, _DONE))
-        if lost := [row.index for row in batch.skipped if row.index is not None]:
-            rows[lost] = np.nan
-            states.append((lost, _SKIPPED))
-        result.encoded += len(batch.indices)
-        result.skipped += batch.skipped
-        if number % _BATCHES_A_FLUSH == 0:
-            flush()
-    flush()
+    try:
+        for number, batch in enumerate(batches, start=1):
+            if batch.indices:
+                rows[batch.indices] = batch.embeddings.cpu().numpy()
+                states.append((batch.indices, _DONE))
+            if lost := [row.index for row in batch.skipped if row.index is not None]:
+                rows[lost] = np.nan
+                states.append((lost, _SKIPPED))
+            result.encoded += len(batch.indices)
+            result.skipped += batch.skipped
+            if number % _BATCHES_A_FLUSH == 0:
+                flush()
+    finally:  # also where Ctrl-C or an error ends the run: what was computed stays
+        flush()
     result.skipped.sort(key=lambda row: row.index or 0)
     return result
 

@@ -229,6 +229,25 @@ def _encode_slowly(encoder, path):
     encoder.encode_to_file([f"text {n}" for n in range(100)], path, batch_size=2)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_an_exception_ends_keeps_what_it_computed(encoder, tmp_path, monkeypatch, error):
+    inputs, path = [f"text {n}" for n in range(12)], tmp_path / "e.npy"
+    with monkeypatch.context() as patched:
+        forward, calls = encoder.forward, iter(range(6))
+
+        def interrupted(*args, **kwargs):
+            if next(calls) == 4:
+                raise error("stopped")
+            return forward(*args, **kwargs)
+
+        patched.setattr(encoder, "forward", interrupted)
+        with pytest.raises(error, match="stopped"):
+            encoder.encode_to_file(inputs, path, batch_size=2)
+    result = encoder.encode_to_file(inputs, path)
+    assert result.encoded == 4
+    assert np.abs(result.embeddings - encoder.encode(inputs)).max() < 1e-6
+
+
 @needs_fork
 def test_a_killed_run_goes_on_where_it_was(encoder, tmp_path):
     path = tmp_path / "e.npy"
