@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from slq_embed.index.faiss_types import (
@@ -78,12 +79,14 @@ class FaissIndex:
         set_parameters(index, search_parameters, self.factory)  # refuses those that do not fit
         self._search_parameters, self._gpu_copy = search_parameters, None
 
-    def normalised(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:
-        """A normalised copy, ``(n, dimension)`` in float32.
+    def normalised(self, embeddings: NDArray[Any] | torch.Tensor) -> NDArray[np.float32]:
+        """A normalised copy, ``(n, dimension)`` in float32; tensors of any precision, on any device.
 
         Raises:
             ValueError: If the shape is another one, or a number is not finite.
         """
+        if isinstance(embeddings, torch.Tensor):  # NumPy has no bfloat16
+            embeddings = embeddings.detach().float().cpu().numpy()
         rows = np.array(embeddings, np.float32, ndmin=2)
         if not rows.size:
             return np.zeros((0, self.dimension), np.float32)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.encoding.stream import stream
@@ -138,12 +139,12 @@ class EmbeddingIndex:
             self._table.records.require_new([id_])
 
     def add_embeddings(
-        self, embeddings: NDArray[Any], ids: Iterable[Any], metadata: Iterable[Metadata] | None = None
+        self, embeddings: NDArray[Any] | Tensor, ids: Iterable[Any], metadata: Iterable[Metadata] | None = None
     ) -> None:
         """Add embeddings that were computed elsewhere.
 
         Args:
-            embeddings: ``(n, dimension)``; normalised here.
+            embeddings: ``(n, dimension)``, an array or a tensor; normalised here, in float32.
             ids: One for each embedding.
             metadata: One dict for each embedding, of what JSON can hold.
 
@@ -233,12 +234,12 @@ class EmbeddingIndex:
         return hits[0] if single else hits
 
     def search_embeddings(
-        self, queries: NDArray[Any], k: int = 10, *, where: Mapping[str, Any] | None = None
+        self, queries: NDArray[Any] | Tensor, k: int = 10, *, where: Mapping[str, Any] | None = None
     ) -> list[list[Hit]]:
         """Find the nearest embeddings to embeddings.
 
         Args:
-            queries: ``(n, dimension)``; normalised here.
+            queries: ``(n, dimension)``, an array or a tensor; normalised here, in float32.
             k: As for :meth:`search`.
             where: As for :meth:`search`.
 

@@ -92,6 +92,16 @@ def test_every_kind_finds_deletes_and_comes_back(factory, parameters, least, tmp
     assert recall(again, alive) >= least
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_of_any_precision_are_embeddings(dtype):
+    index, rows = EmbeddingIndex(dimension=32), torch.from_numpy(vectors(8)).to(dtype).requires_grad_()
+    before = rows.detach().clone()
+    index.add_embeddings(rows, names(0, 8))
+    assert [hits[0].id for hits in index.search_embeddings(rows, 1)] == names(0, 8)
+    assert index.search_embeddings(rows[2], 1)[0][0].score == pytest.approx(1, abs=1e-5)
+    assert torch.equal(rows, before)
+
+
 def test_what_was_deleted_leaves_no_trace(tmp_path):
     index = filled(count=600)
     index.save(tmp_path)
