@@ -60,6 +60,7 @@ def load_or_share(
         ValueError: If the backbone is unsupported, is a saved SLQ model, or has neither name nor processor.
         OSError: If nothing can be loaded from there.
     """
+    _require_backbone(backbone)
     hub = hub_arguments(arguments)
     device = arguments.pop("device", None)
     for argument in _HUB:
@@ -94,6 +95,14 @@ def load_or_share(
     if processor is None:
         processor = load_processor(name, **hub, **processor_kwargs)
     return LoadedBackbone(model, processor, _place(recorded or name), commit, device)
+
+
+def _require_backbone(backbone: object) -> None:
+    if not isinstance(backbone, str | Path | PreTrainedModel):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}, but a hub name, a folder or a loaded transformers model is needed. Of a "
+            "SentenceTransformer or an SLQEncoder, pass its transformers_model."
+        )
 
 
 def _require_no_settings(model_kwargs: Mapping[str, Any]) -> None:
@@ -172,6 +181,8 @@ def _find_backbone(
     backbone: PreTrainedModel | str | Path | None,
 ) -> PreTrainedModel:
     """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
+    if backbone is not None:
+        _require_backbone(backbone)
     if isinstance(backbone, PreTrainedModel):
         _require_no_settings(model_kwargs)
     elif (quantization := slq_config.quantization) is not None and "quantization_config" not in model_kwargs:

@@ -55,6 +55,17 @@ def test_settings_of_a_loaded_backbone_are_refused(encoder, tmp_path, setting):
     assert SLQEncoder(tmp_path, backbone=encoder.backbone, model_kwargs={setting: None}).backbone is encoder.backbone
 
 
+def test_what_is_no_backbone_is_refused_by_its_type(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    for wrong, name in ((encoder, "SLQEncoder"), (torch.nn.Linear(2, 2), "Linear"), (b"a", "bytes")):
+        message = f"^backbone is a {name}, but a hub name, a folder or a loaded .*pass its transformers_model"
+        with pytest.raises(ValueError, match=message):
+            SLQEncoder.from_backbone(wrong)
+        with pytest.raises(ValueError, match=message):
+            SLQEncoder(tmp_path, backbone=wrong)
+    assert SLQEncoder.from_backbone(encoder.transformers_model).backbone is encoder.backbone
+
+
 @pytest.mark.parametrize("longest", [0, -3, "10", 2.0, True, None])
 def test_texts_of_no_length_are_refused(longest):
     with pytest.raises(ValueError, match=rf"max_text_chars is {longest!r}, but an int of at least 1 is needed"):
