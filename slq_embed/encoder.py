@@ -34,7 +34,7 @@ from slq_embed.saving.assembly import (
     require_form,
     require_text_limit,
 )
-from slq_embed.saving.checkpoints import checkpoint_state, failed_reload
+from slq_embed.saving.checkpoints import CheckpointState, checkpoint_state, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
 from slq_embed.saving.loading import load_or_share, load_saved
@@ -304,6 +304,12 @@ class SLQEncoder(SentenceTransformer):
         """Raise an error if the trainer was to reload a checkpoint and has not reloaded it."""
         if self.failed_checkpoint is not None:
             raise failed_reload(self.failed_checkpoint)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module's; the state of a trainer's checkpoint is refused, with a ValueError, if it is of another model."""
+        if isinstance(state_dict, CheckpointState):
+            state_dict.require_same(self)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.

@@ -82,20 +82,18 @@ def _layers_digest(backbone: PreTrainedModel) -> str:
         flat = weight.detach().flatten()
         sample = flat[:: -(-len(flat) // _SAMPLE_LAYER)].to("cpu", torch.bfloat16)
         samples.append(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return hashlib.sha256(
-        b"".join(sorted(samples))
-    ).hexdigest()  # sorted: versions of transformers order and name them otherwise
+    # Sorted: versions of transformers order and name them otherwise.
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest()
 
 
-def difference(recorded: Fingerprint, backbone: PreTrainedModel, layers_only: bool = False) -> str | None:
+def difference(recorded: Fingerprint, current: Fingerprint, layers_only: bool = False) -> str | None:
     """Say in words how a backbone differs from the one recorded, or None if it is the same.
 
     Args:
         recorded: Of the right one.
-        backbone: The one that came.
+        current: Of the one that came.
         layers_only: Whether the token embeddings may differ, as those of a merged model do from its backbone's.
     """
-    current = fingerprint(backbone)
     if recorded.layers_sha256 and current.layers_sha256 not in ("", recorded.layers_sha256):
         return "its layers differ"
     if layers_only:

@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slq_embed.saving.weights import TEMPERATURE, read_folder
+from slq_embed.backbone.fingerprint import difference
+from slq_embed.inputs.images import shortened
+from slq_embed.saving.config import SLQConfig
+from slq_embed.saving.weights import QUERIES, TEMPERATURE, read_folder
+
+_COMPARED = ("pooling", "instructions", "max_text_chars", "image_kwargs", "projection", "query_adapter", "deep_queries")
+"""What decides an embedding beside the weights: a run that went on with another one would train something else."""
+
+
+class CheckpointState(dict[str, Tensor]):
+    """The state of a checkpoint, and what was recorded of the model that it is from.
+
+    Args:
+        folder: The checkpoint.
+        slq_config: Its record.
+        state: Its trained weights.
+    """
+
+    def __init__(self, folder: str | Path, slq_config: SLQConfig, state: dict[str, Tensor]) -> None:
+        super().__init__(state)
+        self._folder, self._slq_config = folder, slq_config
+
+    def require_same(self, model: Any) -> None:
+        """Raise a ValueError if a model is another one than the checkpoint's; about a second for the first one."""
+        if different := list(self._differences(model)):
+            raise ValueError(
+                f"{self._folder} is a checkpoint of another model: {'; '.join(different)}. Build the model as it was to go on "
+                "from there, or train this one in another output_dir."
+            )
+
+    def _differences(self, model: Any) -> Iterator[str]:
+        if (count := len(self[QUERIES])) != len(model.queries):
+            yield f"num_queries was {count}, and is {len(model.queries)}"
+        before, now = _as_saved(self._slq_config), _as_saved(model.slq_config)
+        for name in _COMPARED:
+            yield from _changes(name, before[name], now[name])
+        recorded = self._slq_config.fingerprint
+        if recorded is not None and (change := difference(recorded, model.backbone_fingerprint)) is not None:
+            yield f"the backbone was {self._slq_config.backbone!r}, and is another one: {change}"
+
+
+def _as_saved(slq_config: SLQConfig) -> dict[str, Any]:
+    """A record as it is read from a file: with lists for tuples, and an adapter's default filled in."""
+    if (adapter := slq_config.query_adapter) is not None:
+        slq_config = replace(slq_config, query_adapter=replace(adapter, alpha=adapter.scaled_by))
+    values: dict[str, Any] = json.loads(json.dumps(asdict(slq_config)))
+    return values
+
+
+def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _changes(f"{name}[{key!r}]", before.get(key), now.get(key))
+    elif before != now:
+        yield f"{name} was {shortened(repr(before))}, and is {shortened(repr(now))}"
 
 
 def checkpoint_state(folder: str | Path) -> Any:
@@ -21,7 +78,7 @@ def checkpoint_state(folder: str | Path) -> Any:
     slq_config, state = read_folder(folder)
     if slq_config.log_temperature is not None:
         state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
-    return SimpleNamespace(state_dict=lambda: state)
+    return SimpleNamespace(state_dict=lambda: CheckpointState(folder, slq_config, state))
 
 
 def expect_reload(model: Any, checkpoint: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import without_prompts
 from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor
-from slq_embed.backbone.fingerprint import difference
+from slq_embed.backbone.fingerprint import difference, fingerprint
 from slq_embed.backbone.quantization import IN_MEMORY
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.weights import read_weights
@@ -208,7 +208,8 @@ def _find_backbone(
                 f"or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
             ) from error
     recorded = slq_config.fingerprint
-    if recorded is not None and (change := difference(recorded, backbone, layers_only=slq_config.form == "merged")):
+    merged = slq_config.form == "merged"
+    if recorded is not None and (change := difference(recorded, fingerprint(backbone), layers_only=merged)):
         raise ValueError(
             f"{folder} was trained on the backbone {slq_config.backbone!r}, but this one is another: {change}. "
             "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from sentence_transformers import InputExample, SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
 
-from slq_embed import SLQEncoder, SymmetricInfoNCELoss
+import slq_embed.encoder as encoder_module
+from slq_embed import QueryAdapter, SLQEncoder, SymmetricInfoNCELoss
+from slq_embed.backbone.families import embedding_table
 from slq_embed.data import retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from tests.training import toy_pairs, toy_train
@@ -160,6 +163,64 @@ def test_resuming_after_a_kill_gives_the_same_losses(checkpoint, uninterrupted, 
     assert history(trainer) == expected
     assert torch.equal(resumed.queries, whole.queries)
     assert resumed.temperature == whole.temperature
+
+
+@pytest.fixture(scope="module")
+def run_of_two_steps(checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint with a head and an adapter."""
+    folder = tmp_path_factory.mktemp("run")
+    toy_train(untrained_model(checkpoint).with_queries(**PARTS), toy_pairs(), folder, **RESUMABLE | {"max_steps": 2})
+    return folder / "checkpoint-2"
+
+
+PARTS = {"projection": 8, "query_adapter": QueryAdapter(rank=2, targets=("q_proj",))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooling": "last"}, "pooling was 'mean', and is 'last'"),
+        ({"pooling": "weighted"}, "pooling was 'mean', and is 'weighted'"),
+        ({"instructions": {"text": "{text}!"}}, r"instructions\['text'\] was '.*', and is '{text}!'"),
+        ({"max_text_chars": 9}, "max_text_chars was 8192, and is 9"),
+        ({"image_kwargs": {"do_resize": False}}, r"image_kwargs\['do_resize'\] was None, and is False"),
+        ({"num_queries": 3}, "num_queries was 4, and is 3"),
+        ({"projection": None}, "projection was 8, and is None"),
+        (
+            {"query_adapter": QueryAdapter(rank=4, alpha=4, targets=["q_proj"])},
+            r"query_adapter\['rank'\] was 2, and is 4",
+        ),
+        ({"query_adapter": None, "deep_queries": True}, "query_adapter was .*; deep_queries was False, and is True"),
+        ({"backbone": "other weights"}, "the backbone was '.*', and is another one: its token embeddings differ"),
+        ({"backbone": "qwen2_vl"}, "the backbone was '.*', and is another one"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(checkpoint, run_of_two_steps, tmp_path, changes, message):
+    given = {"num_queries": 4, "seed": 0, "device": "cpu", **PARTS, **changes}
+    backbone = given.pop("backbone", "qwen3_vl")
+    if backbone == "other weights":
+        plain = untrained_model(checkpoint)
+        embedding_table(plain.backbone).data.add_(0.1)
+        model = SLQEncoder.from_backbone(plain.backbone, AutoProcessor.from_pretrained(checkpoint()), **given)
+    else:
+        model = SLQEncoder.from_backbone(checkpoint(backbone), **given)
+    before = model.queries.detach().clone()
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is a checkpoint of another model: .*{message}.*\. Build the"):
+        toy_train(model, toy_pairs(), tmp_path, resume=str(run_of_two_steps), **RESUMABLE)
+    assert torch.equal(model.queries, before)
+
+
+def test_a_run_goes_on_with_the_same_model_built_otherwise(checkpoint, run_of_two_steps, tmp_path, monkeypatch):
+    """In another precision, from another folder, with an adapter's default written out; its backbone is read once."""
+    read = []
+    taken = encoder_module.fingerprint
+    monkeypatch.setattr(encoder_module, "fingerprint", lambda backbone: read.append(backbone) or taken(backbone))
+    moved = shutil.copytree(checkpoint(), tmp_path / "moved")
+    same = PARTS | {"query_adapter": QueryAdapter(rank=2, alpha=4, targets=["q_proj"])}
+    model = SLQEncoder.from_backbone(moved, num_queries=4, seed=1, device="cpu", dtype=torch.bfloat16, **same)
+    trainer = toy_train(model, toy_pairs(), tmp_path / "o", resume=str(run_of_two_steps), **RESUMABLE)
+    assert trainer.state.global_step == 8
+    assert len(read) == 1
 
 
 def best_model_settings(pairs) -> dict:
