@@ -30,6 +30,7 @@ import torch
 from datasets import Image
 from PIL.Image import Image as PILImage
 from torch import Tensor, nn
+from train import last_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -44,7 +45,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from slq_embed import SLQEncoder
 from slq_embed.data import from_folder
@@ -322,7 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = sum(parameter.numel() for parameter in captioner.parameters())
     print(f"Training {trained:,} numbers; {model.num_parameters() - trained:,} stay frozen", flush=True)
     trainer = Trainer(captioner, arguments, data_collator=Collator(processor, photos, features), train_dataset=training)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+    checkpoint, _ = last_checkpoint(work)  # a later one was not written to its end
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if held_out:
         print(f"loss on {len(held_out)} photos held out: {trainer.evaluate(held_out)['eval_loss']:.3f}")
 

@@ -7,7 +7,7 @@
 
 --data is a folder with `captions.jsonl` (`image`, `captions`, and `split` with train and val, or --holdout). --stream
 takes WebDataset shards or parquet files, which are read as they are needed and mixed in a buffer; --test is then such a folder. The
-same command again goes on from the last checkpoint. Hardware: 2 CPU cores and some ten minutes with the embedded default, which has hardly
+same command again goes on from the last whole checkpoint. Hardware: 2 CPU cores and some ten minutes with the embedded default, which has hardly
 seen a photo: recall is low, and printed as it is. A GPU for a real backbone. Expected output: the loss, seconds, pairs a second, recall
 at 1, 5 and 10 both ways, before and after, with the model in OUTPUT/model.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
 from slq_embed.data import DistinctImageBatchSampler, ImageTextPairs, from_dataset, from_folder, retrieval_set
@@ -145,8 +145,32 @@ def build_trainer(
     return trainer
 
 
+def last_checkpoint(folder: Path, processes: int = 1) -> tuple[Path | None, list[Path]]:
+    """The last whole checkpoint, and later ones that a killed run began to write.
+
+    The trainer writes trainer_state.json last. Only the other processes' random states may come still later. A checkpoint without all
+    of them is taken where no other has them: then the run had fewer processes.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    found.sort(key=lambda path: int(path.name[11:]), reverse=True)
+    readable = [path for path in found if is_readable(path)]
+    names = ["rng_state.pth"], [f"rng_state_{process}.pth" for process in range(processes if processes > 1 else 0)]
+    whole = [path for path in readable if any(all((path / name).is_file() for name in each) for each in names)]
+    last = next(iter(whole or readable), None)
+    return last, found if last is None else found[: found.index(last)]
+
+
+def is_readable(checkpoint: Path) -> bool:
+    """Whether the files that the trainer itself wrote are there to their ends."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return all(zipfile.is_zipfile(file) for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
+
+
 def train(trainer: SentenceTransformerTrainer) -> None:
-    """Train, from the last checkpoint on if there is one.
+    """Train, from the last whole checkpoint on if there is one.
 
     Raises:
         SystemExit: If several processes have fewer rows than a step takes, or not one step was run.
@@ -157,11 +181,12 @@ def train(trainer: SentenceTransformerTrainer) -> None:
             f"A step takes {share * processes} pairs, {share} in each of {processes} processes, but there are {len(rows)} to train "
             "on. Several processes take full batches only: lower --batch."
         )
-    folder = Path(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint, half = last_checkpoint(Path(trainer.args.output_dir), processes)
+    for path in half:
+        print(f"{path} is left out, because it was not written to its end; it is written anew when the run comes there")
     if checkpoint is not None:
         print(f"going on from {checkpoint}; for a new run, give another --output")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not trainer.state.global_step:
         raise SystemExit(
             f"Nothing was trained: the data did not fill one batch of {share} different images in each of {processes} processes. "
@@ -177,7 +202,7 @@ def require_same_run(args: argparse.Namespace) -> None:
     """
     settings = {name: getattr(args, name) for name in RUN} | {"data": args.data and str(args.data.resolve())}
     record = args.output / "run.json"
-    if not args.output.is_dir() or get_last_checkpoint(str(args.output)) is None:
+    if last_checkpoint(args.output)[0] is None:
         args.output.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(settings, indent=1) + "\n", "utf8")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from functools import wraps
 from importlib.util import find_spec
 
@@ -123,6 +124,17 @@ def test_photos_make_a_stock_model(example, folder, capsys, tmp_path, monkeypatc
     assert encoder.slq_config.tokens.source == "spare"
     embeddings = encoder.encode([folder / "0.png", "a red circle"])
     assert np.linalg.norm(embeddings, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_left_out(example, folder, tmp_path):
+    example.main(options(folder, tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (last,) = (tmp_path / "killed").glob("training-*/checkpoint-*")
+    (last / "trainer_state.json").unlink()
+    example.main(options(folder, tmp_path / "killed"))
+    assert (last / "trainer_state.json").is_file()
+    whole, killed = projector(tmp_path / "whole"), projector(tmp_path / "killed")
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
 
 
 def test_a_killed_run_goes_on(example, folder, tmp_path, monkeypatch):

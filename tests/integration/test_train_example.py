@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor
 from torch.nn.parallel import replicate
@@ -134,6 +135,91 @@ def test_a_streamed_run_goes_on_with_the_rows_that_are_left(run_example, tmp_pat
     assert "going on from" in run_example("train", *options, "--output", tmp_path / "cut")
     one, other = (SLQEncoder(tmp_path / name / "model", device="cpu").queries for name in ("whole", "cut"))
     assert (one - other).abs().max() < 1e-5
+
+
+@pytest.fixture
+def whole_run(run_example, tmp_path) -> tuple[list[object], Path]:
+    """The options and the folder of a run with two checkpoints."""
+    options = ["--data", photos(tmp_path / "photos", 6), "--holdout", 2, "--steps", 2, *TINY, "--save-steps", 1]
+    run_example("train", *options, "--output", tmp_path / "whole")
+    return options, tmp_path / "whole"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+WRITTEN = {  # in the order in which the trainer writes
+    "nothing yet": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    "a part of the model": lambda folder: [
+        path.unlink() for path in folder.iterdir() if path.is_file() and path.name != "adapter_model.safetensors"
+    ],
+    "half the optimizer": lambda folder: [
+        cut(folder / "optimizer.pt"),
+        *(path.unlink() for path in [*folder.glob("rng*"), folder / "scheduler.pt", folder / "trainer_state.json"]),
+    ],
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "half the state": lambda folder: cut(folder / "trainer_state.json"),
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+    run_example, tmp_path, whole_run, written
+):
+    """The half one is named, and whole when the run has come there."""
+    options, whole = whole_run
+    output = shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(output / "model")
+    WRITTEN[written](output / "checkpoint-2")
+    printed = run_example("train", *options, "--output", output)
+    assert f"{output / 'checkpoint-2'} is left out, because it was not written to its end" in printed
+    assert f"going on from {output / 'checkpoint-1'};" in printed
+    assert_close(output, whole)
+    names = [sorted(path.name for path in (folder / "checkpoint-2").iterdir()) for folder in (whole, output)]
+    assert names[0] == names[1]
+    printed = run_example("train", *options, "--output", output)
+    assert "left out" not in printed
+    assert f"going on from {output / 'checkpoint-2'};" in printed
+
+
+def test_a_run_that_was_killed_at_its_first_checkpoint_begins_anew(run_example, tmp_path, whole_run):
+    """With other settings, too: there is nothing that they could spoil."""
+    options, whole = whole_run
+    output = tmp_path / "killed"
+    shutil.copytree(whole / "checkpoint-1", output / "checkpoint-1")
+    (output / "checkpoint-1" / "trainer_state.json").unlink()
+    (output / "run.json").write_text('{"seed": 5}')
+    printed = run_example("train", *options, "--output", output)
+    assert f"{output / 'checkpoint-1'} is left out" in printed
+    assert "going on from" not in printed
+    assert_close(output, whole)
+
+
+def test_a_checkpoint_of_several_processes_has_the_random_states_of_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    last_checkpoint = importlib.import_module("train").last_checkpoint
+
+    def write(step: int, *processes: object) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir(exist_ok=True)
+        for process in processes:
+            torch.save({}, folder / f"rng_state{process}.pth")
+        (folder / "trainer_state.json").write_text("{}")
+        return folder
+
+    assert last_checkpoint(tmp_path / "nowhere", 2) == (None, [])
+    (tmp_path / "checkpoint-best").mkdir()
+    nine, ten = write(9, "_0", "_1"), write(10, "_0")
+    assert last_checkpoint(tmp_path, 2) == (nine, [ten])
+    assert last_checkpoint(tmp_path) == (ten, [])  # one process needs no other's
+    write(10, "_1")
+    assert last_checkpoint(tmp_path, 2) == (ten, [])
+    assert last_checkpoint(tmp_path, 4) == (ten, [])  # the run had two
+    cut(ten / "rng_state_1.pth")
+    assert last_checkpoint(tmp_path, 2) == (nine, [ten])
+    eleven = write(11, "")
+    assert last_checkpoint(tmp_path, 2) == (eleven, [])  # one process wrote it
 
 
 def test_what_is_missing_is_said_in_a_line(run_example, tmp_path):
