@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from llama_index.core import StorageContext
 from llama_index.core.indices import MultiModalVectorStoreIndex
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import ImageNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.slq import SLQEmbedding, base
@@ -32,6 +33,13 @@ def test_an_image_without_text_and_metadata_is_dropped(embedding, scenes):
     index = index_of([bare, described], embedding)
     results = index.as_retriever(image_similarity_top_k=2).text_to_image_retrieve(scenes[0].caption)
     assert [row.node.node_id for row in results] == [described.node_id]
+
+
+def test_a_pipeline_embeds_the_metadata_of_an_image(embedding, scenes):
+    image = ImageNode(image_path=str(scenes[0].picture), metadata={"file": "x"})
+    (node,) = IngestionPipeline(transformations=[embedding]).run(nodes=[image])
+    assert np.allclose(node.embedding, embedding.get_text_embedding("file: x"), atol=1e-5)
+    assert not np.allclose(node.embedding, embedding.get_image_embedding(str(scenes[0].picture)), atol=1e-2)
 
 
 def test_two_plain_faiss_stores_mix_up_their_nodes(embedding, nodes, scenes):
