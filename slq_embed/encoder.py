@@ -34,7 +34,7 @@ from slq_embed.saving.assembly import (
     require_form,
     require_text_limit,
 )
-from slq_embed.saving.checkpoints import CheckpointState, checkpoint_state, failed_reload
+from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
 from slq_embed.saving.loading import load_or_share, load_saved
@@ -341,7 +341,7 @@ class SLQEncoder(SentenceTransformer):
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
-        return checkpoint_state(model_name_or_path)
+        return CheckpointState(model_name_or_path)
 
 
 def _require_torch(arguments: Mapping[str, Any]) -> None:

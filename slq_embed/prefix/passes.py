@@ -276,9 +276,8 @@ def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
     extra, family = backbone_inputs(features), family_of(decoder.config)
     if family.batches_images:
         return extra
-    for key, value in extra.items():
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        if is_float and not family.casts_pixels:  # not every model casts its pixels
+    for key, value in extra.items() if not family.casts_pixels else ():
+        if isinstance(value, Tensor) and value.is_floating_point():
             extra[key] = value.to(decoder.dtype)
     for name, pixels in family.patch_indices.items():
         if name not in extra:

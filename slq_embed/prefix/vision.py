@@ -16,7 +16,7 @@ from slq_embed.prefix.features import backbone_inputs, pad_left
 
 
 def takes_vision_features(decoder: PreTrainedModel) -> bool:
-    """Whether this version of transformers can run a backbone on vision features that were computed earlier."""
+    """Whether a backbone can be run on vision features that were computed earlier: its family, in this version of transformers."""
     return (
         family_of(decoder.config).batches_images
         and "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters

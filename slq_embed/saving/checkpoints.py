@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,17 +21,25 @@ _COMPARED = ("pooling", "instructions", "max_text_chars", "image_kwargs", "proje
 
 
 class CheckpointState(dict[str, Tensor]):
-    """The state of a checkpoint, and what was recorded of the model that it is from.
+    """A checkpoint's state. It stands in for the second model that the trainer builds from a checkpoint, only to copy its state.
 
     Args:
         folder: The checkpoint.
-        slq_config: Its record.
-        state: Its trained weights.
+
+    Raises:
+        ValueError: If the folder is no SLQ model, or its weights are missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, slq_config: SLQConfig, state: dict[str, Tensor]) -> None:
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = folder
+        self._slq_config, state = read_folder(folder)
         super().__init__(state)
-        self._folder, self._slq_config = folder, slq_config
+        if self._slq_config.log_temperature is not None:
+            self[TEMPERATURE] = torch.tensor(self._slq_config.log_temperature)
+
+    def state_dict(self) -> CheckpointState:
+        """What the trainer asks the second model for."""
+        return self
 
     def require_same(self, model: Any) -> None:
         """Raise a ValueError if a model is another one than the checkpoint's; about a second for the first one."""
@@ -67,18 +74,6 @@ def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
             yield from _changes(f"{name}[{key!r}]", before.get(key), now.get(key))
     elif before != now:
         yield f"{name} was {shortened(repr(before))}, and is {shortened(repr(now))}"
-
-
-def checkpoint_state(folder: str | Path) -> Any:
-    """What stands in for the second model that the trainer builds from a checkpoint, only to copy its ``state_dict()``.
-
-    Raises:
-        ValueError: If the folder is no SLQ model, or its weights are missing or damaged.
-    """
-    slq_config, state = read_folder(folder)
-    if slq_config.log_temperature is not None:
-        state[TEMPERATURE] = torch.tensor(slq_config.log_temperature)
-    return SimpleNamespace(state_dict=lambda: CheckpointState(folder, slq_config, state))
 
 
 def expect_reload(model: Any, checkpoint: str) -> None:

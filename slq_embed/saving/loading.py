@@ -86,10 +86,9 @@ def load_or_share(
             if Path(name).is_dir():
                 raise
             raise OSError(f"{_not_found(name)} ({error})") from error
+        commit = None
         if recorded is None:  # else it would be a commit of another name
             commit = commit_of(name, **{key: value for key, value in hub.items() if key != "trust_remote_code"})
-        else:
-            commit = None
         if is_placed(model):
             device = model.device
     if processor is None:
