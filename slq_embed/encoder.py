@@ -127,7 +127,7 @@ class SLQEncoder(SentenceTransformer):
             max_pixels: Largest image, in pixels, for families that keep the aspect ratio.
             image_kwargs: How to call the image processor, on top of the family's defaults.
             projection: Width of a linear head after the pooling, or True for the backbone's width.
-            query_adapter: A LoRA that acts at the queries only, or True for the default one; adapter form only.
+            query_adapter: A LoRA that acts at the queries only, or True for the default one.
             deep_queries: Whether to add vectors to the queries' states before each layer.
             **kwargs: As for ``SentenceTransformer``: ``device``, ``revision``, ``token``, ``cache_folder``,
                 ``local_files_only``, ``trust_remote_code``, ``model_kwargs``, ``processor_kwargs``, ``prompts``, ...

@@ -69,8 +69,6 @@ class QuerySet:
                 "This backbone's queries have a token type of their own, which cannot be saved together with a query adapter or "
                 "deep queries. Use a projection head."
             )
-        if slq_config.form == "merged":
-            slq_config.require_mergeable()
 
 
 def require_form(form: str) -> None:

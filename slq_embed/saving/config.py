@@ -90,14 +90,6 @@ class SLQConfig:
         """Whether stock modules alone give the embeddings."""
         return self.query_adapter is None and not self.deep_queries and not self.query_token_type
 
-    def require_mergeable(self) -> None:
-        """Raise a ValueError if the merged form cannot hold the model."""
-        if self.query_adapter is not None:
-            raise ValueError(
-                "The merged form cannot hold a query adapter: merged weights would act on the input as well. Use "
-                "form='adapter', or a projection head in place of the adapter."
-            )
-
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
         values = {**asdict(self), "format_version": FORMAT_VERSION}

@@ -47,6 +47,7 @@ from slq_embed.saving.weights import (
     DEEP,
     DEEP_NAME,
     HEAD,
+    MERGED_ADAPTER,
     QUERIES,
     QUERIES_NAME,
     SCORES,
@@ -85,8 +86,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     if slq_config.form == "adapter":
         _write_adapter(folder, slq_config, backbone, weights)
     else:
-        slq_config.require_mergeable()
-        _write_merged(folder, slq_config, backbone, queries)
+        _write_merged(folder, slq_config, backbone, weights)
     if slq_config.deep_queries:
         save_file({"deep_queries": weights[DEEP].detach().float().cpu().contiguous()}, folder / DEEP_NAME)
     if not slq_config.is_stock:
@@ -186,25 +186,45 @@ def _write_adapter(
     decoder = decoder_of(backbone)
     table = decoder.get_input_embeddings()
     target = next(name for name, module in decoder.named_modules() if module is table)
-    ids, adapter = list(slq_config.tokens.ids), slq_config.query_adapter
+    ids = list(slq_config.tokens.ids)
     named: dict[str, Any] = {
         "base_model_name_or_path": slq_config.backbone,
         "revision": slq_config.revision,
-        "inference_mode": True,
     }
-    if adapter is None:
+    if slq_config.query_adapter is None:
+        named["inference_mode"] = True
         TrainableTokensConfig(token_indices=ids, target_modules=target, **named).save_pretrained(str(folder))
-        tensors = {f"{target}.trainable_tokens_delta": weights[QUERIES]}
+        _write_tensors(folder, {f"{target}.trainable_tokens_delta": weights[QUERIES]})
     else:
-        named |= {"trainable_token_indices": {target: ids}, "alora_invocation_tokens": ids, "task_type": "CAUSAL_LM"}
-        lora_config(adapter, adapter.layers(decoder), **named).save_pretrained(str(folder))
-        tensors = {name.removeprefix(ADAPTER): value for name, value in weights.items() if name.startswith(ADAPTER)}
-        tensors[f"{target}.token_adapter.trainable_tokens_delta"] = weights[QUERIES]
+        own = {f"{target}.token_adapter.trainable_tokens_delta": weights[QUERIES]}
+        _write_lora(folder, slq_config, decoder, weights, own, trainable_token_indices={target: ids}, **named)
+
+
+def _write_lora(
+    folder: Path,
+    slq_config: SLQConfig,
+    decoder: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    **named: Any,
+) -> None:
+    """Write the query adapter as peft reads it, and other tensors beside its own."""
+    adapter = slq_config.query_adapter
+    assert adapter is not None
+    named |= {"alora_invocation_tokens": list(slq_config.tokens.ids), "task_type": "CAUSAL_LM", "inference_mode": True}
+    lora_config(adapter, adapter.layers(decoder), **named).save_pretrained(str(folder))
+    tensors = {name.removeprefix(ADAPTER): value for name, value in weights.items() if name.startswith(ADAPTER)}
+    _write_tensors(folder, {**tensors, **others})
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     cpu = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
     save_file(to_peft_names(cpu), folder / ADAPTER_NAME, metadata={"format": "pt"})
 
 
-def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, queries: Tensor) -> None:
+def _write_merged(
+    folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> None:
     if is_quantized(backbone):
         raise ValueError(
             "The merged form cannot hold a quantized backbone. Save with form='adapter', which records how it was quantized. "
@@ -215,7 +235,7 @@ def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel
             "The merged form needs the whole backbone on one device. Save the adapter form, or load the backbone without "
             "device_map."
         )
-    table = embedding_table(backbone).detach()
+    table, queries = embedding_table(backbone).detach(), weights[QUERIES]
     ids = torch.tensor(slq_config.tokens.ids, device=table.device)
     grown = max(int(ids.max()) + 1 - len(table), 0)
 
@@ -242,6 +262,11 @@ def _write_merged(folder: Path, slq_config: SLQConfig, backbone: PreTrainedModel
     if (folder / "generation_config.json").exists():
         _edit_json(folder / "generation_config.json", lambda values: values.update(suppressed))
     save_file({"queries": queries.detach().float().cpu().contiguous()}, folder / QUERIES_NAME)
+    if (
+        slq_config.query_adapter is not None
+    ):  # in a folder of its own: beside the weights, transformers would load another model
+        (folder / MERGED_ADAPTER).mkdir(exist_ok=True)
+        _write_lora(folder / MERGED_ADAPTER, slq_config, decoder_of(backbone), weights, {})
 
 
 def _name_architecture(values: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from slq_embed.saving.config import CONFIG_NAME, SLQConfig
-from slq_embed.saving.weights import ADAPTER_NAME, DEEP_NAME, QUERIES_NAME
+from slq_embed.saving.weights import ADAPTER_NAME, DEEP_NAME, MERGED_ADAPTER, QUERIES_NAME
 
 _ADAPTER = ("adapter_config.json", ADAPTER_NAME)
 _MODULES = tuple(f"[0-9]_{name}" for name in ("Dense", "WordWeights", "Pooling", "Normalize"))
@@ -34,6 +34,8 @@ def remove_leftovers(folder: Path, slq_config: SLQConfig, written: Collection[st
     if not (folder / CONFIG_NAME).exists():
         return
     patterns = [*(_MERGED if slq_config.form == "adapter" else _ADAPTER), "slq_query_*.py", *_MODULES]
+    if slq_config.form == "adapter" or slq_config.query_adapter is None:
+        patterns.append(MERGED_ADAPTER)
     if not slq_config.deep_queries:
         patterns.append(DEEP_NAME)
     for path in (path for pattern in patterns for path in folder.glob(pattern) if path.name not in written):

@@ -13,7 +13,7 @@ from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.util.file_io import load_file_path
+from sentence_transformers.util.file_io import load_dir_path, load_file_path
 
 
 def _act_at_the_end(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Any, Any]:
@@ -36,6 +36,9 @@ class QueryAdapterTransformer(Transformer):
     def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         """Load the folder."""
         module = super().load(model_name_or_path, *args, **kwargs)
+        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision", "local_files_only")}
+        if load_file_path(model_name_or_path, "query_adapter/adapter_config.json", **hub) is not None:  # a merged model
+            module.model.load_adapter(load_dir_path(model_name_or_path, "query_adapter", **hub))
         for config in getattr(module.model, "peft_config", {}).values():
             if tokens := getattr(config, "alora_invocation_tokens", None):
                 if Version(transformers.__version__) < Version("5.23"):
@@ -45,7 +48,6 @@ class QueryAdapterTransformer(Transformer):
                 for layer in module.model.modules():
                     if isinstance(layer, LoraLayer):
                         layer.register_forward_pre_hook(partial(_act_at_the_end, count=len(tokens)), with_kwargs=True)
-        hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision", "local_files_only")}
         if (path := load_file_path(model_name_or_path, "deep_queries.safetensors", **hub)) is not None:
             vectors = load_file(path)["deep_queries"]
             for number, layer in enumerate(module.model.get_decoder().layers):

@@ -12,6 +12,7 @@ from torch import Tensor
 from slq_embed.saving.config import CONFIG_NAME, SLQConfig
 
 ADAPTER_NAME = "adapter_model.safetensors"
+MERGED_ADAPTER = "query_adapter"  # merged form: the folder of the adapter, beside the model
 QUERIES_NAME = "latent_queries.safetensors"  # merged form: the float32 master copy of what the table holds
 HEAD_NAME = "1_Dense/model.safetensors"
 DEEP_NAME = "deep_queries.safetensors"
@@ -43,6 +44,8 @@ def read_weights(find: FindFile, slq_config: SLQConfig) -> dict[str, Tensor]:
         ValueError: If a file is missing or damaged.
     """
     path, tensors = _load(find, "latent queries", QUERIES_NAME, ADAPTER_NAME)
+    if slq_config.form == "merged" and slq_config.query_adapter is not None:
+        tensors |= _load(find, "weights of the query adapter", f"{MERGED_ADAPTER}/{ADAPTER_NAME}")[1]
     adapter = {name: value for name, value in tensors.items() if ".lora_" in name}
     others = [name for name in tensors if name not in adapter]
     if len(others) != 1:

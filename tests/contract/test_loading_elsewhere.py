@@ -35,12 +35,14 @@ ADAPTERS |= {
     "deep": ("qwen3_vl", "adapter", {"deep_queries": True}),
     "deep-last": ("internvl", "adapter", {"deep_queries": True, "pooling": "last", "projection": 12}),
     "deep-merged": ("qwen2_vl", "merged", {"deep_queries": True}),
+    "merged": ("qwen2_5_vl", "merged", {"query_adapter": SMALL}),
+    "merged-all": ("qwen3_vl", "merged", PARTS["all"]),
     "all": ("qwen2_5_vl", "adapter", PARTS["all"]),
 }
 if Version(transformers.__version__) < Version("5.23"):  # refused there
     ADAPTERS = {name: case for name, case in ADAPTERS.items() if "query_adapter" not in case[2]}
 HALF = ("heads/adapter-mean-16", "heads/adapter-last-16", "heads/merged-mean-16", "heads/adapter-weighted-16")
-HALF += ("adapters/qwen3_vl", "adapters/head", "adapters/last-head", "adapters/all")
+HALF += ("adapters/qwen3_vl", "adapters/head", "adapters/last-head", "adapters/all", "adapters/merged-all")
 HALF = tuple(name for name in HALF if name.startswith("heads/") or name.removeprefix("adapters/") in ADAPTERS)
 SCRIPT = """
 import contextlib, io, json, pathlib, re, sys
@@ -88,7 +90,7 @@ def elsewhere(checkpoint, images, tmp_path_factory) -> Path:
         deep = checkpoints.build(root / "deep", "qwen2_5_vl")
     for group, cases in (("heads", CASES), ("adapters", ADAPTERS)):
         for name, (kind, form, options) in cases.items():
-            backbone = deep if name == "deep" else checkpoint(kind)
+            backbone = deep if name in ("deep", "merged") else checkpoint(kind)
             encoder = trained(SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu", **options))
             encoder.save_pretrained(root / group / name, form=form)
             np.save(root / group / name / "ours.npy", encoder.encode(inputs))
@@ -138,16 +140,18 @@ def test_half_precision_works_there_too(elsewhere, case):
     assert furthest(np.load(folder / "half.npy"), np.load(folder / "ours.npy")) < 0.15
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
 @pytest.mark.parametrize("parts", ["adapter", "both", "deep", "all"])
-def test_a_stock_load_of_an_adapter_without_trust_is_refused(checkpoint, parts, tmp_path):
-    build(checkpoint, **PARTS[parts]).save_pretrained(tmp_path)
+def test_a_stock_load_of_an_adapter_without_trust_is_refused(checkpoint, parts, form, tmp_path):
+    build(checkpoint, **PARTS[parts]).save_pretrained(tmp_path, form=form)
     with pytest.raises(ValueError, match=r"trust_remote_code=True"):
         SentenceTransformer(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
 @pytest.mark.parametrize("parts", PARTS)
-def test_the_encoder_itself_needs_no_flag(checkpoint, mixed, parts, tmp_path):
-    encoder = trained(build(checkpoint, **PARTS[parts]))
+def test_the_encoder_itself_needs_no_flag(checkpoint, mixed, parts, form, tmp_path):
+    encoder = trained(build(checkpoint, form=form, **PARTS[parts]))
     encoder.save_pretrained(tmp_path)
     again = SLQEncoder(tmp_path, device="cpu")
     assert np.array_equal(again.encode(mixed), encoder.encode(mixed))

@@ -68,24 +68,13 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoint, adapter, message):
     assert np.array_equal(plain.encode("a"), expected)
 
 
-def test_the_merged_form_holds_no_adapter(checkpoint, mixed, encoder, folder, tmp_path):
-    message = r"merged form cannot hold a query adapter.*form='adapter', or a projection head"
-    with pytest.raises(ValueError, match=message):
-        build(checkpoint, query_adapter=True, form="merged")
-    with pytest.raises(ValueError, match=message):
-        build(checkpoint, form="merged").with_queries(query_adapter=True)
-    before, expected, backbone = files(folder), encoder.encode(mixed), structure(encoder.backbone)
-    for target in (tmp_path / "merged", folder):
-        with pytest.raises(ValueError, match=message):
-            encoder.save_pretrained(target, form="merged")
-    assert not files(tmp_path / "merged")
-    assert files(folder) == before
-    assert encoder.slq_config.form == "adapter"
-    assert structure(encoder.backbone) == backbone
-    assert np.array_equal(encoder.encode(mixed), expected)
-    assert np.array_equal(SLQEncoder(folder, device="cpu").encode(mixed), expected)
-    encoder.save_pretrained(tmp_path / "merged")
-    assert np.array_equal(SLQEncoder(tmp_path / "merged", device="cpu").encode(mixed), expected)
+def test_a_merged_folder_without_the_weights_of_its_adapter_is_refused(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path, form="merged")
+    (tmp_path / "query_adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"weights of the query adapter are missing: the folder holds no query_adapter/adapter_model"
+    ):
+        SLQEncoder(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("what", ["weights", "record"])
