@@ -25,18 +25,12 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
         folder: Where to; made if it is not there.
 
     Raises:
-        ValueError: If the model has parts that vLLM has no place for, or no merged form.
+        ValueError: If the backbone has no merged form, or its queries a token type of their own.
     """
-    config = model.slq_config
-    own = {
-        "a query adapter": config.query_adapter is not None,
-        "deep queries": config.deep_queries,
-        "a token type of its queries": bool(config.query_token_type),
-    }
-    if named := " and ".join(name for name, is_there in own.items() if is_there):
+    if model.slq_config.query_token_type:
         raise ValueError(
-            f"vLLM cannot serve this model: it has {named}, which act inside the layers at the positions of the queries only. Use "
-            "slq_embed.serving, or train queries with a projection head in their place."
+            "vLLM cannot serve this model: its queries have a token type of their own, and vLLM knows no such types. Use "
+            "slq_embed.serving."
         )
     folder = Path(folder)
     prompts = {task: resolve_prompt(model, task=task) or "" for task in ("query", "document")}

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True, threads: str
     if not plugin:
         environment["VLLM_PLUGINS"] = ""
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--served-model-name", NAME, "--enforce-eager", *flags]
+    command += ["--host", "127.0.0.1", "--served-model-name", NAME, *flags]
     with log.open("w") as output:
         # A session of its own, so that the engine, a process of the server, ends with it.
         running = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -76,11 +76,11 @@ def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True, threads: str
             yield process
         finally:
             running.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 running.wait(30)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # its engine may outlive it
                 os.killpg(running.pid, 9)
-                running.wait()
+            running.wait()
 
 
 def _answers(url: str) -> bool:

@@ -20,7 +20,7 @@ from slq_embed.remote import RemoteEncoder
 from slq_embed.saving import export_vllm
 from slq_embed.serving import UnreadableInputsError, embed
 from slq_embed.toy import render, sample_scenes
-from tests.parts import trained
+from tests.parts import PARTS, trained
 from tests.vllm.server import NAME, PYTHON, Process, vllm
 
 pytestmark = pytest.mark.vllm
@@ -52,7 +52,8 @@ class Case:
     flags: tuple[str, ...]
 
 
-FP32, BF16 = ("--dtype", "float32"), ("--dtype", "bfloat16")
+EAGER = "--enforce-eager"  # compiling takes longer than all else
+FP32, BF16 = ("--dtype", "float32", EAGER), ("--dtype", "bfloat16", EAGER)
 IN_STEPS = ("--max-num-batched-tokens", "256", "--max-num-seqs", "8", "--enable-chunked-prefill")
 CACHING = ("--enable-prefix-caching", "--block-size", "32")
 CASES = {
@@ -61,11 +62,16 @@ CASES = {
     "head, bfloat16": Case("slq-tiny-head", 0.999, BF16),
     "learned weights": Case("weighted", 0.99999, FP32),
     "last query, default prompt, prefix caching": Case("last", 0.99999, (*FP32, *CACHING)),
+    "deep queries, never compiled": Case("deep", 0.99999, ("--dtype", "float32")),
+    "adapter, deep queries and head, in steps": Case("inside", 0.99999, (*FP32, *IN_STEPS)),
+    "adapter, last query, prefix caching": Case("adapter", 0.99999, (*FP32, *CACHING)),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "last": {"pooling": "last", "prompts": {"all": "Look at it"}, "default_prompt_name": "all"},
     "weighted": {"pooling": "weighted"},
     "deep": {"deep_queries": True},
+    "adapter": {"pooling": "last", "query_adapter": True},
+    "inside": PARTS["all"],
 }
 
 
@@ -210,11 +216,12 @@ def test_without_the_plugin_no_folder_is_served(model: str, tmp_path: Path):
     assert "are not supported" in process.log.read_text()
 
 
-def test_what_acts_inside_the_layers_is_refused_with_the_plugin(tmp_path: Path):
-    build("deep").save_pretrained(tmp_path / "model", form="merged")
-    process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=True)
-    assert process.code, "it is served"
-    assert "cannot be served by vLLM: it has deep queries" in process.log.read_text()
+@pytest.mark.parametrize("size", ["tensor", "pipeline"])
+def test_layers_that_are_cut_apart_cannot_act_at_the_queries(size: str, tmp_path: Path):
+    export_vllm(build("deep"), tmp_path / "model")
+    with vllm(tmp_path / "model", tmp_path / "log.txt", *FP32, f"--{size}-parallel-size", "2") as process:
+        assert process.code, "it is served"
+    assert f"whole layers in one process, but {size}_parallel_size is 2" in process.log.read_text()
 
 
 def test_a_folder_whose_prompts_would_be_lost_is_refused(tmp_path: Path):

@@ -70,10 +70,17 @@ def test_a_pooling_that_does_not_fit_is_refused(values, said):
         read_record({**RECORD, **values}, "folder")
 
 
-@pytest.mark.parametrize("part", ["query_adapter", "deep_queries", "query_token_type"])
-def test_a_model_that_vllm_has_no_place_for_is_refused(part):
-    with pytest.raises(ValueError, match="cannot be served by vLLM: it has"):
-        read_record({**RECORD, part: 1}, "folder")
+@pytest.mark.parametrize(
+    ("parts", "inside"), [({}, False), ({"deep_queries": True}, True), ({"query_adapter": {}}, False)]
+)
+def test_what_acts_inside_the_layers_is_known(parts, inside):
+    assert read_record({**RECORD, **parts}, "folder").acts_inside is inside
+    assert read_record({**RECORD, "query_adapter": {"rank": 8}}, "folder").query_adapter
+
+
+def test_queries_with_a_token_type_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="cannot be served by vLLM: its queries have a token type"):
+        read_record({**RECORD, "query_token_type": 1}, "folder")
 
 
 def test_a_folder_without_a_record_is_refused():

@@ -23,6 +23,20 @@ def record_of(model_config: ModelConfig) -> Record:
     return read_record(get_hf_file_to_dict(CONFIG_NAME, model_config.model, model_config.revision), model_config.model)
 
 
+def read_file(model_config: ModelConfig, name: str) -> bytes:
+    """The content of a file of the served folder or hub name, which its record names.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    if not (content := get_hf_file_bytes(name, model_config.model, model_config.revision)):
+        raise ValueError(
+            f"{model_config.model} has no file {name}, which its {CONFIG_NAME} asks for. Write the folder with "
+            "slq_embed.saving.export_vllm."
+        )
+    return content
+
+
 def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdateConfig]:
     """What vLLM calls with the settings of a server, before it loads the model.
 
@@ -46,13 +60,28 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             inner.verify_and_update_config(vllm_config)
-            cache = vllm_config.cache_config
-            if record_of(vllm_config.model_config).count > 1 and cache.enable_prefix_caching:
+            cache, record = vllm_config.cache_config, record_of(vllm_config.model_config)
+            if record.acts_inside:
+                _compute_where_layers_can_act(vllm_config)
+            if record.count > 1 and cache.enable_prefix_caching:
                 # vLLM computes at least the last token of a cached prompt, but the states of all queries are needed.
                 cache.enable_prefix_caching = False
                 logger.info("SLQ: prefix caching is off, because the states at all queries are needed.")
 
     return SLQModelConfig
+
+
+def _compute_where_layers_can_act(vllm_config: VllmConfig) -> None:
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            raise ValueError(
+                f"{model.model} has deep queries or a query adapter, which need whole layers in one process, but {name} is "
+                f"{size}. Serve it with {name} 1, and use data_parallel_size for more GPUs."
+            )
+    if not model.enforce_eager:
+        model.enforce_eager = True
+        logger.info("SLQ: the model is not compiled, because its layers act at the queries only.")
 
 
 def _lose_no_prompt(model_config: ModelConfig) -> None:

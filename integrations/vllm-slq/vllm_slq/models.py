@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.adapters import as_embedding_model
 
 from vllm_slq import PREFIX
+from vllm_slq.config import read_file, record_of
+from vllm_slq.layers import act_inside
 from vllm_slq.pooler import build_pooler
-from vllm_slq.record import MASTER_NAME
+from vllm_slq.record import OWN_TENSORS
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -32,10 +34,39 @@ def as_slq_model(base: type[nn.Module]) -> type[nn.Module]:
     class SLQModel(embedding):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            self.pooler = build_pooler(vllm_config.model_config).to(vllm_config.device_config.device)
+            config, device = vllm_config.model_config, vllm_config.device_config.device
+            self.query_rows = None
+            if (record := record_of(config)).acts_inside:
+                layers = config.hf_text_config.num_hidden_layers
+                self.query_rows = act_inside(self, record, partial(read_file, config), layers, device)
+            self.pooler = build_pooler(config, self.query_rows).to(device)
+
+        def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.query_rows is not None:
+                self.query_rows.find(input_ids)
+            return super().embed_input_ids(input_ids, *args, **kwargs)
+
+        def forward(
+            self,
+            input_ids: Tensor | None,
+            positions: Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            forward = partial(super().forward, input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            if self.query_rows is None:
+                return forward()
+            if inputs_embeds is None and input_ids is not None:  # else the ids were embedded before
+                self.query_rows.find(input_ids)
+            self.query_rows.start()
+            try:
+                return forward()
+            finally:
+                self.query_rows.end()
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-            loaded = super().load_weights((name, value) for name, value in weights if name != MASTER_NAME)
+            loaded = super().load_weights((name, value) for name, value in weights if name not in OWN_TENSORS)
             # The head came from a file of its own; vLLM looks for weights that nothing was loaded into.
             return loaded and loaded | {f"pooler.{name}" for name, _ in self.pooler.named_parameters()}
 

@@ -11,10 +11,10 @@ from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
 from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead, SequencePooler, SequencePoolingMethod
 from vllm.tasks import PoolingTask
-from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from vllm_slq.config import record_of
+from vllm_slq.config import read_file, record_of
+from vllm_slq.layers import QueryRows
 from vllm_slq.record import HEAD_NAME, Record
 from vllm_slq.tail import ends_with, keep_tail
 
@@ -26,11 +26,12 @@ class QueryPool(SequencePoolingMethod):
 
     Args:
         record: The model's record.
+        query_rows: Where layers act at the queries, what they know of a step; where they did not act, it gives NaN, too.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, query_rows: QueryRows | None = None) -> None:
         super().__init__()
-        self.record = record
+        self.record, self.query_rows = record, query_rows
         # vLLM builds models under the default type of their weights, which would round these.
         scores = torch.tensor(record.scores or (0.0,) * record.count, dtype=torch.float32)
         self.register_buffer("weights", scores.softmax(dim=0)[:, None], persistent=False)
@@ -59,19 +60,21 @@ class QueryPool(SequencePoolingMethod):
         parts = hidden_states.split(cursor.num_scheduled_tokens_cpu.tolist())
         unknown = hidden_states.new_full((hidden_states.shape[-1],), torch.nan, dtype=torch.float32)
         query_ids, rows = self.record.query_ids, []
+        missed = self.query_rows is not None and not self.query_rows.acted
         for row, (states, end, length) in enumerate(zip(parts, ends, lengths, strict=True)):
             kept = pooling_metadata.pooling_states[row].hidden_states_cache
             tail = keep_tail(kept, states, end, length, self.record.count)
             ids = None if token_ids is None else token_ids[row]
-            if tail is None or len(tail) != self.record.count or ids is None or not ends_with(ids, length, query_ids):
+            complete = tail is not None and len(tail) == self.record.count and not missed
+            if tail is None or not complete or ids is None or not ends_with(ids, length, query_ids):
                 rows.append(unknown)
             else:
                 rows.append((tail.float() * self.weights).sum(0))
         return rows
 
 
-def build_pooler(model_config: ModelConfig) -> SequencePooler:
-    """The pooler of the served folder.
+def build_pooler(model_config: ModelConfig, query_rows: QueryRows | None = None) -> SequencePooler:
+    """The pooler of the served folder; ``query_rows`` as :class:`QueryPool` takes it.
 
     Raises:
         ValueError: If a file is missing or does not fit.
@@ -80,7 +83,7 @@ def build_pooler(model_config: ModelConfig) -> SequencePooler:
     head = EmbeddingPoolerHead(
         head_dtype=torch.float32, projector=_read_head(record, model_config), activation=PoolerNormalize()
     )
-    return SequencePooler(pooling=QueryPool(record), head=head)
+    return SequencePooler(pooling=QueryPool(record, query_rows), head=head)
 
 
 def _read_head(record: Record, model_config: ModelConfig) -> nn.Module | None:
@@ -89,10 +92,8 @@ def _read_head(record: Record, model_config: ModelConfig) -> nn.Module | None:
 
     if record.projection is None:
         return None
-    content = get_hf_file_bytes(HEAD_NAME, model_config.model, model_config.revision)
-    if not content:
-        raise ValueError(f"{model_config.model} names a projection head, but has no file {HEAD_NAME}.")
-    weights = {name.removeprefix("linear."): value.float() for name, value in load(content).items()}
+    tensors = load(read_file(model_config, HEAD_NAME))
+    weights = {name.removeprefix("linear."): value.float() for name, value in tensors.items()}
     head = nn.Linear(weights["weight"].shape[1], record.projection, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         for name, parameter in head.named_parameters():

@@ -8,21 +8,19 @@ from typing import Any
 
 CONFIG_NAME = "slq_config.json"
 HEAD_NAME = "1_Dense/model.safetensors"
+DEEP_NAME = "deep_queries.safetensors"
+ADAPTER_NAME, ADAPTER_CONFIG_NAME = "query_adapter/adapter_model.safetensors", "query_adapter/adapter_config.json"
 HOST_CONFIG_NAME, TEMPLATE_NAME = "config_sentence_transformers.json", "chat_template.jinja"
-MASTER_NAME = "queries"  # a tensor beside the weights: the queries in float32, which the table holds already
+OWN_TENSORS = {"queries", "deep_queries"}
+"""Tensors beside the backbone's weights: the queries in float32, which the table holds already, and the deep queries."""
 
 _POOLINGS = ("mean", "weighted", "last")
 _OF_TASKS = ("query", "document", "passage", "corpus")
-_OWN_STATES = {
-    "query_adapter": "a query adapter",
-    "deep_queries": "deep queries",
-    "query_token_type": "a token type of its queries",
-}
 
 
 @dataclass(frozen=True)
 class Record:
-    """The part of an SLQ model that comes after its last layer.
+    """What an SLQ model has beside its backbone.
 
     Args:
         query_ids: Token ids of the latent queries, in order; every prompt ends with them.
@@ -30,6 +28,8 @@ class Record:
         projection: Width of the projection head, if there is one.
         image_kwargs: How the image processor is called.
         scores: What the weights of a weighted mean are the softmax of, a number for each query.
+        deep_queries: Whether vectors are added to the queries' states before each layer.
+        query_adapter: Whether a LoRA acts at the queries.
     """
 
     query_ids: tuple[int, ...]
@@ -37,11 +37,18 @@ class Record:
     projection: int | None
     image_kwargs: Mapping[str, Any] = field(default_factory=dict)
     scores: tuple[float, ...] | None = None
+    deep_queries: bool = False
+    query_adapter: bool = False
 
     @property
     def count(self) -> int:
         """At how many positions, counted from the last, the states are needed."""
         return 1 if self.pooling == "last" else len(self.query_ids)
+
+    @property
+    def acts_inside(self) -> bool:
+        """Whether something acts inside the layers at the queries."""
+        return self.deep_queries or self.query_adapter
 
 
 def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
@@ -52,14 +59,14 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
         folder: Its name, for errors.
 
     Raises:
-        ValueError: If there is none, or the model has parts that vLLM has no place for, or that this version does not know.
+        ValueError: If there is none, or the model has a part that vLLM has no place for, or that this version does not know.
     """
     if values is None:
         raise ValueError(f"{folder} has no {CONFIG_NAME}: it is no SLQ model. Write it with slq_embed's export_vllm.")
-    if own := [what for name, what in _OWN_STATES.items() if values.get(name)]:
+    if values.get("query_token_type"):
         raise ValueError(
-            f"{folder} cannot be served by vLLM: it has {' and '.join(own)}, which act inside the layers at the positions of the "
-            "queries only. Train queries alone, or with a projection head."
+            f"{folder} cannot be served by vLLM: its queries have a token type of their own, and vLLM knows no such types. Use "
+            "slq_embed.serving."
         )
     if (pooling := values["pooling"]) not in _POOLINGS:
         raise ValueError(
@@ -69,7 +76,8 @@ def read_record(values: Mapping[str, Any] | None, folder: str) -> Record:
     scores = tuple(values["query_scores"]) if pooling == "weighted" else None
     if scores is not None and len(scores) != len(ids):
         raise ValueError(f"{folder} has {len(ids)} queries, but {len(scores)} query_scores in {CONFIG_NAME}.")
-    return Record(ids, pooling, values.get("projection"), image_kwargs, scores)
+    inside = {name: bool(values.get(name)) for name in ("deep_queries", "query_adapter")}
+    return Record(ids, pooling, values.get("projection"), image_kwargs, scores, **inside)
 
 
 def require_prompts(host: Mapping[str, Any] | None, template: str, folder: str) -> None:

@@ -1,0 +1,126 @@
+"""What acts at the latent queries, in layers shaped as vLLM's are; the rest is tested with vLLM: make test-vllm."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from vllm_slq.layers import QueryRows, act_inside
+from vllm_slq.record import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DEEP_NAME, Record
+
+WIDTH, IDS = 4, (7, 8, 9)
+PROMPTS = torch.tensor([1, 2, 7, 8, 9, 3, 7, 8, 9, 5])  # one prompt after another, as vLLM has them
+
+
+class Packed(nn.Linear):
+    """A linear layer that holds three, and gives a tuple."""
+
+    output_sizes = (WIDTH, 2, 2)
+
+    def forward(self, states):
+        return super().forward(states), None
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv_proj = Packed(WIDTH, sum(Packed.output_sizes), bias=False)
+        self.o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = Attention()
+
+    def forward(self, positions, hidden_states, residual):
+        packed, _ = self.self_attn.qkv_proj(hidden_states)
+        return torch.cat([packed, self.self_attn.o_proj(hidden_states)], dim=1), residual
+
+
+class Text(nn.Module):
+    def __init__(self, layers=2):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+
+class Model(nn.Module):
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012 - as vLLM has it
+
+    def __init__(self):
+        super().__init__()
+        self.visual, self.model = Text(5), Text()
+
+
+def act(model, files, **parts):
+    record = Record(IDS, "mean", None, **parts)
+    return act_inside(model, record, files.__getitem__, layers=2, device=torch.device("cpu"))
+
+
+def run(model, rows, layer=1):
+    states = torch.arange(40.0).reshape(10, WIDTH) / 40
+    before = states.clone()
+    rows.find(PROMPTS)
+    rows.start()
+    output, _ = model.model.layers[layer](torch.arange(10), hidden_states=states, residual=None)
+    rows.end()
+    assert torch.equal(states, before), "vLLM's buffer was written to"
+    return states, output
+
+
+def test_deep_queries_are_added_to_the_states_of_each_query():
+    vectors = torch.randn(2, 3, WIDTH)
+    model = Model()
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    rows = act(model, {DEEP_NAME: save({"deep_queries": vectors})}, deep_queries=True)
+    states, output = run(model, rows)
+    for query, places in enumerate([(2, 6), (3, 7), (4, 8)]):
+        states[list(places)] += vectors[1, query]
+    expected, _ = plain.model.layers[1](None, states, None)
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("own", "start", "width"), [("q_proj", 0, 4), ("v_proj", 6, 2), ("o_proj", 8, 4)])
+def test_an_adapter_changes_its_own_part_of_a_packed_layer_at_the_queries(own, start, width):
+    model, name = Model(), f"base_model.model.language_model.layers.1.self_attn.{own}"
+    first, second = torch.randn(2, WIDTH), torch.randn(width, 2)
+    tensors = {f"{name}.lora_A.weight": first, f"{name}.lora_B.weight": second}
+    files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: json.dumps({"r": 2, "lora_alpha": 6}).encode()}
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    rows = act(model, files, query_adapter=True)
+    states, output = run(model, rows)
+    expected, _ = plain.model.layers[1](None, states, None)
+    places = torch.tensor([2, 3, 4, 6, 7, 8])
+    expected[places, start : start + width] += 3 * states[places] @ first.T @ second.T
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+def test_a_layer_that_vllm_does_not_have_is_refused():
+    name = "base_model.model.layers.0.mlp.gate_proj"
+    tensors = {f"{name}.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
+    with pytest.raises(ValueError, match=r"changes layers\.0\.mlp\.gate_proj, but Text of vLLM has no such layer"):
+        act(Model(), files, query_adapter=True)
+
+
+def test_a_model_without_such_a_language_model_is_refused():
+    with pytest.raises(ValueError, match="finds no 2 layers in Text"):
+        act(Text(3), {}, deep_queries=True)
+
+
+def test_a_step_without_token_ids_is_known():
+    rows = QueryRows(IDS)
+    rows.start()
+    assert not rows.acted
+    places, _ = rows.of(torch.zeros(10, WIDTH))
+    assert len(places) == 0
+    rows.find(PROMPTS)
+    rows.start()
+    rows.end()
+    assert rows.acted, "for the pooler, which comes after the step"
+    rows.start()
+    assert not rows.acted, "what was found belongs to one step"
