@@ -62,8 +62,11 @@ def free_rows(tokenizer: Any, table_rows: int) -> tuple[int, int]:
 
 
 def _reserved(tokenizer: Any, table_rows: int) -> list[tuple[int, str]]:
+    in_use = set(tokenizer.special_tokens_map.values())  # Llama 3 is often padded with its last reserved token
     return sorted(
-        (row, token) for token, row in tokenizer.get_vocab().items() if _RESERVED.fullmatch(token) and row < table_rows
+        (row, token)
+        for token, row in tokenizer.get_vocab().items()
+        if _RESERVED.fullmatch(token) and row < table_rows and token not in in_use
     )
 
 
@@ -85,8 +88,9 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: 
     """Choose tokens for the queries and teach them to a tokenizer.
 
     The rule: spare rows past the tokenizer's last id; else the highest tokens that the tokenizer's makers
-    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like); else, for the merged form only,
-    new rows at the table's end. A row that a text can produce is never taken.
+    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like) and that do not pad, end a text or
+    stand for images; else, for the merged form only, new rows at the table's end. A row that a text can produce
+    is never taken.
 
     Args:
         tokenizer: The tokenizer to teach, changed in place; it may know other query tokens already.

@@ -96,3 +96,19 @@ def test_rows_in_a_gap_are_free():
     tokens = allocate(tokenizer, 310, 4, "adapter")
     assert tokens.ids == (257, 258, 259, 260)
     assert not {*tokens.ids} & {*tokenizer("zz" * 9 + "abc").input_ids}
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token", "image_token"])
+def test_a_reserved_token_that_has_a_role_is_not_taken(role):
+    """Llama 3 is often padded with its last reserved token; a query at that row would be found at each place of padding."""
+    last = "<|reserved_special_token_29|>"
+    small = Vocabulary(300, 300, {"<|im_start|>": 0, "<|im_end|>": 1}, "<|reserved_special_token_{}|>", range(30), 270)
+    built = tokenizer_of(small)
+    roles = {"extra_special_tokens": {role: last}} if role == "image_token" else {role: last}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=built.backend_tokenizer, **roles)
+    assert getattr(tokenizer, role) == last
+    assert free_rows(tokenizer, 300) == (0, 29)
+    tokens = allocate(tokenizer, 300, 4, "adapter")
+    assert tokens.ids == (295, 296, 297, 298)
+    assert getattr(tokenizer, role) == last
+    assert allocate(tokenizer, 300, 4, "adapter") == tokens
