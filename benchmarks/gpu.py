@@ -97,6 +97,7 @@ PIECES = (
     Piece("encoding-qwen3-vl-4b", 450, (ENCODING, *TRUE, "--shape", "qwen3-vl-4b", "--images", "256", "--texts", "512")),
     training("qwen3-vl-2b", 32, 300, "--checkpointing"),
     Piece("quantization", 480, ("benchmarks/quantization.py", "--device", "cuda"), ("benchmarks/quantization.py", "--quick"), "torchao"),
+    Piece("self-check-qwen3-vl-4b", 150, ("benchmarks/self_check.py", *TRUE, "--shape", "qwen3-vl-4b"), ("benchmarks/self_check.py", *SMALL)),
     Piece("index", 500, ("benchmarks/index.py", "--gpu"), needs="faiss"),
     Piece("quality-quick", 450, (*QUALITY, "--device", "cuda"), (*QUALITY, "--methods", "slq"), "peft", "--output"),
 )  # fmt: skip

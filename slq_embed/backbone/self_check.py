@@ -6,6 +6,7 @@ sequence. The prefix path must agree with it in value and gradient, alone and in
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from slq_embed.backbone.lock import lock_of
 from slq_embed.backbone.query_tokens import free_rows
 from slq_embed.backbone.twin import twin_of
 
+logger = logging.getLogger(__name__)
+
 Schedule = Literal["prefix", "all_positions"]
 """``"prefix"``: the input runs once, without autograd, and the queries continue it. ``"all_positions"``: input and queries run as
 one sequence, with autograd, which costs more, and nothing can be kept."""
@@ -30,6 +33,8 @@ VALUE, GRADIENT = 1e-5, 1e-4
 """What unit vectors may always differ by, and gradients by their size."""
 _MOST = (0.1, 0.5)  # a difference of this size is none of rounding, whatever the precision
 _QUERIES = 3
+_LONG_S = 10.0  # a check that takes longer is announced
+_WHOLE = 4  # times as long as its reference
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
         findings.append(Finding(name, ok, difference, allowed, error))
         return ok
 
-    inputs = samples(transformer.reader.reads_images)
+    started, inputs = time.monotonic(), samples(transformer.reader.reads_images)
     try:
         alone = [_features(transformer, [value]) for value in inputs]
         together = _features(transformer, inputs)
@@ -170,6 +175,13 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
     except Exception as error:
         note("input and queries as one sequence", False, None, 0.0, _first_line(error))
         return findings, None, f"fails on a sample input ({_first_line(error)})"
+    if (estimate := _WHOLE * (time.monotonic() - started)) > _LONG_S:
+        kind = transformer.backbone.config.model_type
+        logger.warning(
+            "The self-check of this %s takes about %.0f s here. It runs once: a saved model records its result.",
+            kind,
+            estimate,
+        )
     values = torch.cat([value for value, _ in reference])
     gradient = _total(reference)
     moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in alone]

@@ -41,6 +41,10 @@ def test_the_other_benchmarks_write_their_json(tmp_path):
     scaling = json.loads((tmp_path / "scaling.json").read_text())
     assert scaling["stores"]["keys_values exact disk"]["change"] < 1e-5
     assert scaling["sets"]["4 at once"] < scaling["sets"]["4 in turn"]
+    run_script("benchmarks/self_check.py", "--quick", "--json", tmp_path / "check.json", folder=tmp_path)
+    check = json.loads((tmp_path / "check.json").read_text())
+    assert check["schedule"] == "prefix"
+    assert 1 < check["seconds"]["check"] / check["seconds"]["encode"] < 40
 
 
 @pytest.mark.slow

@@ -177,6 +177,15 @@ class TestManyQueries:
         assert "prefix path in a batch: value" in [finding.name for finding in report.findings if not finding.ok]
 
 
+def test_a_check_that_takes_long_is_announced(many, monkeypatch, caplog):
+    self_check.examine(many.transformer)
+    assert not caplog.records
+    monkeypatch.setattr(self_check, "_LONG_S", 0.0)
+    report = self_check.examine(many.transformer)
+    (record,) = caplog.records
+    assert f"self-check of this {report.model_type} takes about" in record.getMessage()
+
+
 def test_text_attention_in_both_directions_is_refused(folders):
     parts = others.text_only("gemma3_text", use_bidirectional_attention=True, head_dim=8)
     folder = folders("both", parts)
