@@ -17,6 +17,15 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / os.environ.get("SLQ_VLLM_PYTHON", ".venv-vllm/bin/python")
 NAME = "slq"
 START_S = 240.0
+SETTINGS = {
+    # The plugin of this checkout, wherever the installed one is.
+    "PYTHONPATH": os.pathsep.join([str(ROOT / ".ci" / "vllm"), str(ROOT / "integrations" / "vllm-slq")]),
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""The environment of vLLM."""
 
 
 @dataclass
@@ -48,15 +57,7 @@ def vllm(folder: Path, log: Path, *flags: str, plugin: bool = True, threads: str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {
-        "PYTHONPATH": str(ROOT / ".ci" / "vllm"),
-        "OMP_NUM_THREADS": threads,
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(log.parent / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    settings = {**SETTINGS, "OMP_NUM_THREADS": threads, "VLLM_CACHE_ROOT": str(log.parent / "cache")}
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"} | settings
     if not plugin:
         environment["VLLM_PLUGINS"] = ""

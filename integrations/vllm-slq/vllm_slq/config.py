@@ -9,6 +9,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
 
+from vllm_slq.families import agree
 from vllm_slq.record import CONFIG_NAME, HOST_CONFIG_NAME, TEMPLATE_NAME, Record, read_record, require_prompts
 
 logger = logging.getLogger("vllm.slq")
@@ -54,6 +55,7 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
             _lose_no_prompt(model_config)
             _say_what_transformers_does(model_config)
             _call_the_processor_alike(model_config)
+            agree(model_config)
             # To vLLM, a pooler that needs the last positions alone: so prompts may be computed in several steps.
             model_config.pooler_config.seq_pooling_type = "LAST"
 

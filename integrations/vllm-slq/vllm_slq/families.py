@@ -1,0 +1,50 @@
+"""Where vLLM computes a family otherwise than transformers does: made alike, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.config.multimodal import ImageDummyOptions
+from vllm.platforms import current_platform
+
+_WINDOW = "transformers_sliding_window"
+
+
+def agree(model_config: ModelConfig) -> None:
+    """Change the settings of a server so that it gives the vectors of transformers.
+
+    Args:
+        model_config: The settings, before the model is loaded; changed in place.
+
+    Raises:
+        ValueError: If it would give others.
+    """
+    _take_one_image(model_config)
+    _see_as_far(model_config.hf_text_config)
+    _require_both_directions(model_config)
+
+
+def _see_as_far(text: Any) -> None:
+    # vLLM's Cohere 2 sees as many tokens before a token as the window is long, transformers one less.
+    if text.model_type == "cohere2":
+        window = vars(text).setdefault(_WINDOW, text.sliding_window)  # settings may come here twice
+        text.sliding_window = window - 1
+
+
+def _take_one_image(model_config: ModelConfig) -> None:
+    # transformers cuts an image into tiles where it is the only one of its input; vLLM cuts each.
+    settings = model_config.multimodal_config
+    if model_config.hf_config.model_type == "llava_onevision" and settings is not None:
+        allowed = min(settings.get_limit_per_prompt("image"), 1)
+        settings.limit_per_prompt["image"] = ImageDummyOptions(count=allowed)
+
+
+def _require_both_directions(model_config: ModelConfig) -> None:
+    # On other platforms vLLM itself looks for kernels that can do it.
+    if model_config.is_mm_prefix_lm and current_platform.is_cpu():
+        raise ValueError(
+            f"{model_config.model} is a {model_config.hf_config.model_type}: in it, tokens of an image see each other in both "
+            "directions. vLLM's attention on a CPU cannot do that, and the vectors of images would be wrong. Serve it on a GPU, "
+            "or for texts alone, with --language-model-only."
+        )

@@ -1,0 +1,234 @@
+"""Which families vLLM serves with the vectors of SLQEncoder, and which are refused: tiny models, in float32, on a CPU.
+
+Each is embedded in steps of 128 tokens, shorter than the long inputs: alone, again, and in a batch. `make test-vllm` runs what is used
+most; `make test-vllm-families` runs all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slq_embed import SLQEncoder
+from slq_embed.inputs.rows import read_row
+from slq_embed.remote import _messages
+from slq_embed.saving import export_vllm
+from slq_embed.serving import embed
+from tests.families import FAMILIES
+from tests.parts import trained
+from tests.vllm.backbones import build
+from tests.vllm.server import PYTHON, ROOT, SETTINGS
+
+pytestmark = pytest.mark.vllm
+
+MOST_USED = ("qwen2_vl", "qwen2_5_vl", "internvl3", "llama", "lfm2_vl", "cohere2_vision")
+OTHERS = (
+    *("qwen3_vl", "internvl3_5", "llava", "llava_next", "granite_vision", "granite4_vision", "idefics3", "smolvlm"),
+    *("pixtral", "mistral3", "glm4v", "glm4v_moe", "glm_ocr", "gemma3n", "llama4"),
+    *("qwen3", "gemma", "gemma3_text", "smollm3"),
+)
+HALF = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
+"""Linear attention, which vLLM computes on a CPU in bfloat16 only."""
+ONE_IMAGE = ("llava_onevision",)
+BOTH_DIRECTIONS = ("gemma3", "gemma4")
+UNKNOWN = {
+    **dict.fromkeys(("aya_vision", "fast_vlm", "glm46v", "kimi_k25", "ovis2", "perception_lm"), "are not supported"),
+    **dict.fromkeys(("phi4_multimodal", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), "are not supported"),
+    **dict.fromkeys(("lfm3_vl", "molmo2"), "does not recognize this architecture"),
+    "minicpmv4_7": "multimodal tokens to",
+    "qwen3_vl_moe": "must match the size of tensor",
+}
+"""What vLLM itself refuses, and with which words."""
+NOT_EXPORTED = ("paligemma", "paligemma2")
+
+STEPS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enable_chunked_prefill": True}
+CACHING = {**STEPS, "enable_prefix_caching": True, "block_size": 32}
+LONG = "a red circle above two green stars and a yellow heart " * 40
+TEXTS: list[Any] = ["a red circle", {"text": ""}, LONG, "größe 图 <|im_end|> <image>"]
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(40, 50), (64, 32), (32, 96), (120, 200)]
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def inputs_with_images() -> list[Any]:
+    first, *others = pictures()
+    both = [{"image": first, "text": "now in green"}, {"image": others[0], "text": LONG}]
+    return [first, *others, Image.fromarray(255 - np.array(first)), *both]
+
+
+def inputs_with_two() -> list[Any]:
+    first, second, *_ = pictures()
+    return [{"images": [first, second]}, {"image": [second, first], "text": "a b"}]
+
+
+@dataclass
+class Offline:
+    """The process of tests/vllm/offline.py.
+
+    Args:
+        ask: Sends a job and waits for its answer.
+        scratch: Where files go.
+    """
+
+    ask: Callable[[dict[str, Any]], dict[str, str]]
+    scratch: Path
+
+    def embed(self, model: Path, inputs: Sequence[Any], **settings: Any) -> np.ndarray:
+        """Embeddings alone, again and in a batch: ``(3, number of inputs, H)``.
+
+        Raises:
+            RuntimeError: If vLLM refuses the model or an input.
+        """
+        chats, vectors = self.scratch / "chats.json", self.scratch / "vectors.npy"
+        chats.write_text(json.dumps([_messages(read_row(value), None) for value in inputs]), "utf8")
+        paths = {
+            "model": str(model),
+            "chats": str(chats),
+            "vectors": str(vectors),
+            "log": str(model.parent / "log.txt"),
+        }
+        if error := self.ask({**paths, "settings": settings}).get("error"):
+            if "num2words" in error or "timm library" in error:
+                pytest.skip(f"vLLM's environment lacks a package: {error}")
+            raise RuntimeError(error)
+        return np.load(vectors).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    assert PYTHON.exists(), f"There is no vLLM at {PYTHON}. Run make test-vllm, or set SLQ_VLLM_PYTHON."
+    scratch = tmp_path_factory.mktemp("offline")
+    environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": str(scratch / "cache")}
+    command = [str(PYTHON), str(ROOT / "tests" / "vllm" / "offline.py")]
+    with (
+        (scratch / "log.txt").open("w") as log,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines, jobs = process.stdout, process.stdin
+
+        def answer() -> dict[str, str]:
+            for line in lines:
+                if line.startswith("{"):
+                    return dict(json.loads(line))
+            raise AssertionError(f"vLLM has ended:\n{(scratch / 'log.txt').read_text()[-3000:]}")
+
+        def ask(job: dict[str, Any]) -> dict[str, str]:
+            jobs.write(json.dumps(job) + "\n")
+            jobs.flush()
+            return answer()
+
+        answer()  # it is ready
+        yield Offline(ask, scratch)
+        jobs.close()
+
+
+def exported(name: str, folder: Path, **options: Any) -> tuple[SLQEncoder, Path]:
+    backbone = build(name, folder / "backbone")
+    encoder = trained(SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu", **options))
+    export_vllm(encoder, folder / "model")
+    return encoder, folder / "model"
+
+
+def inputs_of(encoder: SLQEncoder) -> list[Any]:
+    return [*TEXTS, *inputs_with_images(), *inputs_with_two()] if encoder.transformer.reader.reads_images else TEXTS
+
+
+def distances(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """1 - cosine."""
+    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+    return 1 - (found * expected).sum(-1) / norms
+
+
+def require_ours(name: str, encoder: SLQEncoder, inputs: list[Any], found: np.ndarray, limit: float = 1e-5) -> None:
+    expected = embed(encoder, inputs, batch_size=1).astype(np.float64)
+    apart = distances(expected[:, None], expected[None])
+    assert apart[~np.eye(len(inputs), dtype=bool)].min() > limit, "the inputs are too alike for this to mean anything"
+    differences = distances(found, expected)
+    print(f"{name}: 1 - cosine {differences.max():.0e}")  # noqa: T201 - pytest -s shows it
+    assert differences.max() < limit, differences
+
+
+def marked(names: Sequence[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def test_each_family_is_in_one_list():
+    lists = (MOST_USED, OTHERS, HALF, ONE_IMAGE, BOTH_DIRECTIONS, tuple(UNKNOWN), NOT_EXPORTED)
+    assert sorted(sum(lists, ())) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("name", [*MOST_USED, *marked(OTHERS)])
+def test_the_vectors_are_ours(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path)
+    inputs = inputs_of(encoder)
+    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MOST_USED, *OTHERS])
+def test_the_vectors_are_ours_with_prefix_caching(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path, pooling="last")
+    inputs = inputs_of(encoder)
+    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **CACHING))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
+def test_linear_attention_is_served_in_bfloat16(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path, model_kwargs={"dtype": "bfloat16"})
+    inputs = [value for value in inputs_of(encoder) if value is not LONG]
+    expected = embed(encoder, inputs, batch_size=1).astype(np.float64)
+    differences = distances(offline.embed(folder, inputs, dtype="bfloat16"), expected)
+    print(f"{name}, bfloat16: 1 - cosine {differences.max():.0e}")  # noqa: T201
+    assert differences.max() < 1e-3, differences
+
+
+@pytest.mark.parametrize("name", ONE_IMAGE)
+def test_one_image_is_served_where_vllm_cuts_several_otherwise(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path)
+    inputs = [*TEXTS, *inputs_with_images()]
+    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
+    with pytest.raises(RuntimeError, match=r"At most 1 image\(s\) may be provided in one prompt"):
+        offline.embed(folder, inputs_with_two())
+
+
+@pytest.mark.parametrize("name", BOTH_DIRECTIONS)
+def test_images_that_need_both_directions_are_refused_on_a_cpu(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path)
+    with pytest.raises(RuntimeError, match="tokens of an image see each other in both directions"):
+        offline.embed(folder, TEXTS)
+    found = offline.embed(folder, TEXTS, language_model_only=True, **STEPS)
+    require_ours(f"{name}, texts alone", encoder, TEXTS, found)
+    with pytest.raises(RuntimeError, match="At most 0 image"):
+        offline.embed(folder, inputs_with_images(), language_model_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_vllm_refuses(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path)
+    with pytest.raises(RuntimeError, match=UNKNOWN[name]):
+        offline.embed(folder, inputs_of(encoder), **({"dtype": "bfloat16"} if name.startswith("minicpmv") else {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_EXPORTED)
+def test_the_export_refuses(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="it has a token type of its queries"):
+        exported(name, tmp_path)
