@@ -13,6 +13,7 @@ from vllm.model_executor.models.adapters import as_embedding_model
 
 from vllm_slq import PREFIX
 from vllm_slq.config import read_file, record_of
+from vllm_slq.experts import turn_experts
 from vllm_slq.layers import act_inside
 from vllm_slq.pooler import build_pooler
 from vllm_slq.record import OWN_TENSORS
@@ -40,6 +41,7 @@ def as_slq_model(base: type[nn.Module]) -> type[nn.Module]:
                 layers = config.hf_text_config.num_hidden_layers
                 self.query_rows = act_inside(self, record, partial(read_file, config), layers, device)
             self.pooler = build_pooler(config, self.query_rows).to(device)
+            self._text_config = config.hf_text_config
 
         def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.query_rows is not None:
@@ -66,6 +68,7 @@ def as_slq_model(base: type[nn.Module]) -> type[nn.Module]:
                 self.query_rows.end()
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+            weights = turn_experts(weights, self._text_config)
             loaded = super().load_weights((name, value) for name, value in weights if name not in OWN_TENSORS)
             # The head came from a file of its own; vLLM looks for weights that nothing was loaded into.
             return loaded and loaded | {f"pooler.{name}" for name, _ in self.pooler.named_parameters()}
