@@ -12,7 +12,7 @@ INTEGRATIONS := $(wildcard integrations/*)
 # Where other work runs, threads that spin while they wait for each other cost several times the work itself.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-min test-slow test-gpu test-vllm test-ray gpu gpu-wheels check build clean
+.PHONY: help demo test test-min test-slow test-gpu test-vllm test-vllm-families test-ray gpu gpu-wheels check build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -80,8 +80,11 @@ gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine with
 	@size=$$(du -sk .wheels | cut -f1); echo "$$size kB in .wheels"; test $$size -lt $(WHEELS_KB) || \
 		{ echo "More than $(WHEELS_KB) kB, which is as much as goes along to a GPU machine. Take a name off WHEELS." >&2; exit 1; }
 
-test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; six to twelve minutes
-	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm
+test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; eight to fifteen minutes
+	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m "vllm and not slow" tests/vllm
+
+test-vllm-families: $(READY) $(VLLM)/.ready ## All families in vLLM, tiny, on a CPU; eight minutes or more
+	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm/test_families.py
 
 test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; three to seven minutes
 	$(RAY)/bin/python -m pytest --quiet -m "" tests/integration/test_embed_corpus_ray.py

@@ -226,6 +226,16 @@ def with_prompts(template: str, prompts: Mapping[str, str], default: str = "") -
     return f"{body}{end}{setting}{turns}"
 
 
+def with_start(template: str, start: str) -> str:
+    """A template of :func:`build_chat_template` that begins every chat with this text, such as a token that a tokenizer would add."""
+    if not start:
+        return template
+    body, end, turns = template.partition(_BODY_END)
+    if not is_slq_template(template) or not end:
+        raise ValueError("The chat template is not one of slq-embed: it was changed after loading.")
+    return f"{body}{end}{_literal(start)}{turns}"
+
+
 def without_prompts(template: str) -> str:
     """A template without what :func:`with_prompts` has written: here, prompts come as system messages."""
     return _PROMPTS.sub("", template)

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slq_embed.backbone.chat_template import with_prompts
+from slq_embed.backbone.chat_template import with_prompts, with_start
+from slq_embed.backbone.families import tokenizer_of
 from slq_embed.encoding.protocol import resolve_prompt
 
 if TYPE_CHECKING:
@@ -35,11 +36,29 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
     folder = Path(folder)
     prompts = {task: resolve_prompt(model, task=task) or "" for task in ("query", "document")}
     default = resolve_prompt(model) or ""
-    template = with_prompts(model.processor.chat_template, prompts, default)
+    template = with_prompts(with_start(model.processor.chat_template, _start_of_chats(model)), prompts, default)
     model.save_pretrained(folder, form="merged")
     (folder / "chat_template.jinja").write_text(template, "utf8")
     if default:
         _leave_prompts_to_the_host(folder / "sentence_bert_config.json")
+
+
+def _start_of_chats(model: SLQEncoder) -> str:
+    # Processors add a token at the start where the chat template writes none; vLLM tokenizes a rendered chat as it is.
+    tokenizer = tokenizer_of(model.processor)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    rendered = model.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    queries = set(model.slq_config.tokens.ids)
+    written = [number for number in tokenizer(rendered, add_special_tokens=False)["input_ids"] if number not in queries]
+    read = [number for number in model.preprocess(["a"])["input_ids"][0].tolist() if number not in queries]
+    if read == written:
+        return ""
+    if tokenizer.bos_token and read == [tokenizer.bos_token_id, *written]:
+        return str(tokenizer.bos_token)
+    raise ValueError(
+        "vLLM cannot serve this model: its processor puts more tokens around a chat than the tokenizer's bos_token at the start, "
+        "and vLLM adds none. Use slq_embed.serving."
+    )
 
 
 def _leave_prompts_to_the_host(path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from slq_embed import SLQEncoder
 from slq_embed.saving import export_vllm
 from tests.parts import PARTS, build, trained
+from tests.vllm.backbones import build_llava_that_begins_texts
 
 PROMPTS = {"query": "find the picture", "document": ""}
 INSIDE = PARTS["all" if Version(transformers.__version__) >= Version("5.23") else "deep"]  # older ones load no adapter
@@ -111,3 +112,27 @@ def test_queries_with_a_token_type_of_their_own_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="vLLM cannot serve this model: its queries have a token type of their own"):
         export_vllm(encoder, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_token_that_the_processor_adds_at_the_start_is_in_the_template(mixed, tmp_path):
+    """vLLM tokenizes a rendered chat as it is; processors do not add the token again."""
+    encoder = SLQEncoder.from_backbone(
+        build_llava_that_begins_texts(tmp_path / "backbone"), num_queries=4, device="cpu"
+    )
+    assert encoder.preprocess(["a"])["input_ids"][0, 0] == encoder.tokenizer.bos_token_id
+    export_vllm(encoder, tmp_path / "model")
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert processor.apply_chat_template(chat, tokenize=False).startswith("<|im_start|>[user")
+    for loaded in (SLQEncoder(tmp_path / "model"), SentenceTransformer(str(tmp_path / "model"), device="cpu")):
+        assert np.abs(loaded.encode(mixed) - encoder.encode(mixed)).max() < 1e-6
+    export_vllm(SLQEncoder(tmp_path / "model"), tmp_path / "again")
+    template = "chat_template.jinja"
+    assert (tmp_path / "again" / template).read_text() == (tmp_path / "model" / template).read_text()
+
+
+def test_another_token_at_the_start_is_refused(tmp_path):
+    backbone = build_llava_that_begins_texts(tmp_path / "backbone", named=False)
+    encoder = SLQEncoder.from_backbone(backbone, num_queries=4, device="cpu")
+    with pytest.raises(ValueError, match="puts more tokens around a chat than the tokenizer's bos_token"):
+        export_vllm(encoder, tmp_path / "model")

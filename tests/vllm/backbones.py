@@ -9,9 +9,11 @@ from typing import Any
 from unittest.mock import patch
 
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from tests.families import FAMILIES, others
-from tests.families.building import Parts, tokenizer_with, write
+from tests.families.building import Parts, template, tokenizer_with, write
 
 HEAD = 32
 """The smallest size of a head that vLLM's attention on a CPU computes."""
@@ -40,6 +42,30 @@ def build(name: str, folder: Path) -> Path:
         patch.object(others, "tokenizer_with", _tokenizer_of_gemma) if name in ("gemma3", "gemma3n") else nullcontext()
     ):
         checkpoint = write(folder, for_vllm(parts()))
+    _write_weights_as_published(checkpoint)
+    return checkpoint
+
+
+def build_llava_that_begins_texts(folder: Path, *, named: bool = True) -> Path:
+    """A LLaVA whose tokenizer adds a token at the start of each text, which its chat template does not write.
+
+    Args:
+        folder: Where to.
+        named: Whether that token is the tokenizer's ``bos_token``.
+    """
+    parts = for_vllm(FAMILIES["llava"][1]())
+    start, tokenizer = "<|im_start|>", parts.processor.tokenizer._tokenizer
+    number = tokenizer.token_to_id(start)
+    tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", pair=None, special_tokens=[(start, number)])
+    parts.processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=start if named else None,
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=4096,
+    )
+    parts.processor.chat_template = template("<image>").replace(start, "[").replace("<|im_end|>", "]")
+    checkpoint = write(folder, parts)
     _write_weights_as_published(checkpoint)
     return checkpoint
 

@@ -25,15 +25,15 @@ from slq_embed.saving import export_vllm
 from slq_embed.serving import embed
 from tests.families import FAMILIES
 from tests.parts import trained
-from tests.vllm.backbones import build
+from tests.vllm.backbones import build, build_llava_that_begins_texts
 from tests.vllm.server import PYTHON, ROOT, SETTINGS
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of the hosts' processors
 
 MOST_USED = ("qwen2_vl", "qwen2_5_vl", "internvl3", "llama", "lfm2_vl", "cohere2_vision")
 OTHERS = (
     *("qwen3_vl", "internvl3_5", "llava", "llava_next", "granite_vision", "granite4_vision", "idefics3", "smolvlm"),
-    *("pixtral", "mistral3", "glm4v", "glm4v_moe", "glm_ocr", "gemma3n", "llama4"),
+    *("qwen3_vl_moe", "pixtral", "mistral3", "glm4v", "glm4v_moe", "glm_ocr", "gemma3n", "llama4"),
     *("qwen3", "gemma", "gemma3_text", "smollm3"),
 )
 HALF = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
@@ -45,7 +45,6 @@ UNKNOWN = {
     **dict.fromkeys(("phi4_multimodal", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), "are not supported"),
     **dict.fromkeys(("lfm3_vl", "molmo2"), "does not recognize this architecture"),
     "minicpmv4_7": "multimodal tokens to",
-    "qwen3_vl_moe": "must match the size of tensor",
 }
 """What vLLM itself refuses, and with which words."""
 NOT_EXPORTED = ("paligemma", "paligemma2")
@@ -206,6 +205,20 @@ def test_one_image_is_served_where_vllm_cuts_several_otherwise(name: str, offlin
     require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
     with pytest.raises(RuntimeError, match=r"At most 1 image\(s\) may be provided in one prompt"):
         offline.embed(folder, inputs_with_two())
+
+
+def test_a_token_that_the_processor_adds_at_the_start(offline: Offline, tmp_path: Path):
+    """vLLM tokenizes a rendered chat as it is, so a folder of export_vllm writes that token, and others are refused."""
+    backbone = build_llava_that_begins_texts(tmp_path / "backbone")
+    encoder = trained(SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu"))
+    export_vllm(encoder, tmp_path / "model")
+    inputs = inputs_of(encoder)
+    require_ours("llava", encoder, inputs, offline.embed(tmp_path / "model", inputs))
+    again = embed(SLQEncoder(tmp_path / "model", device="cpu"), inputs)
+    assert distances(again, embed(encoder, inputs)).max() < 1e-5, "the token stands there once"
+    encoder.save_pretrained(tmp_path / "merged", form="merged")
+    with pytest.raises(RuntimeError, match="adds a token at the start"):
+        offline.embed(tmp_path / "merged", TEXTS)
 
 
 @pytest.mark.parametrize("name", BOTH_DIRECTIONS)

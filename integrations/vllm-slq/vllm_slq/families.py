@@ -7,7 +7,10 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.config.multimodal import ImageDummyOptions
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _WINDOW = "transformers_sliding_window"
 
 
@@ -23,6 +26,7 @@ def agree(model_config: ModelConfig) -> None:
     _take_one_image(model_config)
     _see_as_far(model_config.hf_text_config)
     _require_both_directions(model_config)
+    _lose_no_start(model_config)
 
 
 def _see_as_far(text: Any) -> None:
@@ -47,4 +51,21 @@ def _require_both_directions(model_config: ModelConfig) -> None:
             f"{model_config.model} is a {model_config.hf_config.model_type}: in it, tokens of an image see each other in both "
             "directions. vLLM's attention on a CPU cannot do that, and the vectors of images would be wrong. Serve it on a GPU, "
             "or for texts alone, with --language-model-only."
+        )
+
+
+def _lose_no_start(model_config: ModelConfig) -> None:
+    # A processor of transformers adds what its tokenizer adds, if the chat does not begin with it; vLLM adds nothing to a chat.
+    folder, revision = model_config.model, model_config.revision
+    if not any(get_hf_file_to_dict(name, folder, revision) for name in _PROCESSORS):
+        return
+    tokenizer: Any = cached_tokenizer_from_config(model_config)
+    start = tokenizer.bos_token
+    if start is None or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    if not tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).startswith(start):
+        raise ValueError(
+            f"The tokenizer of {folder} adds a token at the start of a text, {start!r}, which its chat template does not write, "
+            "and vLLM would leave out. Write the folder with slq_embed.saving.export_vllm."
         )
