@@ -37,7 +37,7 @@ class Layer(nn.Module):
 
     def forward(self, positions, hidden_states, residual):
         packed, _ = self.self_attn.qkv_proj(hidden_states)
-        return torch.cat([packed, self.self_attn.o_proj(hidden_states)], dim=1), residual
+        return torch.cat([packed, self.self_attn.o_proj(hidden_states)], dim=-1), residual
 
 
 class Text(nn.Module):
@@ -59,32 +59,38 @@ def act(model, files, **parts):
     return act_inside(model, record, files.__getitem__, layers=2, device=torch.device("cpu"))
 
 
-def run(model, rows, layer=1):
+def run(model, rows, layer=1, batched=False):
     states = torch.arange(40.0).reshape(10, WIDTH) / 40
     before = states.clone()
     rows.find(PROMPTS)
     rows.start()
-    output, _ = model.model.layers[layer](torch.arange(10), hidden_states=states, residual=None)
+    given = states[None] if batched else states
+    output, _ = model.model.layers[layer](torch.arange(10), hidden_states=given, residual=None)
     rows.end()
     assert torch.equal(states, before), "vLLM's buffer was written to"
-    return states, output
+    return states, output[0] if batched else output
 
 
-def test_deep_queries_are_added_to_the_states_of_each_query():
+BATCHED = pytest.mark.parametrize("batched", [False, True], ids=["of vLLM", "of transformers"])
+
+
+@BATCHED
+def test_deep_queries_are_added_to_the_states_of_each_query(batched):
     vectors = torch.randn(2, 3, WIDTH)
     model = Model()
     plain = Model()
     plain.load_state_dict(model.state_dict())
     rows = act(model, {DEEP_NAME: save({"deep_queries": vectors})}, deep_queries=True)
-    states, output = run(model, rows)
+    states, output = run(model, rows, batched=batched)
     for query, places in enumerate([(2, 6), (3, 7), (4, 8)]):
         states[list(places)] += vectors[1, query]
     expected, _ = plain.model.layers[1](None, states, None)
     assert torch.allclose(output, expected, atol=1e-6)
 
 
+@BATCHED
 @pytest.mark.parametrize(("own", "start", "width"), [("q_proj", 0, 4), ("v_proj", 6, 2), ("o_proj", 8, 4)])
-def test_an_adapter_changes_its_own_part_of_a_packed_layer_at_the_queries(own, start, width):
+def test_an_adapter_changes_its_own_part_of_a_packed_layer_at_the_queries(own, start, width, batched):
     model, name = Model(), f"base_model.model.language_model.layers.1.self_attn.{own}"
     first, second = torch.randn(2, WIDTH), torch.randn(width, 2)
     tensors = {f"{name}.lora_A.weight": first, f"{name}.lora_B.weight": second}
@@ -92,7 +98,7 @@ def test_an_adapter_changes_its_own_part_of_a_packed_layer_at_the_queries(own, s
     plain = Model()
     plain.load_state_dict(model.state_dict())
     rows = act(model, files, query_adapter=True)
-    states, output = run(model, rows)
+    states, output = run(model, rows, batched=batched)
     expected, _ = plain.model.layers[1](None, states, None)
     places = torch.tensor([2, 3, 4, 6, 7, 8])
     expected[places, start : start + width] += 3 * states[places] @ first.T @ second.T
@@ -105,6 +111,13 @@ def test_a_layer_that_vllm_does_not_have_is_refused():
     files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
     with pytest.raises(ValueError, match=r"changes layers\.0\.mlp\.gate_proj, but Text of vLLM has no such layer"):
         act(Model(), files, query_adapter=True)
+
+
+def test_states_of_another_shape_are_refused():
+    model = Model()
+    act(model, {DEEP_NAME: save({"deep_queries": torch.zeros(2, 3, WIDTH)})}, deep_queries=True)
+    with pytest.raises(ValueError, match=r"Layer of vLLM has states of shape \(2, 10, 4\)"):
+        model.model.layers[0](None, torch.zeros(2, 10, WIDTH), None)
 
 
 def test_a_model_without_such_a_language_model_is_refused():

@@ -82,7 +82,13 @@ def act_inside(
         packed: dict[str, list[str]] = {}
         for owner in (language, model):
             packed |= getattr(owner, "packed_modules_mapping", {})
+        turned = {"q_proj", "k_proj"} if hasattr(language, "permute_qk_weight_for_rotary") else set()
         for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+            if name.rpartition(".")[2] in turned:
+                raise ValueError(
+                    f"The query adapter changes {name.rpartition('.')[2]}, whose rows {type(language).__name__} of vLLM puts in another "
+                    "order. Use slq_embed.serving, or train an adapter with other targets."
+                )
             first, second = (tensors[f"{name}.lora_{part}.weight"].float().to(device) for part in "AB")
             layer, start = _linear(text, packed, f"layers.{name.rpartition('.layers.')[2]}")
             update = partial(_update, rows=rows, first=first, second=second * scale, start=start)
@@ -119,10 +125,11 @@ def _add(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # vLLM's layers take the states as a sum of two, of which this is one.
     bound = signature(layer.forward).bind(*args, **kwargs)
-    states = bound.arguments["hidden_states"]
+    states = _by_token(layer, bound.arguments["hidden_states"])
     places, numbers = rows.of(states)
     # Not in place: the first layer reads vLLM's own buffer.
-    bound.arguments["hidden_states"] = states.index_add(0, places, vectors[numbers].to(states.dtype))
+    changed = states.index_add(0, places, vectors[numbers].to(states.dtype))
+    bound.arguments["hidden_states"] = changed.view_as(bound.arguments["hidden_states"])
     return bound.args, bound.kwargs
 
 
@@ -137,8 +144,20 @@ def _update(
     second: Tensor,
     start: int,
 ) -> None:
-    states = args[0] if args else next(iter(kwargs.values()))
-    computed = output[0] if isinstance(output, tuple) else output
+    states = _by_token(layer, args[0] if args else next(iter(kwargs.values())))
+    computed = _by_token(layer, output[0] if isinstance(output, tuple) else output)
     places, _ = rows.of(computed)
     update = states[places].float() @ first.T @ second.T
     computed[places, start : start + len(second)] += update.to(computed.dtype)
+
+
+def _by_token(layer: nn.Module, states: Tensor) -> Tensor:
+    """States ``(tokens, width)``, of a model of vLLM or of one of transformers, which has ``(1, tokens, width)``; a view."""
+    if states.ndim == 3 and len(states) == 1:
+        return states[0]
+    if states.ndim != 2:
+        raise ValueError(
+            f"A {type(layer).__name__} of vLLM has states of shape {tuple(states.shape)}, in which deep queries and a query adapter "
+            "have no place. Use slq_embed.serving, or train queries with a projection head."
+        )
+    return states
