@@ -184,6 +184,24 @@ def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
+def language_layers(decoder: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the language model, without towers and heads.
+
+    Raises:
+        ValueError: If there is no such list.
+    """
+    text: Any = decoder.get_decoder()
+    if not hasattr(text, "layers"):  # Llama 4's has a head of its own
+        text = getattr(text, "model", text)
+    layers = getattr(text, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"A {type(text).__name__} has no list of layers, in which deep queries or a query adapter could act. Train queries "
+            "with a projection head."
+        )
+    return layers
+
+
 def reads_ids(backbone: PreTrainedModel) -> bool:
     """Whether a backbone must see token ids, because embeddings alone do not tell it all that it uses of a token."""
     decoder = decoder_of(backbone)

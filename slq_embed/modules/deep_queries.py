@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from slq_embed.backbone.families import language_layers
+
 
 def add_before_layers(twin: PreTrainedModel, vectors: nn.ParameterDict, count: int) -> None:
     """Let the layers of a twin add vectors to the last positions of a sequence, which are the queries.
@@ -23,7 +25,7 @@ def add_before_layers(twin: PreTrainedModel, vectors: nn.ParameterDict, count: i
     """
     config = twin.config.get_text_config()
     vectors["deep_queries"] = nn.Parameter(torch.zeros(config.num_hidden_layers, count, config.hidden_size))
-    for number, layer in enumerate(twin.get_decoder().layers):
+    for number, layer in enumerate(language_layers(twin)):
         layer.register_forward_pre_hook(partial(_add, vectors=vectors, number=number), with_kwargs=True)
 
 
@@ -32,6 +34,6 @@ def _add(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     states = args[0] if args else kwargs["hidden_states"]
     added = vectors["deep_queries"][number].to(states.device, states.dtype)
-    count = len(added)
-    changed = torch.cat([states[:, :-count], states[:, -count:] + added], dim=1)
+    count = len(added)  # Gemma 3n has several streams of states
+    changed = torch.cat([states[..., :-count, :], states[..., -count:, :] + added], dim=-2)
     return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})

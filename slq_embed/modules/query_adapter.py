@@ -6,15 +6,19 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slq_embed.backbone.families import language_layers
 from slq_embed.backbone.twin import twin_of
 
 _NAME = "default"  # peft's
+_OF_ALL_POSITIONS = {"kv_b_proj"}
+"""Layers that read what is cached of the whole sequence, and not the states at its last positions."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ class QueryAdapter:
     Args:
         rank: Rank of each update, ``r``.
         alpha: The updates are scaled by ``alpha / rank``; by default, ``2 * rank``.
-        targets: Names of linear layers, such as ``["q_proj", "v_proj"]``; by default all in the language model.
+        targets: Names of linear layers, such as ``["q_proj", "v_proj"]``; by default all in the layers of the language model
+            that are not narrower than the rank. In a mixture of experts, only those of the attention can be named: experts get
+            tokens without their positions.
 
     Source:
         LoRA: arXiv:2106.09685. Acting on the last tokens alone, so that earlier keys and values can be reused: activated
@@ -46,10 +52,22 @@ class QueryAdapter:
         Raises:
             ValueError: If a target is no linear layer there, or the rank or alpha does not fit.
         """
-        text = decoder.get_decoder()
+        text = language_layers(decoder)
         start = next(name for name, module in decoder.named_modules() if module is text)
-        prefix = f"{start}." if start else ""
-        linear = {prefix + name: module for name, module in text.named_modules() if isinstance(module, nn.Linear)}
+        # Also where a layer has one such block in place of experts: peft would put the update into the experts of other layers.
+        mixed = {name.rpartition(".")[2] for name, module in text.named_modules() if hasattr(module, "experts")}
+        linear = {
+            f"{start}.{name}": module
+            for name, module in text.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.rpartition(".")[2] not in _OF_ALL_POSITIONS
+            and mixed.isdisjoint(name.split("."))
+        }
+        if self.targets is None and type(self.rank) is int:
+            wide = {
+                name: layer for name, layer in linear.items() if min(layer.in_features, layer.out_features) >= self.rank
+            }
+            linear = wide or linear
         known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
         targets = list(known) if self.targets is None else self.targets
         if not isinstance(targets, (list, tuple)) or not targets or not all(target in known for target in targets):
@@ -107,12 +125,21 @@ def adapt(twin: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None)
     trained = nn.ModuleDict()
     for name in layers:
         layer: Any = twin.get_submodule(name)
+        layer.register_forward_pre_hook(partial(_require_positions, name=name))
         parts = {part: getattr(layer, part)[_NAME].float() for part in ("lora_A", "lora_B")}
         with torch.no_grad():  # as peft draws it, but the same on every device
             drawn = torch.empty(parts["lora_A"].weight.shape)
             parts["lora_A"].weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
         trained[name.replace(".", "/")] = nn.ModuleDict(parts)
     return trained
+
+
+def _require_positions(layer: nn.Module, args: tuple[Tensor, ...], *, name: str) -> None:
+    if args[0].ndim != 3:
+        raise ValueError(
+            f"The query adapter's target {name} gets numbers of shape {tuple(args[0].shape)}, but (batch, positions, width) is "
+            "needed to know which are the queries'. Name other targets: QueryAdapter(targets=[...])."
+        )
 
 
 def at_the_end(twin: PreTrainedModel, count: int) -> PreTrainedModel:

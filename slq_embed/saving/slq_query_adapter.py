@@ -25,7 +25,7 @@ def _add_at_the_end(
 ) -> tuple[Any, Any]:
     states = args[0] if args else kwargs["hidden_states"]
     count, added = len(vectors), vectors.to(states.device, states.dtype)
-    changed = torch.cat([states[:, :-count], states[:, -count:] + added], dim=1)
+    changed = torch.cat([states[..., :-count, :], states[..., -count:, :] + added], dim=-2)
     return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
 
@@ -50,6 +50,8 @@ class QueryAdapterTransformer(Transformer):
                         layer.register_forward_pre_hook(partial(_act_at_the_end, count=len(tokens)), with_kwargs=True)
         if (path := load_file_path(model_name_or_path, "deep_queries.safetensors", **hub)) is not None:
             vectors = load_file(path)["deep_queries"]
-            for number, layer in enumerate(module.model.get_decoder().layers):
+            text = module.model.get_decoder()
+            text = text if hasattr(text, "layers") else text.model
+            for number, layer in enumerate(text.layers):
                 layer.register_forward_pre_hook(partial(_add_at_the_end, vectors=vectors[number]), with_kwargs=True)
         return module

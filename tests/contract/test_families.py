@@ -18,10 +18,11 @@ import torch
 import transformers
 from packaging.version import Version
 
-from slq_embed.backbone.families import QUIRKS
+from slq_embed import QueryAdapter, SLQEncoder
+from slq_embed.backbone.families import QUIRKS, decoder_of, load_backbone
 from tests.families import FAMILIES, REPRESENTATIVES
 from tests.families.building import write
-from tests.families.measure import FULL, LIMITS, limit, measure
+from tests.families.measure import FULL, LIMITS, inside, limit, measure
 from tests.families.table import PAGE, RESULTS, page_with_table
 
 # Older versions lay these out in other ways, or do not have them.
@@ -61,6 +62,34 @@ def test_representatives(name, tmp_path, monkeypatch):
     assert result["schedule"] == "prefix"
     assert set(result["differences"]) == set(LIMITS) - set(FULL)
     limits_hold(name, result["differences"])
+
+
+@pytest.mark.parametrize("name", ["glm4v_moe", "gemma3n", "kimi_k25", "llama4", "phi4_multimodal", "qwen3_5_moe"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_what_acts_inside_the_layers_finds_its_place(name, tmp_path, monkeypatch):
+    """Experts, several streams of states, latents of all positions, a head within, a tower within, gates of one number."""
+    require_packages(name)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
+    limits_hold(name, inside(name, write(tmp_path / "backbone", FAMILIES[name][1]()), tmp_path))
+
+
+def test_layers_that_are_narrower_than_the_rank_are_left_out(tmp_path):
+    require_packages("gemma3n")
+    decoder = decoder_of(load_backbone(str(write(tmp_path, FAMILIES["gemma3n"][1]()))))
+    two, eight = ({name.rpartition(".")[2] for name in QueryAdapter(rank=rank).layers(decoder)} for rank in (2, 8))
+    assert two - eight == {"correction_coefs", "prediction_coefs", "modality_router"}
+    with pytest.raises(ValueError, match="a rank from 1 to 2, the width of the narrowest target"):
+        QueryAdapter(rank=8, targets=["q_proj", "correction_coefs"]).layers(decoder)
+
+
+def test_a_target_that_gets_no_positions_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("slq_embed.modules.query_adapter._OF_ALL_POSITIONS", set())
+    folder = write(tmp_path, FAMILIES["kimi_k25"][1]())
+    encoder = SLQEncoder.from_backbone(folder, num_queries=4, query_adapter=QueryAdapter(rank=2), device="cpu")
+    with pytest.raises(
+        ValueError, match=r"target language_model\.layers\.0\.self_attn\.kv_b_proj gets numbers of shape \("
+    ):
+        encoder.encode(["a", "b"])
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ def test_a_head_of_that_width_is_refused(checkpoint, projection):
     ("adapter", "message"),
     [
         (QueryAdapter(rank=0), r"rank is 0, but a rank from 1 to 16"),
-        (QueryAdapter(rank=17), r"rank is 17, but a rank from 1 to 16"),
+        (QueryAdapter(rank=17, targets=["q_proj", "k_proj"]), r"rank is 17, but a rank from 1 to 16"),
+        (QueryAdapter(rank=999), r"rank is 999, but a rank from 1 to 16"),
         (QueryAdapter(rank="8"), r"rank is '8', but a rank from 1 to 16"),
         (QueryAdapter(rank=2.5), r"rank is 2\.5, but a rank from 1 to 16"),
         (QueryAdapter(alpha="16"), r"alpha is '16'"),

@@ -20,6 +20,7 @@ from slq_embed.backbone.families import load_backbone
 from slq_embed.backbone.self_check import examine
 from tests.families import FAMILIES
 from tests.families.building import without_spare_rows, write
+from tests.parts import PARTS, trained
 
 LIMITS = {
     "prefix path: value": 1e-6,
@@ -37,6 +38,8 @@ LIMITS = {
     "no spare rows": 1e-6,
     "several images": 1e-6,
     "videos": 1e-6,
+    "deep queries and adapter": 1e-6,
+    "deep queries and adapter: gradient": 1e-5,
     "stored prefixes": 1e-5,
     "bfloat16 refused": 0.0,
     "plain Sentence Transformers, bfloat16": 1e-3,
@@ -47,6 +50,8 @@ FULL = (
     "no spare rows",
     "several images",
     "videos",
+    "deep queries and adapter",
+    "deep queries and adapter: gradient",
     "stored prefixes",
     "bfloat16 refused",
     "plain Sentence Transformers, bfloat16",
@@ -57,8 +62,8 @@ ROUND_MORE = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "gemma4")
 NO_MORE = ("alone and in a batch", "alone and in a batch, eager", "loaded again", "stored prefixes", *FULL[-2:])
 """What they hold like all others."""
 
-# The processor of PaliGemma spoils texts that stand in a batch with images.
-ONE_KIND_A_BATCH = ("paligemma", "paligemma2")
+# Queries have a token type of their own. The processor of PaliGemma spoils texts that stand in a batch with images.
+ONE_KIND_A_BATCH = QUERY_TYPES = ("paligemma", "paligemma2")
 # Its processor gives bfloat16 pixels whatever the model's precision, and the host passes them on.
 HALF_ONLY = ("llama4",)
 # Their towers do not cast pixels, which are float32, and the host does not either (transformers 5.23).
@@ -135,6 +140,7 @@ def measure(name: str, folder: Path, scratch: Path, full: bool = True) -> dict[s
             "plain Sentence Transformers, merged": stock,
         }
         found["no spare rows"] = _grown(name, inputs[1:3], scratch / "grown")
+        found |= inside(name, folder, scratch)
         found["stored prefixes"] = _stored(encoder, inputs, scratch)
         found |= _half(name, folder, inputs[:5], scratch / "half")
         result["seconds"] = round(check(encoder.backbone, AutoProcessor.from_pretrained(folder)).seconds, 1)
@@ -171,7 +177,8 @@ def _schedules(encoder: SLQEncoder, inputs: list[Any]) -> tuple[float, float]:
         for batch in batches:
             mean = states(module.preprocess(batch, keyed=False)).mean(dim=1)
             vectors = torch.nn.functional.normalize(mean, dim=-1)
-            gradient = gradient + torch.autograd.grad((vectors @ weights).sum(), module.queries)[0]
+            parts = torch.autograd.grad((vectors @ weights).sum(), list(module.parameters()))
+            gradient = gradient + torch.cat([part.flatten() for part in parts])
             values.append(vectors.detach())
         return torch.cat(values), gradient
 
@@ -234,10 +241,28 @@ def _spelled(encoder: SLQEncoder) -> float:
     return float(sum(max(0, count(text) - plain) for text in [*controls, " ".join(controls)]))
 
 
-def _saved(name: str, encoder: SLQEncoder, inputs: list[Any], folder: Path) -> tuple[float, float | None]:
+def inside(name: str, folder: Path, scratch: Path) -> dict[str, float | None]:
+    """What holds with deep queries and a query adapter: the schedules, and saved folders of both forms, again and plain."""
+    key = "deep queries and adapter"
+    if name in QUERY_TYPES:
+        with pytest.raises(ValueError, match="token type of their own, which cannot be saved together"):
+            SLQEncoder.from_backbone(folder, num_queries=4, device="cpu", **PARTS["all"])
+        return {key: None, f"{key}: gradient": None}
+    encoder = trained(SLQEncoder.from_backbone(folder, num_queries=4, seed=0, device="cpu", **PARTS["all"]), scale=0.05)
+    inputs = inputs_for(encoder)[:6]
+    value, gradient = _schedules(encoder, inputs)
+    adapter = _saved(name, encoder, inputs, scratch / "inside-adapter")
+    merged = _saved(name, encoder, inputs, scratch / "inside-merged", form="merged")
+    return {
+        key: max(found for found in (value, *adapter, *merged) if found is not None),
+        f"{key}: gradient": gradient,
+    }
+
+
+def _saved(name: str, encoder: SLQEncoder, inputs: list[Any], folder: Path, **form: Any) -> tuple[float, float | None]:
     """How far a saved folder is from the model in memory: loaded again, and in plain Sentence Transformers."""
     expected = encoder.encode(inputs)
-    encoder.save_pretrained(folder)
+    encoder.save_pretrained(folder, **form)
     again = _furthest(SLQEncoder(folder, device="cpu").encode(inputs), expected)
     if name in HALF_ONLY:
         return again, None

@@ -22,6 +22,7 @@ SHORT = {
     "no spare rows": "no spare rows",
     "several images": "several images",
     "videos": "videos",
+    "deep queries and adapter": "adapter",
     "plain Sentence Transformers, bfloat16": "bfloat16",
     "stored prefixes": "stored",
 }
