@@ -12,6 +12,7 @@ refuses. A linear map of the mean is the mean of the mapped states.
 
 With a query adapter, deep queries or a token type of the queries, piece 0 is a class whose source is in the folder, because
 stock loading would leave them out without a word. The host refuses such a folder unless it gets ``trust_remote_code=True``.
+A merged folder has the query adapter in the folder ``query_adapter``, as peft writes it.
 
 Beside them, ``slq_config.json`` records what :class:`slq_embed.SLQEncoder` needs to load it again and to refuse
 another backbone.
@@ -262,9 +263,8 @@ def _write_merged(
     if (folder / "generation_config.json").exists():
         _edit_json(folder / "generation_config.json", lambda values: values.update(suppressed))
     save_file({"queries": queries.detach().float().cpu().contiguous()}, folder / QUERIES_NAME)
-    if (
-        slq_config.query_adapter is not None
-    ):  # in a folder of its own: beside the weights, transformers would load another model
+    if slq_config.query_adapter is not None:
+        # In a folder of its own: beside the weights, transformers would take it for an adapter of another model.
         (folder / MERGED_ADAPTER).mkdir(exist_ok=True)
         _write_lora(folder / MERGED_ADAPTER, slq_config, decoder_of(backbone), weights, {})
 
