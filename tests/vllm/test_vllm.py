@@ -227,6 +227,13 @@ def test_layers_that_are_cut_apart_cannot_act_at_the_queries(size: str, tmp_path
     assert f"whole layers in one process, but {size}_parallel_size is 2" in process.log.read_text()
 
 
+def test_a_step_that_is_cut_apart_is_refused(tmp_path: Path):
+    export_vllm(build("deep"), tmp_path / "model")
+    with vllm(tmp_path / "model", tmp_path / "log.txt", *FP32, "--enable-dbo") as process:
+        assert process.code, "it is served"
+    assert "which need the whole of a step at once" in process.log.read_text()
+
+
 def test_a_folder_whose_prompts_would_be_lost_is_refused(tmp_path: Path):
     build("slq-tiny").save_pretrained(tmp_path / "model", form="merged")
     process = ended(tmp_path / "model", tmp_path / "log.txt", plugin=True)

@@ -81,6 +81,10 @@ def _compute_where_layers_can_act(vllm_config: VllmConfig) -> None:
                 f"{model.model} has deep queries or a query adapter, which need whole layers in one process, but {name} is "
                 f"{size}. Serve it with {name} 1, and use data_parallel_size for more GPUs."
             )
+    if parallel.use_ubatching:
+        raise ValueError(
+            f"{model.model} has deep queries or a query adapter, which need the whole of a step at once. Serve it without --enable-dbo."
+        )
     if not model.enforce_eager:
         model.enforce_eager = True
         logger.info("SLQ: the model is not compiled, because its layers act at the queries only.")
