@@ -71,6 +71,12 @@ def test_a_report_says_what_was_compared(llama):
     assert report.seconds < 60
 
 
+def test_rounding_is_estimated_only_where_results_are_apart(llama, monkeypatch):
+    """The estimate runs every input once more."""
+    monkeypatch.setattr(self_check, "_rounded", lambda *args: pytest.fail("it was estimated"))
+    assert check(*loaded(llama)).schedule == "prefix"
+
+
 def test_checking_leaves_no_trace(llama):
     model, processor = loaded(llama)
     before = {name: value.clone() for name, value in model.state_dict().items()}
