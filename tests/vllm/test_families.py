@@ -48,7 +48,7 @@ UNKNOWN = {
 }
 """What vLLM itself refuses, and with which words."""
 NOT_EXPORTED = {
-    **dict.fromkeys(("paligemma", "paligemma2"), "it has a token type of its queries"),
+    **dict.fromkeys(("paligemma", "paligemma2"), "its queries have a token type of their own"),
     "molmo2": "its processor puts more tokens around a chat",
 }
 """What :func:`slq_embed.saving.export_vllm` refuses, and with which words."""
