@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import transformers
 from PIL import Image
 from shapes import SHAPES
 from torch import Tensor
+
+from slq_embed.prefix.features import backbone_inputs, lay_out
 
 QUERIES = 20
 WORDS = [
@@ -62,8 +65,21 @@ def build_inputs(batch: int, size: tuple[int, int], words: int = 24) -> tuple[li
     return [noise_image(rng, size) for _ in range(batch)], [" ".join(rng.choice(WORDS, words)) for _ in range(batch)]
 
 
+def model_inputs(features: dict[str, Any]) -> dict[str, Any]:
+    """What a plain backbone takes of the features of a batch."""
+    laid_out = lay_out(features)
+    return {
+        "input_ids": laid_out["input_ids"],
+        "attention_mask": laid_out["attention_mask"],
+        **backbone_inputs(laid_out),
+    }
+
+
 def to_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+    if (media := features.get("media")) is not None:
+        moved["media"] = replace(media, values={name: value.to(device) for name, value in media.values.items()})
+    return moved
 
 
 def timed(call: Callable[[], Any], device: str) -> float:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import write
+from common import model_inputs, write
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder, pretrained
@@ -68,9 +68,7 @@ def mean_of_all_tokens(model: SLQEncoder, inputs: list[Any]) -> torch.Tensor:
     rows = []
     for start in range(0, len(inputs), BATCH):
         features = model.preprocess(inputs[start : start + BATCH])
-        for key in ("num_images_per_sample", "prefix_key"):
-            features.pop(key, None)
-        states = model.backbone.base_model(**features).last_hidden_state
+        states = model.backbone.base_model(**model_inputs(features)).last_hidden_state
         mask = features["attention_mask"][..., None]
         rows.append((states * mask).sum(1) / mask.sum(1))
     return torch.nn.functional.normalize(torch.cat(rows), dim=-1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import model_inputs
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import get_cosine_schedule_with_warmup
@@ -126,8 +127,7 @@ def build(
         decoder.requires_grad_(True)
 
     def embed(features: dict[str, Any]) -> Tensor:
-        inputs = {key: value for key, value in features.items() if key not in ("num_images_per_sample", "prefix_key")}
-        states = decoder(**inputs, use_cache=False).last_hidden_state.float()
+        states = decoder(**model_inputs(features), use_cache=False).last_hidden_state.float()
         if readout != "mean":
             return normalize(states[:, -1], dim=-1)
         mask = features["attention_mask"][..., None]

@@ -32,6 +32,7 @@ from common import (
     in_own_process,
     machine,
     medians,
+    model_inputs,
     parser,
     peak_above_weights,
     quiet,
@@ -91,8 +92,7 @@ def build_step(method: str, args: argparse.Namespace, backbone: Any = None) -> C
         return encode
 
     def last_token(features: dict[str, Any]) -> Tensor:
-        inputs = {key: value for key, value in features.items() if key not in ("num_images_per_sample", "prefix_key")}
-        states = decoder(**inputs, use_cache=False).last_hidden_state
+        states = decoder(**model_inputs(features), use_cache=False).last_hidden_state
         return torch.nn.functional.normalize(states[:, -1].float(), dim=-1)
 
     def all_positions(features: dict[str, Any]) -> Tensor:

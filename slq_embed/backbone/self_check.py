@@ -264,8 +264,10 @@ def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
 
 def _rounded(transformer: Any, features: Any) -> Tensor:
     """States of the queries where each token embedding, pixel and query is off by a rounding of the backbone's precision."""
+    from slq_embed.prefix.features import lay_out
     from slq_embed.prefix.passes import run_all_positions
 
+    features = lay_out(features)
     decoder, table = twin_of(transformer.query_decoder), embedding_table(transformer.backbone)
     generator = torch.Generator().manual_seed(2)
 

@@ -105,7 +105,7 @@ def stream(
             parts.append(_finish(states["sentence_embedding"], encoder.truncate_dim, normalize_embeddings))
         return torch.cat(parts, dim=1)
 
-    forward = _Halving(embed, lock, model.device, model.transformer.source.image_token)
+    forward = _Halving(embed, lock, model.device)
     batches = read_features(reader, inputs, batch_size, lock)
     count = None if total is None else -(-total // batch_size)
     model.eval()
@@ -125,10 +125,8 @@ def _finish(embeddings: Tensor, dim: int | None, normalize: bool) -> Tensor:
 class _Halving:
     """Runs a batch, in halves where it does not fit into memory, and later batches in parts of that size at once."""
 
-    def __init__(
-        self, run: Callable[[Features], Tensor], lock: FairLock, device: torch.device, image_token: int
-    ) -> None:
-        self._run, self._lock, self._device, self._image_token = run, lock, device, image_token
+    def __init__(self, run: Callable[[Features], Tensor], lock: FairLock, device: torch.device) -> None:
+        self._run, self._lock, self._device = run, lock, device
         self._limit: int | None = None
 
     def __call__(self, features: Features) -> Tensor:
@@ -152,7 +150,7 @@ class _Halving:
             torch.cuda.empty_cache()
         starts = range(0, rows, self._limit)
         parts = [range(start, min(start + self._limit, rows)) for start in starts]
-        return torch.cat([self(select_rows(features, part, self._image_token)) for part in parts])
+        return torch.cat([self(select_rows(features, part)) for part in parts])
 
 
 def collect(batches: Iterable[EncodedBatch], count: int, to_cpu: bool, skipped: list[Skipped] | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PaliGemmaProcessor
 
 from slq_embed.backbone.families import tokenizer_of
 from slq_embed.inputs.videos import Sampled
-from slq_embed.prefix.features import Features, image_features, pad_left, strip_queries
+from slq_embed.prefix.features import Features, MediaFeatures, pad_left, strip_queries
 
 _NOT_READ = ("labels", "num_crops", "rows", "cols")
 """What some processors add for losses and for their own use."""
@@ -48,7 +48,7 @@ class Options:
 
 
 def process_together(
-    processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options, queries: int
+    processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options, queries: int, image_token: int
 ) -> Features:
     """Call a processor on a whole batch of rows without videos.
 
@@ -58,15 +58,20 @@ def process_together(
         media: The images of each row.
         options: How the image processor is called.
         queries: How many query tokens each text ends with; they are cut off.
+        image_token: Id of the token that stands for a piece of an image: a row has its share of the pixels by them.
 
     Returns:
         Features; see :mod:`slq_embed.prefix.features`.
     """
-    features = _call(processor, texts, media, options)
-    if "pixel_values" in features:
-        # GradCache losses cut the pixels of a batch by this.
-        features["num_images_per_sample"] = torch.tensor([len(row.images) for row in media])
-    return strip_queries(features, queries)
+    features = strip_queries(_call(processor, texts, media, options), queries)
+    values = {name: features.pop(name) for name in _names_of_media(features)}
+    images = [len(row.images) for row in media]
+    tokens = (features["input_ids"] == image_token).sum(dim=1)
+    pieces = {
+        name: images if name.startswith("image_") else (tokens * len(value) // tokens.sum()).tolist()
+        for name, value in values.items()
+    }
+    return _with_media(features, values, pieces)
 
 
 def process_one_by_one(
@@ -91,7 +96,7 @@ def process_one_by_one(
         pixels_axis: See :class:`slq_embed.backbone.families.Family`; in the result the axis is the first.
 
     Returns:
-        Features with ``row_pieces``, where there are media; see :mod:`slq_embed.prefix.features`.
+        Features; see :mod:`slq_embed.prefix.features`.
     """
     groups = [[row] for row, own in enumerate(media) if own.images or own.videos]
     if without := [row for row in range(len(media)) if [row] not in groups]:
@@ -108,7 +113,7 @@ def process_one_by_one(
         shape = called["input_ids"].shape
         cut = {key: value[:, :start] if value.shape == shape else value for key, value in called.items()}
         parts.append((group, cut))
-    return _join(parts, media, int(tokenizer_of(processor).pad_token_id or 0))
+    return _join(parts, len(media), int(tokenizer_of(processor).pad_token_id or 0))
 
 
 def _call(processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options) -> Features:
@@ -141,9 +146,9 @@ def _call(processor: Any, texts: Sequence[str], media: Sequence[Media], options:
     return {key: value for key, value in called.items() if isinstance(value, Tensor) and key not in _NOT_READ}
 
 
-def _join(parts: Sequence[tuple[list[int], Features]], media: Sequence[Media], pad_token: int) -> Features:
-    first, count = parts[0][1], len(media)
-    if len(parts) == 1 and not image_features(first):
+def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: int) -> Features:
+    first = parts[0][1]
+    if len(parts) == 1 and not _names_of_media(first):
         return first
     per_token = [key for part in parts for key, value in part[1].items() if value.shape == part[1]["input_ids"].shape]
     joined: Features = {}
@@ -155,22 +160,30 @@ def _join(parts: Sequence[tuple[list[int], Features]], media: Sequence[Media], p
                 value = part.get(key, torch.zeros_like(part["input_ids"]))  # types, which some give for images only
                 rows[row] = value[index][kept]
         joined[key] = pad_left(rows, pad_token if key == "input_ids" else 0)
-    names = sorted({name for _, part in parts for name in image_features(part)})
-    pieces = torch.zeros(count, len(names), dtype=torch.long)
-    for number, name in enumerate(names):
-        having = [(group[0], part[name]) for group, part in parts if name in part]  # in a group of one, if it has media
-        pieces[[row for row, _ in having], number] = torch.tensor([len(value) for _, value in having])
-        if name == "pixel_values_videos" and len({value.shape[1:] for _, value in having}) > 1:
+    values: dict[str, Tensor] = {}
+    pieces: dict[str, list[int]] = {}
+    for name in sorted({name for _, part in parts for name in _names_of_media(part)}):
+        having = {group[0]: part[name] for group, part in parts if name in part}  # in a group of one, if it has media
+        if name == "pixel_values_videos" and len({value.shape[1:] for value in having.values()}) > 1:
             raise ValueError(
                 "The videos of a batch differ in how many frames are read of them, and this model takes equally many only. "
                 "Pass max_frames, or batch_size=1."
             )
-        joined[name] = _concatenate([value for _, value in having])
-    joined["row_pieces"] = pieces
-    joined["num_images_per_sample"] = torch.tensor([len(row.images) for row in media])
-    if any(row.videos for row in media):
-        joined["num_videos_per_sample"] = torch.tensor([len(row.videos) for row in media])
-    return joined
+        values[name] = _concatenate(list(having.values()))
+        pieces[name] = [len(having[row]) if row in having else 0 for row in range(count)]
+    return _with_media(joined, values, pieces)
+
+
+def _names_of_media(features: Features) -> list[str]:
+    """Names of the features that are laid out by images or their pieces, not by rows."""
+    shape = features["input_ids"].shape
+    return [key for key, value in features.items() if value.shape != shape]
+
+
+def _with_media(features: Features, values: dict[str, Tensor], pieces: Mapping[str, Sequence[int]]) -> Features:
+    if not values:
+        return features
+    return {**features, "media": MediaFeatures(values, pieces), "media_row": torch.arange(len(features["input_ids"]))}
 
 
 def _concatenate(values: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import reads_videos
-from slq_embed.backbone.families import family_of, tokenizer_of
+from slq_embed.backbone.families import family_of, image_token_of, tokenizer_of
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
 from slq_embed.inputs.rows import Row, read_row
@@ -40,6 +40,7 @@ class InputReader:
         self.image_kwargs = dict(image_kwargs)
         self.query_ids: list[int] = self.tokenizer.convert_tokens_to_ids(list(query_tokens))
         self._query_text = "".join(query_tokens)
+        self._image_token = image_token_of(backbone, processor)
 
     @property
     def tokenizer(self) -> Any:
@@ -143,7 +144,7 @@ class InputReader:
         family = family_of(self._backbone.config)
         arguments = self.processor, [texts[index] for index in indices], media, options
         if family.batches_images and not any(row.videos for row in media):
-            return process_together(*arguments, len(self.query_ids))
+            return process_together(*arguments, len(self.query_ids), self._image_token)
         return process_one_by_one(*arguments, self.query_ids, family.pixels_axis)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.state import GradientState
 from sentence_transformers.base.modules.input_module import InputModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -175,7 +177,8 @@ class LatentQueryTransformer(InputModule):
             Features without the queries; with ``prefix_key`` if ``keyed``. See :mod:`slq_embed.prefix.features`.
 
         Raises:
-            ValueError: If an input cannot be read; the message gives its index in ``inputs``.
+            ValueError: If an input cannot be read; the message gives its index in ``inputs``. Or if a trainer would cut the
+                images of a stream by rows.
         """
         if not inputs:
             return {}
@@ -194,10 +197,19 @@ class LatentQueryTransformer(InputModule):
             features = reader.process(rows, texts, needed, options)
             if len(needed) < len(rows):
                 again = [needed.index(first[key]) for key in keys if key in first]
-                features = select_rows(features, again, self.source.image_token)
+                features = select_rows(features, again)
         if stored:
             features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
         features["prefix_key"] = keys_to_tensor(keys)
+        if (
+            self.training
+            and "media" in features
+            and isinstance(GradientState().active_dataloader, DataLoaderDispatcher)
+        ):
+            raise ValueError(
+                "A trainer joins and cuts the batches of a stream in one process, which images cannot be. Let each process make its own: "
+                'pass accelerator_config={"dispatch_batches": False} in the training arguments.'
+            )
         return features
 
     def prefix_keys(

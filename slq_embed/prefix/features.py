@@ -1,17 +1,15 @@
 """Features of a batch: choosing rows, joining rows, and splitting a batch into passes with little padding.
 
-Features are a dict, as Sentence Transformers hands them from module to module. Batches are padded on the left.
+Features are a dict, as Sentence Transformers hands them from module to module. Batches are padded on the left. Every tensor has
+a row for each input, so that anybody can cut a batch: the cached losses of Sentence Transformers do.
 
 | key | shape | content |
 | --- | --- | --- |
 | ``input_ids`` | ``(batch, seq)`` int64 | token ids without the query tokens |
 | ``attention_mask`` | ``(batch, seq)`` int64 | 1 for real tokens, 0 for padding |
 | ``token_type_ids``, ``mm_token_type_ids`` | ``(batch, seq)`` int64 | only of families whose processor gives them |
-| ``pixel_values`` | ``(patches or tiles, ...)`` float | pixels of all images, one image after the other |
-| ``image_grid_thw``, other ``image_*`` | ``(images, ...)`` | a row for each image |
-| other features of images and videos | ``(pieces, ...)`` | of rows that are processed one by one |
-| ``row_pieces`` | ``(batch, features)`` int64 | there: how many of them each row has, in the order of their names |
-| ``num_images_per_sample``, ``num_videos_per_sample`` | ``(batch,)`` int64 | images and videos of each row |
+| ``media`` | :class:`MediaFeatures` | pixels, grids and other features of images and videos |
+| ``media_row`` | ``(batch,)`` int64 | which row of ``media`` each row has; -1 for none |
 | ``prefix_key`` | ``(batch, 2)`` int64 | the 128-bit key of each row's prefix |
 | ``prefix_stored`` | ``(batch,)`` bool | true where a prefix is kept: of such a row there is the length and nothing else |
 | ``mm_encoder_outputs`` | dict | the vision tower's features in place of pixels (:mod:`slq_embed.prefix.vision`) |
@@ -22,7 +20,8 @@ Features are a dict, as Sentence Transformers hands them from module to module. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +30,7 @@ from torch import Tensor
 Features = dict[str, Any]
 """See the table of this module."""
 
-_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "num_images_per_sample", "prefix_key", "task", "row_pieces"}
-_BOOKKEEPING |= {"num_videos_per_sample"}
+_BOOKKEEPING = {"input_ids", "attention_mask", "modality", "prefix_key", "task", "media", "media_row", "media_pieces"}
 _BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
 
 TOKENS_PER_PASS = {"cpu": 2048}
@@ -41,82 +39,90 @@ TOKENS_PER_PASS = {"cpu": 2048}
 DEFAULT_TOKENS_PER_PASS = 32768
 
 
+@dataclass(frozen=True)
+class MediaFeatures:
+    """What a processor makes of the images and videos of some rows. It is no tensor, so nobody cuts it by rows.
+
+    Args:
+        values: ``pixel_values``, ``image_grid_thw`` and others, ``(pieces, ...)`` each: patches, tiles or images of one row
+            after those of the other.
+        pieces: For each of them the number of pieces of each row.
+
+    Raises:
+        ValueError: If a value has another number of pieces than its rows.
+    """
+
+    values: Mapping[str, Tensor]
+    pieces: Mapping[str, Sequence[int]]
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            if len(value) != sum(self.pieces[name]):
+                raise ValueError(
+                    f"{name} has {len(value)} pieces, but the rows of the batch have {list(self.pieces[name])}. The processor gave "
+                    "the images of a row another number of tokens than pixels: use the processor of this backbone."
+                )
+
+    def of(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """Values and pieces of some rows, in that order; -1 is a row without any. What none of them has is left out."""
+        pieces = {name: [counts[row] if row >= 0 else 0 for row in rows] for name, counts in self.pieces.items()}
+        pieces = {name: counts for name, counts in pieces.items() if any(counts)}
+        present = [row for row in rows if row >= 0]
+        return {name: _ranges(self.values[name], self.pieces[name], present) for name in pieces}, pieces
+
+    def pin_memory(self) -> MediaFeatures:
+        """The same in pinned memory; data loaders call this."""
+        return MediaFeatures({name: value.pin_memory() for name, value in self.values.items()}, self.pieces)
+
+
+def _ranges(value: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Tensor:
+    if list(rows) == list(range(rows[0], rows[-1] + 1)):  # neighbours need no copy
+        start = sum(counts[: rows[0]])
+        return value[start : start + sum(counts[rows[0] : rows[-1] + 1])]
+    parts = value.split(list(counts))
+    return torch.cat([parts[row] for row in rows])
+
+
+def lay_out(features: Features) -> Features:
+    """Features as a backbone reads them: the pixels, grids and others of its rows in place of ``media``.
+
+    Args:
+        features: Of the batch. Without media they are returned as they are.
+
+    Returns:
+        Features with ``media_pieces``, a dict: for each feature of images and videos the number of pieces of each row.
+    """
+    if (media := features.get("media")) is None:
+        return features
+    values, pieces = media.of(features["media_row"].tolist())
+    device = features["input_ids"].device  # the media are not: a trainer moves tensors
+    laid_out = {key: value for key, value in features.items() if key not in ("media", "media_row")}
+    laid_out |= {name: value.to(device, non_blocking=True) for name, value in values.items()}
+    return {**laid_out, "media_pieces": pieces}
+
+
 def backbone_inputs(features: Features) -> Features:
-    """The features that a backbone reads in addition to tokens and mask: pixels, grids, token types."""
+    """The features that a backbone reads in addition to tokens and mask, of a batch that was laid out: pixels, grids, token types."""
     return {key: value for key, value in features.items() if key not in _BOOKKEEPING}
 
 
-def image_features(features: Features) -> list[str]:
-    """Names of the features that are laid out by images or their pieces, not by rows."""
-    shape = features["input_ids"].shape
-    return sorted(
-        key for key, value in backbone_inputs(features).items() if isinstance(value, Tensor) and value.shape != shape
-    )
-
-
-def select_rows(features: Features, rows: Sequence[int], image_token: int) -> Features:
+def select_rows(features: Features, rows: Sequence[int]) -> Features:
     """Cut rows out of a batch, in the order given, without the padding that they do not need.
 
     Args:
         features: Of the batch.
         rows: Indices in the batch; one may come more than once.
-        image_token: Id of the token that stands for a piece of an image. Families lay pixels out by patch or by
-            tile: either way, a row has its share of them by its image tokens.
-
-    Raises:
-        ValueError: If the pixels are not those of the rows, in equal shares for each image token.
     """
     ids = features["input_ids"]
     index = torch.tensor(rows, device=ids.device)
-    mask = features["attention_mask"][index]
-    first = int(mask.any(dim=0).int().argmax())
+    first = int(features["attention_mask"][index].any(dim=0).int().argmax())
     chosen: Features = {}
-    pieces_of: dict[str, Tensor] = {}
-    if (counts := features.get("row_pieces")) is not None:
-        pieces_of = dict(zip(image_features(features), counts.T, strict=True))
-        if any(len(features[key]) != int(pieces.sum()) for key, pieces in pieces_of.items()):
-            raise ValueError(
-                "A batch was cut so that its images are not those of its rows. This backbone's images cannot be cut by "
-                "Cached losses: use a loss without mini-batches."
-            )
     for key, value in features.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             chosen[key] = value
-        elif key in pieces_of:
-            chosen[key] = _ranges(value, pieces_of[key], rows)
-        elif key == "pixel_values":
-            pieces = (ids == image_token).sum(dim=1)
-            total = max(1, int(pieces.sum()))
-            grid = features.get("image_grid_thw")
-            fits = grid is None or len(value) == int(grid.prod(dim=1).sum())
-            if not fits or (pieces * len(value) % total).any() or pieces.any() != bool(len(value)):
-                raise ValueError(
-                    f"A batch has {len(value)} pieces of images in its pixels for rows with {pieces.tolist()} image tokens. "
-                    "Do not cut the pixels of a batch like its rows: sentence-transformers 6.2 or later does it right in its "
-                    'Cached losses, and a streamed dataset needs accelerator_config={"dispatch_batches": False}.'
-                )
-            chosen[key] = _ranges(value, pieces * len(value) // total, rows)
-        elif key.startswith("image_"):
-            chosen[key] = _ranges(value, features["num_images_per_sample"], rows)
         else:
             chosen[key] = value[index][:, first:] if value.shape == ids.shape else value[index]
-    if pieces_of:  # what none of the rows has is not there; the columns of row_pieces are those that stay
-        kept = torch.tensor([bool(len(chosen[key])) for key in pieces_of])
-        chosen = {key: value for key, value in chosen.items() if key not in pieces_of or len(value)}
-        chosen["row_pieces"] = chosen["row_pieces"][:, kept.to(ids.device)]
-        if not kept.any():
-            del chosen["row_pieces"]
-    elif "pixel_values" in chosen and not len(chosen["pixel_values"]):
-        chosen = {key: value for key, value in chosen.items() if not key.startswith(("pixel_", "image_"))}
     return chosen
-
-
-def _ranges(value: Tensor, counts: Tensor, rows: Sequence[int]) -> Tensor:
-    parts = value.split(counts.tolist())
-    if list(rows) == list(range(rows[0], rows[-1] + 1)):  # neighbours need no copy
-        start = int(counts[: rows[0]].sum())
-        return value[start : start + int(counts[list(rows)].sum())]
-    return torch.cat([parts[row] for row in rows])
 
 
 def split_into_passes(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -203,9 +209,8 @@ def make_room(features: Features, lengths: Sequence[int | None], pad_token: int)
     for index, length in enumerate(lengths):
         if length is not None:
             joined["attention_mask"][index, longest - length :] = 1
-    for key in ("num_images_per_sample", "num_videos_per_sample", "row_pieces"):
-        if (counts := features.get(key)) is not None:
-            joined[key] = counts.new_zeros(len(lengths), *counts.shape[1:])
-            joined[key][present] = counts
+    if (numbers := features.get("media_row")) is not None:
+        joined["media_row"] = numbers.new_full((len(lengths),), -1)
+        joined["media_row"][present] = numbers
     joined["prefix_stored"] = torch.tensor([length is not None for length in lengths])
     return joined

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
 from slq_embed.prefix.cache import BackboneCache, Layers, PrefixReadyError, States, filled_cache, read_cache
-from slq_embed.prefix.features import Features, backbone_inputs, image_features
+from slq_embed.prefix.features import Features, backbone_inputs, lay_out
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
 
     Args:
         decoder: The backbone without its head.
-        features: See :mod:`slq_embed.prefix.features`.
+        features: As from :func:`slq_embed.prefix.features.lay_out`.
 
     Returns:
         ``(batch, seq)``; ``(3, batch, seq)`` for backbones with time, height and width (M-RoPE).
@@ -146,6 +146,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     Returns:
         A prefix for each row; keys and values are views of those of the batch.
     """
+    features = lay_out(features)
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
     # Read before the decoder starts: afterwards, these numbers would have to wait for a GPU to finish it.
@@ -239,6 +240,7 @@ def run_all_positions(
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
     """
+    features = lay_out(features)
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
     batch, count = len(mask), len(queries)
@@ -282,9 +284,11 @@ def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
     for name, pixels in family.patch_indices.items():
         if name not in extra:
             continue
-        pieces = dict(zip(image_features(features), features["row_pieces"].T, strict=True))
-        before = (pieces[pixels].cumsum(0) - pieces[pixels]) * extra[pixels].shape[1]
-        shift = before.repeat_interleave(pieces[name]).view(-1, *[1] * (extra[name].ndim - 1))
+        own, numbered = (
+            torch.tensor(features["media_pieces"][key], device=extra[name].device) for key in (pixels, name)
+        )
+        before = (own.cumsum(0) - own) * extra[pixels].shape[1]
+        shift = before.repeat_interleave(numbered).view(-1, *[1] * (extra[name].ndim - 1))
         extra[name] = torch.where(extra[name] >= 0, extra[name] + shift, extra[name])
     if family.pixels_axis and "pixel_values" in extra:
         extra["pixel_values"] = extra["pixel_values"].movedim(0, family.pixels_axis)

@@ -152,7 +152,7 @@ class PrefixSource:
         for group in self._group(
             {name: lengths[index] for name, index in indices.items()}, features["input_ids"].device
         ):
-            chosen = select_rows(features, [indices[name] for name in group], self.image_token)
+            chosen = select_rows(features, [indices[name] for name in group])
             found |= dict(zip(group, run(decoder_of(self._backbone), chosen), strict=True))
         return found
 

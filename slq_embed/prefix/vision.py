@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
-from slq_embed.prefix.features import backbone_inputs, pad_left
+from slq_embed.prefix.features import backbone_inputs, lay_out, pad_left
 
 
 def takes_vision_features(decoder: PreTrainedModel) -> bool:
@@ -29,7 +29,7 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
 
     Args:
         decoder: The backbone without its head.
-        features: Features with ``pixel_values``; see :mod:`slq_embed.prefix.features`.
+        features: Features with ``media``; see :mod:`slq_embed.prefix.features`.
         image_token: Id of the token that stands for a piece of an image.
 
     Returns:
@@ -45,6 +45,7 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
             f"This version of transformers cannot run {type(decoder).__name__} on vision features (it has no "
             'mm_encoder_outputs). Use PrefixStore(level="keys_values"), or transformers 5.23 or later.'
         )
+    features = lay_out(features)
     known = inspect.signature(decoder.get_image_features).parameters
     output = decoder.get_image_features(**{k: v for k, v in backbone_inputs(features).items() if k in known})
     ids, mask = features["input_ids"], features["attention_mask"].bool()
@@ -60,10 +61,9 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
         shares = pieces if joined.ndim == 2 else pieces // joined.shape[1]
         for row, part in zip(rows, joined.split(shares.tolist()), strict=True):
             row[name] = part
-    counts = features["num_images_per_sample"].tolist()
-    for key, value in features.items():
-        if key.startswith("image_") and isinstance(value, Tensor):
-            for row, part in zip(rows, value.split(counts), strict=True):
+    for key, counts in features["media_pieces"].items():
+        if key.startswith("image_"):
+            for row, part in zip(rows, features[key].split(counts), strict=True):
                 row[key] = part
     return rows
 

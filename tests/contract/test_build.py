@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 import slq_embed
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.backbone.families import family_of
+from slq_embed.prefix.features import lay_out
 from tests.parts import offloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -115,7 +116,7 @@ def test_a_backbone_that_is_not_in_memory_trains_and_encodes_the_same(checkpoint
 def test_max_pixels_bounds_the_image(checkpoint, images):
     small = SLQEncoder.from_backbone(checkpoint(), num_queries=4, max_pixels=16 * 16)
     large = SLQEncoder.from_backbone(checkpoint(), num_queries=4)
-    sizes = [len(model.preprocess([images[1]])["pixel_values"]) for model in (small, large)]
+    sizes = [len(lay_out(model.preprocess([images[1]]))["pixel_values"]) for model in (small, large)]
     assert sizes[0] < sizes[1]
     with pytest.raises(ValueError, match=r"max_pixels=100 does not apply to internvl"):
         SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, max_pixels=100)
@@ -123,9 +124,9 @@ def test_max_pixels_bounds_the_image(checkpoint, images):
 
 def test_internvl_reads_one_tile_unless_told_otherwise(checkpoint, images):
     encoder = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4)
-    assert len(encoder.preprocess([images[1]])["pixel_values"]) == 1
+    assert len(lay_out(encoder.preprocess([images[1]]))["pixel_values"]) == 1
     tiled = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, image_kwargs={"crop_to_patches": True})
-    assert len(tiled.preprocess([images[1]])["pixel_values"]) > 1
+    assert len(lay_out(tiled.preprocess([images[1]]))["pixel_values"]) > 1
 
 
 @pytest.mark.parametrize("init", ["normal", "zeros", "tokens"])

@@ -165,7 +165,7 @@ def test_text_is_only_ever_text(checkpoint, images, kind, tmp_path):
     texts = [str(tmp_path / "photo.png"), "https://example.com/a.png", *spelled, " ".join(spelled)]
     for text in texts:
         features = module.preprocess([text])
-        assert "pixel_values" not in features
+        assert "media" not in features
         read = module.tokenizer.decode(features["input_ids"][0])
         for token in spelled:
             assert read.count(token) == expected.count(token), f"{text!r} put {token!r} into the sequence"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 from transformers import AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder
@@ -40,6 +41,7 @@ LIMITS = {
     "videos": 1e-6,
     "deep queries and adapter": 1e-6,
     "deep queries and adapter: gradient": 1e-5,
+    "cached loss: gradient": 1e-4,
     "stored prefixes": 1e-5,
     "bfloat16 refused": 0.0,
     "plain Sentence Transformers, bfloat16": 1e-3,
@@ -52,6 +54,7 @@ FULL = (
     "videos",
     "deep queries and adapter",
     "deep queries and adapter: gradient",
+    "cached loss: gradient",
     "stored prefixes",
     "bfloat16 refused",
     "plain Sentence Transformers, bfloat16",
@@ -59,7 +62,14 @@ FULL = (
 """Not measured in the plain test run."""
 ROUND_MORE = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "gemma4")
 """Families whose tiny models may be ten times as far: rounding grows in them, as their self-check finds."""
-NO_MORE = ("alone and in a batch", "alone and in a batch, eager", "loaded again", "stored prefixes", *FULL[-2:])
+NO_MORE = (
+    "alone and in a batch",
+    "alone and in a batch, eager",
+    "loaded again",
+    "cached loss: gradient",
+    "stored prefixes",
+    *FULL[-2:],
+)
 """What they hold like all others."""
 
 # Queries have a token type of their own. The processor of PaliGemma spoils texts that stand in a batch with images.
@@ -141,6 +151,7 @@ def measure(name: str, folder: Path, scratch: Path, full: bool = True) -> dict[s
         }
         found["no spare rows"] = _grown(name, inputs[1:3], scratch / "grown")
         found |= inside(name, folder, scratch)
+        found["cached loss: gradient"] = _cached(encoder, inputs)
         found["stored prefixes"] = _stored(encoder, inputs, scratch)
         found |= _half(name, folder, inputs[:5], scratch / "half")
         result["seconds"] = round(check(encoder.backbone, AutoProcessor.from_pretrained(folder)).seconds, 1)
@@ -160,6 +171,25 @@ def _exact(encoder: SLQEncoder, inputs: list[Any]) -> dict[str, float]:
         "prefix path: gradient": gradient,
         "alone and in a batch": _furthest(alone, batches),
     }
+
+
+def _cached(encoder: SLQEncoder, inputs: list[Any]) -> float:
+    """How far the gradient of a loss is that cuts its batch into chunks of two, from that of the same loss in one."""
+    columns = (inputs[:4], inputs[-4:]) if len(inputs) > 4 else (inputs, inputs[::-1])
+    encoder.train()
+
+    def gradient(loss: torch.nn.Module) -> torch.Tensor:
+        encoder.queries.grad = None
+        loss([encoder.preprocess(column) for column in columns], None).backward()
+        found = encoder.queries.grad
+        assert found is not None
+        return found.clone()
+
+    plain = gradient(losses.MultipleNegativesRankingLoss(encoder))
+    cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2))
+    encoder.eval()
+    assert plain.norm() > 0
+    return float((plain - cached).norm() / plain.norm())
 
 
 def _furthest(first: Any, second: Any) -> float:

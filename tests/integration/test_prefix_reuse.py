@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Image
-from PIL import Image as PILImage
 from sentence_transformers.sentence_transformer import losses
 
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
@@ -338,16 +337,6 @@ def test_a_store_that_leaves_before_its_batch_is_missed(encoder, images):
     encoder.prefix_store = None
     with pytest.raises(RuntimeError, match="gone or damaged"):
         encoder(features)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_pixels_that_are_not_those_of_the_rows_are_refused(encoder, images, stream):
-    """Of a streamed dataset, accelerate's dispatcher cuts all tensors to as many rows as there are texts."""
-    alike = [PILImage.new("RGB", (64, 64), colour) for colour in ("red", "green")]
-    features = encoder.preprocess(alike if stream else images)
-    features["pixel_values"] = features["pixel_values"][: len(alike) if stream else -3]
-    with pytest.raises(ValueError, match="Do not cut the pixels of a batch like its rows"):
-        encoder.train()(features)
 
 
 def _encode(encoder, folder, inputs, start, results):

@@ -11,6 +11,7 @@ from sentence_transformers import CrossEncoder
 from transformers import AutoProcessor
 
 from slq_embed.generation import RERANK_INSTRUCTION, answer, build_reranker
+from slq_embed.prefix.features import lay_out
 from tests.checkpoints import FAMILIES
 from tests.untouched import Untouched, every_pair, load, rerankable, spelled_out
 
@@ -71,7 +72,7 @@ def test_images_are_read_as_for_embedding_and_texts_are_cut_alike(checkpoint, im
     model = load(checkpoint(), max_pixels=16 * 16, max_text_chars=10)
     reranker = rerankable(model)
     read = reranker.preprocess([("x" * 50, images[1])])
-    assert torch.equal(read["pixel_values"], model.preprocess([images[1]])["pixel_values"])
+    assert torch.equal(read["pixel_values"], lay_out(model.preprocess([images[1]]))["pixel_values"])
     text = reranker.tokenizer.decode(read["input_ids"][0])
     assert "Query: " + "x" * 10 + "\nDocument" in text
     own = AutoProcessor.from_pretrained(checkpoint())

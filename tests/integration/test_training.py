@@ -6,9 +6,12 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from sentence_transformers import InputExample, SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from torch.utils.data import DataLoader
@@ -19,6 +22,9 @@ from slq_embed import QueryAdapter, SLQEncoder, SymmetricInfoNCELoss
 from slq_embed.backbone.families import embedding_table
 from slq_embed.data import retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
+from slq_embed.training import CachedSymmetricInfoNCELoss
+from tests.families import llava, others, qwen
+from tests.families.building import write
 from tests.training import toy_pairs, toy_train
 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -79,6 +85,42 @@ def test_the_cached_loss_has_the_gradient_of_the_plain_one(encoder, images):
     plain = gradient(losses.MultipleNegativesRankingLoss(encoder, **BOTH))
     cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2, **BOTH))
     assert (plain - cached).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize("build", [llava.llava_next, others.molmo2, qwen.qwen3_5])
+def test_cached_losses_cut_the_images_of_any_family(build, images, tmp_path):
+    """Tiles padded to the most; patches counted over the batch; patches of each image."""
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("measured with transformers 5.23")
+    encoder = SLQEncoder.from_backbone(write(tmp_path, build()), num_queries=3, seed=0, device="cpu")
+    columns = ([images[0], "a", images[1], {"image": images[2], "text": "b"}], ["a", images[3], "bb", "ccc"])
+    encoder.train()
+
+    def gradient(loss, chosen):
+        encoder.queries.grad = None
+        loss([encoder.preprocess(column) for column in chosen], None).backward()
+        return encoder.queries.grad.clone()
+
+    plain = gradient(losses.MultipleNegativesRankingLoss(encoder), columns)
+    cached = losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=2)
+    assert (plain - gradient(cached, columns)).norm() < 1e-4 * plain.norm()
+    ours = gradient(SymmetricInfoNCELoss(encoder), columns)
+    cached = CachedSymmetricInfoNCELoss(encoder, mini_batch_size=3)
+    assert (ours - gradient(cached, columns)).norm() < 1e-4 * ours.norm()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_images_that_one_process_would_cut_is_refused(encoder, tmp_path, workers):
+    """That is accelerate's default. It joins and cuts tensors only."""
+    stream = SimpleNamespace(dataset=toy_pairs().dataset.to_iterable_dataset())
+    options = {"loss": SymmetricInfoNCELoss(encoder), "max_steps": 1, "dataloader_num_workers": workers}
+    with pytest.raises(
+        ValueError, match=r'Let each process make its own: pass accelerator_config=\{"dispatch_batches": False\}'
+    ):
+        toy_train(encoder, stream, tmp_path, **options)
+    before = encoder.queries.detach().clone()
+    toy_train(encoder, stream, tmp_path, accelerator_config={"dispatch_batches": False}, **options)
+    assert not torch.equal(before, encoder.queries.detach())
 
 
 def test_the_prefix_runs_without_autograd_and_the_backbone_stays_in_eval(encoder, images):

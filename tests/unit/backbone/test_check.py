@@ -325,15 +325,6 @@ def test_vision_features_of_other_families_are_not_stored(folders):
         encoder.prefix_store = PrefixStore(level="vision")
 
 
-def test_a_batch_that_a_host_cut_is_refused(folders, images):
-    """Cached losses cut pixels by rows, which these processors do not lay out by rows."""
-    encoder = SLQEncoder.from_backbone(folders("next", llava.llava_next()), num_queries=3, device="cpu")
-    features = encoder.preprocess([images[0], "a", images[1]])
-    cut = {key: value if key.startswith(("pixel", "image")) else value[:2] for key, value in features.items()}
-    with pytest.raises(ValueError, match="cannot be cut by Cached losses"):
-        encoder.transformer.prefix(cut)
-
-
 def test_gemma_scales_rows_of_its_table(folders):
     model, _ = loaded(folders("gemma", others.gemma()))
     assert families.embedding_scale(model) == pytest.approx(32**0.5)

@@ -11,7 +11,7 @@ import transformers
 from packaging.version import Version
 
 from slq_embed import SLQEncoder
-from slq_embed.prefix.features import image_features, select_rows
+from slq_embed.prefix.features import lay_out, select_rows
 from tests.families import llava, others, qwen
 from tests.families.building import write
 
@@ -46,16 +46,16 @@ def test_rows_are_the_same_alone_joined_and_cut(encoder, images):
     module = encoder.transformer
     rows: list[Any] = [images[0], "a text", images[1], {"text": "both", "image": images[3]}]
     together = module.preprocess(rows, keyed=False)
-    assert together["row_pieces"].shape == (4, len(image_features(together)))
-    assert together["num_images_per_sample"].tolist() == [1, 0, 1, 1]
+    assert all(
+        [bool(count) for count in counts] == [True, False, True, True] for counts in together["media"].pieces.values()
+    )
     alone = torch.cat([vectors(encoder, module.preprocess([row], keyed=False)) for row in rows])
     assert (vectors(encoder, together) - alone).abs().max() < 1e-5
     chosen = [3, 0, 3]
-    cut = select_rows(together, chosen, module.source.image_token)
+    cut = select_rows(together, chosen)
     assert (vectors(encoder, cut) - alone[chosen]).abs().max() < 1e-5
-    texts = select_rows(together, [1], module.source.image_token)
-    assert not image_features(texts)
-    assert "row_pieces" not in texts
+    texts = lay_out(select_rows(together, [1]))
+    assert texts.keys() <= {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "media_pieces"}
 
 
 def test_videos_are_the_same_alone_and_joined(encoder, images):
