@@ -23,8 +23,8 @@ class Family:
 
     Args:
         example: A checkpoint that people use, for error messages.
-        resizes_by_area: Whether the image processor keeps the aspect ratio within a budget of pixels, so that
-            ``max_pixels`` means something.
+        resizes_by_area: Whether the image processor keeps the aspect ratio within a budget of pixels, as that of Qwen-VL does, so
+            that ``max_pixels`` means something.
         image_kwargs: How its image processor is called unless the user says otherwise.
         package: A package that its code needs and transformers does not require. It is an extra of slq-embed.
         batches_images: Whether its processor reads a batch at once and gives each row pixels by its image tokens. Of
@@ -61,7 +61,13 @@ FAMILIES: dict[str, Family] = {
 }
 """Families by the ``model_type`` of their configuration. The contract tests prove these, so nothing is checked on loading."""
 
+_LIKE_QWEN_VL = Family(resizes_by_area=True, batches_images=True)
 QUIRKS: dict[str, Family] = {
+    "qwen3_5": _LIKE_QWEN_VL,
+    "qwen3_5_moe": _LIKE_QWEN_VL,
+    "qwen3_vl_moe": _LIKE_QWEN_VL,
+    "qwen2_5_omni_thinker": _LIKE_QWEN_VL,
+    "qwen3_omni_moe_thinker": _LIKE_QWEN_VL,
     # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
     "paligemma": Family(query_token_type=1),
     "minicpmv4_6": Family(pixels_axis=3, reads_videos=False),
@@ -210,13 +216,13 @@ def reads_ids(backbone: PreTrainedModel) -> bool:
     return decoder is backbone or "per_layer_inputs" in inspect.signature(decoder.forward).parameters
 
 
-def image_token_of(backbone: PreTrainedModel, processor: Any) -> int | None:
-    """Id of the token that stands for a piece of an image; None where no image is read."""
+def image_token_of(backbone: PreTrainedModel, processor: Any) -> int:
+    """Id of the token that stands for a piece of an image; -1 where no image is read."""
     for owner in (backbone.config, processor):
         for name in ("image_token_id", "image_token_index", "image_patch_id"):
             if isinstance(number := getattr(owner, name, None), int):
                 return number
-    return None
+    return -1
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -284,14 +290,14 @@ def limit_pixels(processor: Any, backbone: PreTrainedModel, max_pixels: int) -> 
     """Set the largest image that a processor passes on, in pixels.
 
     Raises:
-        ValueError: If the family resizes every image to one size, or there would be no pixel.
+        ValueError: If the family has no such limit, or there would be no pixel.
     """
     if max_pixels < 1:
         raise ValueError(f"max_pixels is {max_pixels}, but at least 1 is needed.")
     if not family_of(backbone.config).resizes_by_area:
         raise ValueError(
-            f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}, which resizes every image to one "
-            "size. Set that with processor_kwargs, for example {'size': {'height': 448, 'width': 448}}."
+            f"max_pixels={max_pixels} does not apply to {backbone.config.model_type}: it is for Qwen-VL and what is built like it. Set "
+            "the size of images with processor_kwargs, for example {'size': {'height': 448, 'width': 448}}."
         )
     size = dict(processor.image_processor.size)
     size["longest_edge"] = max_pixels  # in these families: the largest number of pixels

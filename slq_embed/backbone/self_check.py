@@ -170,12 +170,12 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
 
     started, inputs = time.monotonic(), samples(transformer.reader.reads_images)
     try:
-        alone = [_features(transformer, [value]) for value in inputs]
-        together = _features(transformer, inputs)
+        alone = [features_of(transformer, [value]) for value in inputs]
+        together = features_of(transformer, inputs)
         reference = [_run(transformer, one, transformer.all_positions) for one in alone]
     except Exception as error:
-        note("input and queries as one sequence", False, None, 0.0, _first_line(error))
-        return findings, None, f"fails on a sample input ({_first_line(error)})"
+        note("input and queries as one sequence", False, None, 0.0, first_line(error))
+        return findings, None, f"fails on a sample input ({first_line(error)})"
     if (estimate := _WHOLE * (time.monotonic() - started)) > _LONG_S:
         kind = transformer.backbone.config.model_type
         logger.warning(
@@ -212,7 +212,7 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
         try:
             results = [_run(transformer, one, run) for one in features]
         except Exception as error:
-            return note(name, False, None, 0.0, _first_line(error))
+            return note(name, False, None, 0.0, first_line(error))
         difference, grown = _furthest(results, values), _relative(_total(results), gradient)
         value, slope = (VALUE, GRADIENT) if difference <= VALUE and grown <= GRADIENT else limits()
         ok = note(f"{name}: value", difference <= value, difference, value)
@@ -231,7 +231,8 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
     return findings, None, f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})"
 
 
-def _features(transformer: Any, inputs: list[Any]) -> Any:
+def features_of(transformer: Any, inputs: list[Any]) -> Any:
+    """Features of inputs, on the device of the backbone."""
     device = embedding_table(transformer.backbone).device
     features = transformer.preprocess(inputs, keyed=False)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
@@ -305,7 +306,8 @@ def _relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm().clamp(min=1e-30))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in short."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 

@@ -31,7 +31,7 @@ def pack_row(row: PrefixRow, precision: Precision) -> Entry:
     if len(shapes) > 1:
         raise ValueError(
             f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
-            "a store cannot keep. Train without a store."
+            'a store cannot keep. Use PrefixStore(level="vision"), or no store.'
         )
     device = keys_and_values[0][0].device  # one copy to main memory, not two for each layer
     whole = torch.stack([torch.stack([part.to(device) for part in layer]) for layer in keys_and_values])
@@ -39,7 +39,7 @@ def pack_row(row: PrefixRow, precision: Precision) -> Entry:
     if len(keys_and_values) < len(row.layers):
         entry["has_keys"] = torch.tensor([bool(layer) for layer in row.layers])
     for name, state in row.states.items():  # few numbers, and each token that follows adds to their error
-        entry[f"{_FIXED}{name}"] = state.to("cpu", copy=True)
+        entry[f"{_FIXED}{name}"] = _own(state)
     return entry
 
 
@@ -64,7 +64,7 @@ def pack_vision_row(row: Mapping[str, Tensor], precision: Precision) -> Entry:
     """Pack a row of :func:`slq_embed.prefix.vision.run_vision`; the entry shares no memory with it."""
     entry: Entry = {}
     for name, value in row.items():
-        entry |= _pack_states(name, value, precision) if _is_states(name) else {name: value.to("cpu", copy=True)}
+        entry |= _pack_states(name, value, precision) if _is_states(name) else {name: _own(value)}
     return entry
 
 
@@ -85,9 +85,14 @@ def _pack_states(name: str, states: Tensor, precision: Precision) -> Entry:
     """States ``(..., width)``; int8 has a scale ``(..., 1)`` for each row of ``width`` numbers."""
     if precision == "int8":
         scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-        return {name: (states / scale).round().to("cpu", torch.int8), f"{name}.scale": scale.cpu()}
+        return {name: _own((states / scale).round(), torch.int8), f"{name}.scale": _own(scale)}
     dtype = torch.bfloat16 if precision == "bfloat16" else states.dtype
-    return {name: states.to("cpu", dtype, copy=True)}  # a copy, because rows are views of their batch
+    return {name: _own(states, dtype)}
+
+
+def _own(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in main memory, because rows are views of their batch; in order, because files hold no other tensors."""
+    return part.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _unpack_states(name: str, entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:

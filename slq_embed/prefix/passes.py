@@ -160,7 +160,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
-            **_prepared_inputs(decoder, features),
+            **prepared_inputs(decoder, features),
         )
     axes = 3 if positions.ndim == 3 else 1
     layers, states = read_cache(cache)
@@ -251,7 +251,7 @@ def run_all_positions(
         tokens = {"inputs_embeds": torch.cat([embeddings, queries.expand(batch, -1, -1)], dim=1)}
     else:
         tokens = {"input_ids": torch.cat([features["input_ids"], ids.expand(batch, -1)], dim=1)}
-    extra = _prepared_inputs(decoder, features)
+    extra = prepared_inputs(decoder, features)
     for key, value in extra.items():
         if isinstance(value, Tensor) and value.shape == mask.shape:  # token types
             types = value.new_full((batch, count), family_of(decoder.config).query_token_type)
@@ -273,7 +273,7 @@ def _last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
     return decoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
 
 
-def _prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
+def prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
     """The features that a backbone reads beside the tokens, in a form in which it reads them right."""
     extra, family = backbone_inputs(features), family_of(decoder.config)
     if family.batches_images:

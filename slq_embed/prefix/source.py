@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import decoder_of, embedding_table, family_of, image_token_of, tokenizer_of
+from slq_embed.backbone.families import decoder_of, embedding_table, image_token_of, tokenizer_of
 from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.inputs.rows import Row
@@ -41,8 +41,7 @@ class PrefixSource:
         self._backbone = backbone
         self._tokenizer = tokenizer_of(processor)
         self.pad_token = int(self._tokenizer.pad_token_id or 0)
-        image_token = image_token_of(backbone, processor)
-        self.image_token = -1 if image_token is None else image_token
+        self.image_token = image_token_of(backbone, processor)
         self.store: PrefixStore | None = None
         self.namespace = b""
         self.memory = StepMemory()
@@ -63,11 +62,6 @@ class PrefixSource:
         if store is not None and self._schedule == "all_positions":
             raise ValueError(
                 f"A {kind} has no prefixes: its inputs run together with the queries. Train without a store."
-            )
-        if store is not None and store.level == "vision" and not family_of(backbone.config).batches_images:
-            raise ValueError(
-                f'The features of the vision tower of a {kind} cannot be kept. Use PrefixStore(level="keys_values"), or no '
-                "store where its layers differ in shape."
             )
         devices = {str(weight.device) for weight in backbone.parameters()}
         if store is not None and store.level == "keys_values" and len(devices) > 1:

@@ -12,15 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
-from slq_embed.prefix.features import backbone_inputs, lay_out, pad_left
-
-
-def takes_vision_features(decoder: PreTrainedModel) -> bool:
-    """Whether a backbone can be run on vision features that were computed earlier: its family, in this version of transformers."""
-    return (
-        family_of(decoder.config).batches_images
-        and "mm_encoder_outputs" in inspect.signature(decoder.forward).parameters
-    )
+from slq_embed.prefix.features import lay_out, pad_left, select_rows
+from slq_embed.prefix.passes import prepared_inputs
 
 
 @torch.no_grad()
@@ -37,17 +30,13 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
         token; ``image_*`` features; and the outputs of the tower: ``features``, ``(tokens, H)`` or
         ``(tiles, tokens, H)``, and for some families ``deepstack.0``, ``deepstack.1``, ..., ``(tokens, H)`` each.
 
-    Raises:
-        ValueError: If this version of transformers cannot take vision features.
     """
-    if not takes_vision_features(decoder):
-        raise ValueError(
-            f"This version of transformers cannot run {type(decoder).__name__} on vision features (it has no "
-            'mm_encoder_outputs). Use PrefixStore(level="keys_values"), or transformers 5.23 or later.'
-        )
+    if not family_of(decoder.config).batches_images and len(features["input_ids"]) > 1:  # nothing says what is whose
+        alone = [select_rows(features, [row]) for row in range(len(features["input_ids"]))]
+        return [row for one in alone for row in run_vision(decoder, one, image_token)]
     features = lay_out(features)
     known = inspect.signature(decoder.get_image_features).parameters
-    output = decoder.get_image_features(**{k: v for k, v in backbone_inputs(features).items() if k in known})
+    output = decoder.get_image_features(**{k: v for k, v in prepared_inputs(decoder, features).items() if k in known})
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     pieces = (ids == image_token).sum(dim=1)
     outputs = {"features": output.pooler_output}
@@ -58,8 +47,10 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
     ]
     for name, parts in outputs.items():
         joined = parts if isinstance(parts, Tensor) else torch.cat(list(parts))
-        shares = pieces if joined.ndim == 2 else pieces // joined.shape[1]
-        for row, part in zip(rows, joined.split(shares.tolist()), strict=True):
+        shares = (
+            [len(joined)] if len(rows) == 1 else (pieces if joined.ndim == 2 else pieces // joined.shape[1]).tolist()
+        )
+        for row, part in zip(rows, joined.split(shares), strict=True):
             row[name] = part
     for key, counts in features["media_pieces"].items():
         if key.startswith("image_"):

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from sentence_transformers.util import batch_to_device
 
-from slq_embed.backbone.families import decoder_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.inputs.columns import LABELS, require_inputs
-from slq_embed.prefix.vision import takes_vision_features
+from slq_embed.prefix.vision_check import vision_refusal
 from slq_embed.store.budget import free_bytes, parse_bytes
 from slq_embed.store.entries import Precision
 from slq_embed.store.prefix_store import Level, PrefixStore
@@ -179,7 +178,7 @@ def _levels(model: SLQEncoder, batches: Mapping[str, Sequence[Any]]) -> list[Lev
     if model.transformer.schedule == "all_positions":
         return []
     videos = any(row.videos for batch in batches.values() for row in model.transformer.reader.read(batch))
-    with_vision = not videos and takes_vision_features(decoder_of(model.backbone))
+    with_vision = not videos and vision_refusal(model.transformer) is None
     return [level for level in get_args(Level) if level != "vision" or with_vision]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -20,7 +21,9 @@ from transformers import AutoProcessor
 import slq_embed
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.backbone.families import family_of
-from slq_embed.prefix.features import lay_out
+from slq_embed.prefix.features import lay_out, select_rows
+from tests.families import qwen
+from tests.families.building import write
 from tests.parts import offloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -122,11 +125,26 @@ def test_max_pixels_bounds_the_image(checkpoint, images):
         SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, max_pixels=100)
 
 
+@pytest.mark.parametrize("build", [qwen.qwen3_5, qwen.qwen3_5_moe, qwen.qwen3_vl_moe, qwen.qwen2_5_omni_thinker])
+def test_families_like_qwen_vl_have_this_bound_and_read_a_batch_at_once(build, images, tmp_path, monkeypatch):
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("measured with transformers 5.23")
+    folder = write(tmp_path, build())
+    small = SLQEncoder.from_backbone(folder, num_queries=4, max_pixels=16 * 16, device="cpu")
+    large = SLQEncoder.from_backbone(folder, num_queries=4, device="cpu")
+    monkeypatch.setattr("slq_embed.inputs.reader.process_one_by_one", lambda *args: pytest.fail("one by one"))
+    sizes = [len(lay_out(model.preprocess([images[1], "a"]))["pixel_values"]) for model in (small, large)]
+    assert sizes[0] < sizes[1]
+
+
 def test_internvl_reads_one_tile_unless_told_otherwise(checkpoint, images):
     encoder = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4)
     assert len(lay_out(encoder.preprocess([images[1]]))["pixel_values"]) == 1
     tiled = SLQEncoder.from_backbone(checkpoint("internvl"), num_queries=4, image_kwargs={"crop_to_patches": True})
     assert len(lay_out(tiled.preprocess([images[1]]))["pixel_values"]) > 1
+    whole, together = tiled.preprocess(images[:3]), np.stack([tiled.encode(image) for image in images[:3]])
+    last = tiled(select_rows(whole, [2, 0]))["sentence_embedding"].detach().numpy()
+    assert np.abs(last - together[[2, 0]]).max() < 1e-5
 
 
 @pytest.mark.parametrize("init", ["normal", "zeros", "tokens"])

@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 
 from slq_embed import PrefixStore, SLQEncoder
 from slq_embed.inputs.rows import read_row
@@ -131,6 +132,26 @@ def test_plain_sentence_transformers_gives_the_same(encoder, images, tmp_path):
     spelled = {"images": inputs[2]["image"], "text": inputs[2]["text"]}
     assert np.abs(encoder.encode([spelled])[0] - ours[2]).max() < 1e-6
     assert np.abs(SLQEncoder(tmp_path, device="cpu").encode(inputs) - ours).max() < 1e-6
+
+
+def test_cached_losses_cut_them(encoder, images):
+    """A chunk has the media of its rows, whatever they are."""
+    inputs = several(images) + videos(encoder, images)
+    columns = (inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :][: len(inputs) // 2])
+
+    def gradient(loss: torch.nn.Module) -> torch.Tensor:
+        encoder.queries.grad = None
+        loss([encoder.preprocess(column) for column in columns], None).backward()
+        return encoder.queries.grad.clone()
+
+    encoder.train()
+    try:
+        plain = gradient(losses.MultipleNegativesRankingLoss(encoder))
+        cached = gradient(losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=1))
+    finally:
+        encoder.eval()
+        encoder.zero_grad()
+    assert (plain - cached).norm() < 1e-4 * plain.norm()
 
 
 def test_stored_prefixes_give_the_same(encoder, images):

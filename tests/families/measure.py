@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ LIMITS = {
     "deep queries and adapter: gradient": 1e-5,
     "cached loss: gradient": 1e-4,
     "stored prefixes": 1e-5,
+    "stored features of the vision tower": 1e-5,
     "bfloat16 refused": 0.0,
     "plain Sentence Transformers, bfloat16": 1e-3,
 }
@@ -56,6 +58,7 @@ FULL = (
     "deep queries and adapter: gradient",
     "cached loss: gradient",
     "stored prefixes",
+    "stored features of the vision tower",
     "bfloat16 refused",
     "plain Sentence Transformers, bfloat16",
 )
@@ -66,8 +69,8 @@ NO_MORE = (
     "alone and in a batch",
     "alone and in a batch, eager",
     "loaded again",
-    "cached loss: gradient",
     "stored prefixes",
+    "stored features of the vision tower",
     *FULL[-2:],
 )
 """What they hold like all others."""
@@ -152,7 +155,9 @@ def measure(name: str, folder: Path, scratch: Path, full: bool = True) -> dict[s
         found["no spare rows"] = _grown(name, inputs[1:3], scratch / "grown")
         found |= inside(name, folder, scratch)
         found["cached loss: gradient"] = _cached(encoder, inputs)
-        found["stored prefixes"] = _stored(encoder, inputs, scratch)
+        mixed = [*inputs, *media_for(encoder).get("several images", [])[:2]]
+        found["stored prefixes"] = _stored(encoder, mixed, scratch, "keys_values")
+        found["stored features of the vision tower"] = _stored(encoder, mixed, scratch, "vision")
         found |= _half(name, folder, inputs[:5], scratch / "half")
         result["seconds"] = round(check(encoder.backbone, AutoProcessor.from_pretrained(folder)).seconds, 1)
     encoder.backbone.set_attn_implementation("eager")
@@ -361,19 +366,21 @@ def _half(name: str, folder: Path, inputs: list[Any], scratch: Path) -> dict[str
     return {"bfloat16 refused": float(refused), key: None if name in WHOLE_ONLY else apart}
 
 
-def _stored(encoder: SLQEncoder, inputs: list[Any], scratch: Path) -> float | None:
-    """How far embeddings from stored keys and values are from others, or None where they cannot be stored."""
+def _stored(
+    encoder: SLQEncoder, inputs: list[Any], scratch: Path, level: Literal["keys_values", "vision"]
+) -> float | None:
+    """How far embeddings from a store are from others, or None where nothing can be stored at its level."""
     expected = encoder.encode(inputs)
-    encoder.prefix_store = PrefixStore(scratch / "store")
     try:
+        encoder.prefix_store = PrefixStore(scratch / level, level=level)
         first = encoder.encode(inputs)
         again = encoder.encode(inputs)
     except ValueError as error:
-        if "a store cannot keep" not in str(error):
+        if not re.search("a store cannot keep|cannot be kept", str(error)):
             raise
         return None
     finally:
         store, encoder.prefix_store = encoder.prefix_store, None
     assert store is not None
-    assert store.counts.reused == len(inputs)
+    assert store.counts.reused == len([one for one in inputs if level == "keys_values" or not isinstance(one, str)])
     return max(_furthest(first, again), _furthest(first, expected))

@@ -24,7 +24,9 @@ SHORT = {
     "videos": "videos",
     "deep queries and adapter": "adapter",
     "plain Sentence Transformers, bfloat16": "bfloat16",
+    "cached loss: gradient": "cached loss",
     "stored prefixes": "stored",
+    "stored features of the vision tower": "vision stored",
 }
 
 

@@ -10,11 +10,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from slq_embed import PrefixStore, SLQEncoder, SymmetricInfoNCELoss
-from slq_embed.backbone.families import decoder_of
 from slq_embed.data import retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from slq_embed.generation import answer
-from slq_embed.prefix.vision import takes_vision_features
+from slq_embed.prefix.vision_check import vision_refusal
 from slq_embed.training import CachedSymmetricInfoNCELoss, sweep
 from tests.checkpoints import FAMILIES
 from tests.gpu.device import DEVICE, MISSING, ON_DEVICE, STAND_IN
@@ -85,7 +84,7 @@ def test_a_pool_of_processes_encodes(checkpoint, mixed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_prefixes_give_the_same(checkpoint, mixed, tmp_path, level, dtype):
     model = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device=DEVICE, dtype=dtype)
-    if level == "vision" and not takes_vision_features(decoder_of(model.backbone)):
+    if level == "vision" and vision_refusal(model.transformer) is not None:
         pytest.skip("this version of transformers takes no vision features")
     expected = model.encode(mixed)
     for store in (PrefixStore(level=level), PrefixStore(tmp_path, level=level)):

@@ -89,7 +89,7 @@ def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
     pairs = toy_pairs(4).dataset
     levels = [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options]
     assert levels == [None, "keys_values", "vision"]
-    monkeypatch.setattr("slq_embed.training.plan.takes_vision_features", lambda decoder: False)
+    monkeypatch.setattr("slq_embed.training.plan.vision_refusal", lambda transformer: "no reason")
     assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
 
 
@@ -97,7 +97,7 @@ def test_only_levels_that_keep_something_are_choices(encoder, checkpoint, tmp_pa
     """Each of them would be refused by the store."""
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("measured with 5.23")
-    other = SLQEncoder.from_backbone(write(tmp_path, llava.llava()), num_queries=2, seed=0, device="cpu")
+    other = SLQEncoder.from_backbone(write(tmp_path, llava.ovis2()), num_queries=2, seed=0, device="cpu")
     assert [option.level for option in plan_prefixes(other, toy_pairs(4), epochs=2).options] == [None, "keys_values"]
     video = {"video": np.zeros((4, 32, 32, 3), dtype=np.uint8)}
     assert _levels(encoder, {"video": [video], "text": ["a"]}) == ["keys_values"]

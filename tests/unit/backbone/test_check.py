@@ -319,12 +319,6 @@ def test_texts_only_means_no_images(llama, images, tmp_path):
     assert set(modalities) == {"text", "message"}
 
 
-def test_vision_features_of_other_families_are_not_stored(folders):
-    encoder = SLQEncoder.from_backbone(folders("llava", llava.llava()), num_queries=3, device="cpu")
-    with pytest.raises(ValueError, match=r'tower of a llava cannot be kept\. Use PrefixStore\(level="keys_values"\)'):
-        encoder.prefix_store = PrefixStore(level="vision")
-
-
 def test_gemma_scales_rows_of_its_table(folders):
     model, _ = loaded(folders("gemma", others.gemma()))
     assert families.embedding_scale(model) == pytest.approx(32**0.5)

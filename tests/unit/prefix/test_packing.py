@@ -18,7 +18,7 @@ from tests.unit.prefix.rows import row
 
 def test_layers_of_different_shapes_cannot_be_kept():
     mixed = PrefixRow((*row(1).layers, row(1, 3).layers[0]), 4, 1)
-    with pytest.raises(ValueError, match="Train without a store"):
+    with pytest.raises(ValueError, match=r'Use PrefixStore\(level="vision"\), or no store'):
         pack_row(mixed, "exact")
 
 
@@ -44,6 +44,13 @@ def test_an_entry_of_vision_features_shares_no_memory_with_its_batch(precision):
         "image_grid_thw": [[1.0] * 3] * 2,
     }
     assert entry_length(entry) == 2
+
+
+@pytest.mark.parametrize("precision", ["exact", "bfloat16", "int8"])
+def test_an_entry_can_be_written_whatever_the_layout(precision):
+    """Some towers end in a transposition."""
+    entry = pack_vision_row({"features": torch.ones(2, 4, 6).transpose(1, 2), "input_ids": torch.arange(6)}, precision)
+    assert all(part.is_contiguous() for part in entry.values())
 
 
 @pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.02)])
