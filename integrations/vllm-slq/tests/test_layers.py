@@ -105,6 +105,34 @@ def test_an_adapter_changes_its_own_part_of_a_packed_layer_at_the_queries(own, s
     assert torch.allclose(output, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("own", "start", "width"), [("q_proj", 0, 6), ("v_proj", 6, 2)])
+def test_a_part_that_vllm_counts_as_several_has_its_own_place(own, start, width):
+    """Qwen3.5: of queries, keys, values and gates, the first three are one layer in transformers."""
+    model = Model()
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "v_proj"]}
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj.output_sizes = (2, 2, 2, 2)
+    name = f"base_model.model.language_model.layers.1.self_attn.{own}"
+    first, second = torch.randn(2, WIDTH), torch.randn(width, 2)
+    tensors = {f"{name}.lora_A.weight": first, f"{name}.lora_B.weight": second}
+    files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    states, output = run(model, act(model, files, query_adapter=True))
+    expected, _ = plain.model.layers[1](None, states, None)
+    places = torch.tensor([2, 3, 4, 6, 7, 8])
+    expected[places, start : start + width] += states[places] @ first.T @ second.T
+    assert torch.allclose(output, expected, atol=1e-6)
+
+
+def test_a_part_whose_place_is_not_known_is_refused():
+    name = "base_model.model.layers.0.self_attn.k_proj"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, WIDTH), f"{name}.lora_B.weight": torch.zeros(3, 2)}
+    files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
+    with pytest.raises(ValueError, match=r"changes layers\.0\.self_attn\.k_proj, but Text of vLLM has no such layer"):
+        act(Model(), files, query_adapter=True)
+
+
 def test_a_layer_that_vllm_does_not_have_is_refused():
     name = "base_model.model.layers.0.mlp.gate_proj"
     tensors = {f"{name}.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}

@@ -90,7 +90,7 @@ def act_inside(
                     "order. Use slq_embed.serving, or train an adapter with other targets."
                 )
             first, second = (tensors[f"{name}.lora_{part}.weight"].float().to(device) for part in "AB")
-            layer, start = _linear(text, packed, f"layers.{name.rpartition('.layers.')[2]}")
+            layer, start = _linear(text, packed, f"layers.{name.rpartition('.layers.')[2]}", len(second))
             update = partial(_update, rows=rows, first=first, second=second * scale, start=start)
             layer.register_forward_hook(update, with_kwargs=True)
     return rows
@@ -106,14 +106,18 @@ def _text_model(language: nn.Module, layers: int) -> Any:
     )
 
 
-def _linear(text: nn.Module, packed: Mapping[str, Sequence[str]], name: str) -> tuple[nn.Module, int]:
-    """The linear layer of vLLM that holds one of transformers, and at which of its outputs that begins."""
+def _linear(text: nn.Module, packed: Mapping[str, Sequence[str]], name: str, width: int) -> tuple[nn.Module, int]:
+    """The linear layer of vLLM that holds one of transformers with ``width`` outputs, and at which of its own those begin."""
     modules, (path, _, own) = dict(text.named_modules()), name.rpartition(".")
     if name in modules:
         return modules[name], 0
     for whole, parts in packed.items():
         if own in parts and (layer := modules.get(f"{path}.{whole}")) is not None:
-            return layer, sum(layer.output_sizes[: parts.index(own)])
+            sizes, number = layer.output_sizes, parts.index(own)
+            if len(sizes) == len(parts) and sizes[number] == width:
+                return layer, sum(sizes[:number])
+            if len(parts) == 2:  # Qwen3.5 counts one of two parts as three
+                return layer, number * (sum(sizes) - width)
     raise ValueError(
         f"The query adapter changes {name}, but {type(text).__name__} of vLLM has no such layer. Use slq_embed.serving, or "
         "train queries without an adapter."
