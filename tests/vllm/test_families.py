@@ -228,10 +228,26 @@ def test_deep_queries_are_refused_where_there_are_several_streams_of_states(offl
     require_ours("gemma3n", encoder, inputs, offline.embed(folder, inputs, **STEPS))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_lora": True}, "acts in layers that --enable-lora replaces"),
+        ({"enable_prompt_embeds": True}, "which a prompt of embeddings does not have"),
+    ],
+)
+def test_settings_with_which_vectors_would_be_wrong_are_refused(
+    settings: dict[str, bool], said: str, offline: Offline, tmp_path: Path
+):
+    _, folder = exported("llama", tmp_path, query_adapter=True)
+    with pytest.raises(RuntimeError, match=said):
+        offline.embed(folder, TEXTS, **settings)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["queries", "adapter"])
 @pytest.mark.parametrize("name", HALF)
-def test_linear_attention_is_served_in_bfloat16(name: str, offline: Offline, tmp_path: Path):
-    encoder, folder = exported(name, tmp_path, model_kwargs={"dtype": "bfloat16"})
+def test_linear_attention_is_served_in_bfloat16(name: str, adapter: bool, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path, model_kwargs={"dtype": "bfloat16"}, query_adapter=adapter)
     inputs = [value for value in inputs_of(encoder) if value is not LONG]
     expected = embed(encoder, inputs, batch_size=1).astype(np.float64)
     differences = distances(offline.embed(folder, inputs, dtype="bfloat16"), expected)

@@ -52,6 +52,11 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
             inner.verify_and_update_model_config(model_config)
             if model_config.runner_type != "pooling" or model_config.pooler_config is None:
                 raise ValueError(f"{model_config.model} gives embeddings. Serve it with --runner pooling.")
+            if model_config.enable_prompt_embeds:
+                raise ValueError(
+                    f"{model_config.model} finds its queries by their token ids, which a prompt of embeddings does not have. Serve it "
+                    "without --enable-prompt-embeds."
+                )
             _lose_no_prompt(model_config)
             _say_what_transformers_does(model_config)
             _call_the_processor_alike(model_config)
@@ -65,6 +70,12 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
             cache, record = vllm_config.cache_config, record_of(vllm_config.model_config)
             if record.acts_inside:
                 _compute_where_layers_can_act(vllm_config)
+            if record.query_adapter and vllm_config.lora_config is not None:
+                # vLLM's layers for LoRA compute with the weights of those that the adapter acts in, and do not call them.
+                raise ValueError(
+                    f"{vllm_config.model_config.model} has a query adapter, which acts in layers that --enable-lora replaces. Serve "
+                    "it without --enable-lora."
+                )
             if record.count > 1 and cache.enable_prefix_caching:
                 # vLLM computes at least the last token of a cached prompt, but the states of all queries are needed.
                 cache.enable_prefix_caching = False
