@@ -21,7 +21,8 @@ class QueryTypesTransformer(Transformer):
         """Load the folder."""
         module = super().load(model_name_or_path, *args, **kwargs)
         hub = {name: kwargs.get(name) for name in ("token", "cache_folder", "revision", "local_files_only")}
-        record = json.loads(Path(load_file_path(model_name_or_path, "slq_config.json", **hub)).read_text("utf8"))
+        module.record = Path(load_file_path(model_name_or_path, "slq_config.json", **hub)).read_text("utf8")
+        record = json.loads(module.record)
         module.query_ids, module.query_type = record["tokens"]["ids"], record["query_token_type"]
         # The host renders texts alone with the template of the tokenizer.
         module.tokenizer.chat_template = module.processor.chat_template
@@ -36,3 +37,8 @@ class QueryTypesTransformer(Transformer):
         cut = {"input_ids": ids, "attention_mask": features["attention_mask"], "token_type_ids": types}
         features.update({key: value[:, :end] for key, value in cut.items()})
         return super().forward(features, **kwargs)
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save the model, and the record that loading reads."""
+        super().save(output_path, *args, **kwargs)
+        (Path(output_path) / "slq_config.json").write_text(self.record, "utf8")

@@ -10,6 +10,8 @@ from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder
+from tests.families import FAMILIES
+from tests.families.building import write
 from tests.parts import PARTS, build, files, furthest, trained
 
 LOADS_ADAPTERS = Version(transformers.__version__) >= Version("5.23")  # older ones are refused
@@ -42,6 +44,29 @@ def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, se
     if not trusted or LOADS_ADAPTERS:
         stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=trusted)
         assert furthest(stock.encode(mixed), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("parts", [*PARTS, "types"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of a processor, with NumPy 2
+def test_what_plain_sentence_transformers_saves_again_is_the_same_model(checkpoint, mixed, parts, form, tmp_path):
+    """Or it refuses: of a whole model with an adapter, it would save the adapter alone."""
+    if parts == "types":
+        backbone = write(tmp_path / "backbone", FAMILIES["paligemma"][1]())
+        model, mixed = SLQEncoder.from_backbone(backbone, num_queries=4, seed=0, device="cpu"), ["a", "a b c"]
+    else:
+        model = trained(build(checkpoint, **PARTS[parts]))
+        if model.slq_config.query_adapter is not None and not LOADS_ADAPTERS:
+            pytest.skip("older transformers are refused")
+    model.save_pretrained(tmp_path / "ours", form=form)
+    trust = {"trust_remote_code": not model.slq_config.is_stock, "device": "cpu"}
+    loaded = SentenceTransformer(str(tmp_path / "ours"), **trust)
+    if form == "merged" and model.slq_config.query_adapter is not None:
+        with pytest.raises(ValueError, match="would save the adapter alone"):
+            loaded.save_pretrained(str(tmp_path / "theirs"))
+        return
+    loaded.save_pretrained(str(tmp_path / "theirs"))
+    assert furthest(SentenceTransformer(str(tmp_path / "theirs"), **trust).encode(mixed), model.encode(mixed)) < 1e-5
 
 
 def test_other_files_stay(checkpoint, tmp_path):
