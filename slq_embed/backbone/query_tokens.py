@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from transformers import ProcessorMixin
 
-from slq_embed.backbone.families import with_template
+from slq_embed.backbone.chat_template import is_slq_template
+from slq_embed.backbone.families import tokenizer_of, with_template
 
 Form = Literal["adapter", "merged"]
 
@@ -48,25 +49,31 @@ def private_processor(processor: ProcessorMixin) -> Any:
     return with_template(own)
 
 
-def free_rows(tokenizer: Any, table_rows: int) -> tuple[int, int]:
+def free_rows(processor: Any, table_rows: int) -> tuple[int, int]:
     """How many rows of an embedding table no text uses: those past the tokenizer's last id, and reserved tokens.
 
     Args:
-        tokenizer: The tokenizer; query tokens that it knows already do not count as used.
+        processor: The processor, or a tokenizer; query tokens that it knows already do not count as used.
         table_rows: Rows of the embedding table.
     """
+    tokenizer = tokenizer_of(processor)
     vocabulary = tokenizer.get_vocab()
     taught = sum(OWN_TOKEN.fullmatch(token) is not None for token in vocabulary)  # on another query set's tokenizer
     used = max(len(tokenizer), max(vocabulary.values()) + 1) - taught
-    return max(table_rows - used, 0), len(_reserved(tokenizer, table_rows))
+    return max(table_rows - used, 0), len(_reserved(processor, table_rows))
 
 
-def _reserved(tokenizer: Any, table_rows: int) -> list[tuple[int, str]]:
+def _reserved(processor: Any, table_rows: int) -> list[tuple[int, str]]:
+    tokenizer = tokenizer_of(processor)
     in_use = set(tokenizer.special_tokens_map.values())  # Llama 3 is often padded with its last reserved token
+    in_use |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    written = str(getattr(processor, "chat_template", None) or tokenizer.chat_template)
+    if is_slq_template(written):  # of another query set, whose tokens are its end
+        written, _, _ = written.rpartition("{%- endif -%}")
     return sorted(
         (row, token)
         for token, row in tokenizer.get_vocab().items()
-        if _RESERVED.fullmatch(token) and row < table_rows and token not in in_use
+        if _RESERVED.fullmatch(token) and row < table_rows and token not in in_use and token not in written
     )
 
 
@@ -84,16 +91,16 @@ def _get_rows_of_their_own(tokenizer: Any, strings: tuple[str, ...]) -> bool:
     return others.isdisjoint(trial.convert_tokens_to_ids(list(strings)))
 
 
-def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: bool = True) -> QueryTokens:
+def allocate(processor: Any, table_rows: int, count: int, form: Form, can_grow: bool = True) -> QueryTokens:
     """Choose tokens for the queries and teach them to a tokenizer.
 
     The rule: spare rows past the tokenizer's last id; else the highest tokens that the tokenizer's makers
-    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like) and that do not pad, end a text or
-    stand for images; else, for the merged form only, new rows at the table's end. A row that a text can produce
+    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like) and that do not pad, end a text,
+    stand for images or mark turns in the chat template; else, for the merged form only, new rows at the table's end. A row that a text can produce
     is never taken.
 
     Args:
-        tokenizer: The tokenizer to teach, changed in place; it may know other query tokens already.
+        processor: Of the backbone, or a tokenizer. The tokenizer is taught, in place; it may know other query tokens already.
         table_rows: Rows of the backbone's embedding table.
         count: How many queries.
         form: The form in which the model will be saved.
@@ -102,8 +109,9 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: 
     Raises:
         ValueError: If no rows can be added and there are too few rows that no text uses.
     """
+    tokenizer = tokenizer_of(processor)
     strings = tuple(f"<|slq_{number}|>" for number in range(count))
-    spare, _ = free_rows(tokenizer, table_rows)
+    spare, _ = free_rows(processor, table_rows)
     if not _get_rows_of_their_own(tokenizer, strings):
         spare, can_grow = 0, False
     merged = form == "merged" and can_grow
@@ -111,7 +119,7 @@ def allocate(tokenizer: Any, table_rows: int, count: int, form: Form, can_grow: 
         tokenizer.add_special_tokens({"additional_special_tokens": strings}, replace_extra_special_tokens=False)
         ids = tuple(int(number) for number in tokenizer.convert_tokens_to_ids(list(strings)))
         return QueryTokens(strings, ids, "spare" if max(ids) < table_rows else "resized")
-    reserved = _reserved(tokenizer, table_rows)[-count:]
+    reserved = _reserved(processor, table_rows)[-count:]
     if len(reserved) < count:
         raise ValueError(
             f"{count} latent queries need as many rows of the embedding table that no text uses, but this backbone "

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import embedding_table, refusal, tokenizer_of, usable_rows
+from slq_embed.backbone.families import embedding_table, refusal, usable_rows
 from slq_embed.backbone.lock import lock_of
 from slq_embed.backbone.query_tokens import free_rows
 from slq_embed.backbone.twin import twin_of
@@ -118,7 +118,7 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
     from slq_embed.saving.loading import LoadedBackbone
 
     started = time.monotonic()
-    rows = sum(free_rows(tokenizer_of(processor), usable_rows(model))) if refusal(model.config) is None else 0
+    rows = sum(free_rows(processor, usable_rows(model))) if refusal(model.config) is None else 0
     try:
         loaded = LoadedBackbone(model, processor, model.name_or_path, None, model.device)
         form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
@@ -142,7 +142,7 @@ def examine(transformer: Any) -> Report:
     with lock_of(transformer.backbone):
         findings, schedule, reason = _compare(transformer)
     backbone = transformer.backbone
-    rows = sum(free_rows(transformer.tokenizer, usable_rows(backbone)))
+    rows = sum(free_rows(transformer.processor, usable_rows(backbone)))
     kind, seconds = backbone.config.model_type, time.monotonic() - started
     return Report(kind, _dtype(backbone), schedule, reason, rows, seconds, tuple(findings))
 

@@ -128,7 +128,7 @@ def build_modules(
 
 
 def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
-    return allocate(tokenizer_of(processor), usable_rows(backbone), count, form, can_grow(backbone))
+    return allocate(processor, usable_rows(backbone), count, form, can_grow(backbone))
 
 
 def rebuild_modules(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tokenizers
 import transformers
@@ -111,4 +113,29 @@ def test_a_reserved_token_that_has_a_role_is_not_taken(role):
     tokens = allocate(tokenizer, 300, 4, "adapter")
     assert tokens.ids == (295, 296, 297, 298)
     assert getattr(tokenizer, role) == last
+    assert allocate(tokenizer, 300, 4, "adapter") == tokens
+
+
+@pytest.mark.parametrize("where", ["the template of the tokenizer", "the template of the processor", "its image token"])
+def test_a_reserved_token_that_every_chat_writes_is_not_taken(where):
+    """What is loaded by plain Sentence Transformers would find a query at each of them."""
+    last = "<|reserved_special_token_29|>"
+    small = Vocabulary(300, 300, {"<|im_start|>": 0, "<|im_end|>": 1}, "<|reserved_special_token_{}|>", range(30), 270)
+    tokenizer = tokenizer_of(small)
+    processor = SimpleNamespace(tokenizer=tokenizer, chat_template="{{ messages }}")
+    if where == "its image token":
+        processor.image_token = last
+    else:
+        owner = tokenizer if "tokenizer" in where else processor
+        processor.chat_template = None
+        owner.chat_template = f"{{{{ messages }}}}{last}"
+    assert free_rows(processor, 300) == (0, 29)
+    assert allocate(processor, 300, 4, "adapter").ids == (295, 296, 297, 298)
+
+
+def test_another_query_set_takes_the_same_reserved_tokens():
+    small = Vocabulary(300, 300, {"<|im_start|>": 0, "<|im_end|>": 1}, "<|reserved_special_token_{}|>", range(30), 270)
+    tokenizer = tokenizer_of(small)
+    tokens = allocate(tokenizer, 300, 4, "adapter")
+    tokenizer.chat_template = build_chat_template(tokenizer, tokens.strings, max_text_chars=10)
     assert allocate(tokenizer, 300, 4, "adapter") == tokens
