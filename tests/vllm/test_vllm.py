@@ -184,21 +184,25 @@ def test_what_is_too_long_costs_the_others_nothing(served: Served):
 
 
 @pytest.mark.parametrize(
-    "request_of",
+    ("path", "request_of"),
     [
-        {"input": "a red circle"},
-        {
-            "messages": [{"role": "user", "content": "a red circle"}],
-            "truncate_prompt_tokens": 5,
-            "truncation_side": "right",
-        },
+        ("v1/embeddings", {"input": "a red circle"}),
+        ("v2/embed", {"texts": ["a red circle"], "embedding_types": ["binary"]}),
+        (
+            "v1/embeddings",
+            {
+                "messages": [{"role": "user", "content": "a red circle"}],
+                "truncate_prompt_tokens": 5,
+                "truncation_side": "right",
+            },
+        ),
     ],
-    ids=["a raw text", "the queries are cut off"],
+    ids=["a raw text", "bits of a raw text", "the queries are cut off"],
 )
-def test_a_prompt_without_the_queries_gets_no_vector(served: Served, request_of: dict[str, Any]):
+def test_a_prompt_without_the_queries_gets_no_vector(served: Served, path: str, request_of: dict[str, Any]):
     content = json.dumps({"model": NAME, **request_of}).encode()
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{served.remote.base_url}/v1/embeddings", content, headers)
+    request = urllib.request.Request(f"{served.remote.base_url}/{path}", content, headers)
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(request)
     assert embed(served.remote, ["a"]).shape[0] == 1, "the server goes on"

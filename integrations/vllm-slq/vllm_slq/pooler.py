@@ -32,6 +32,7 @@ class QueryPool(SequencePoolingMethod):
     def __init__(self, record: Record, query_rows: QueryRows | None = None) -> None:
         super().__init__()
         self.record, self.query_rows = record, query_rows
+        self.known: list[bool] = []  # of the last step: which prompts got a vector
         # vLLM builds models under the default type of their weights, which would round these.
         scores = torch.tensor(record.scores or (0.0,) * record.count, dtype=torch.float32)
         self.register_buffer("weights", scores.softmax(dim=0)[:, None], persistent=False)
@@ -60,20 +61,33 @@ class QueryPool(SequencePoolingMethod):
         parts = hidden_states.split(cursor.num_scheduled_tokens_cpu.tolist())
         unknown = hidden_states.new_full((hidden_states.shape[-1],), torch.nan, dtype=torch.float32)
         query_ids, rows = self.record.query_ids, []
+        self.known = []
         missed = self.query_rows is not None and not self.query_rows.acted
         for row, (states, end, length) in enumerate(zip(parts, ends, lengths, strict=True)):
             kept = pooling_metadata.pooling_states[row].hidden_states_cache
             tail = keep_tail(kept, states, end, length, self.record.count)
             ids = None if token_ids is None else token_ids[row]
             complete = tail is not None and len(tail) == self.record.count and not missed
-            if tail is None or not complete or ids is None or not ends_with(ids, length, query_ids):
-                rows.append(unknown)
-            else:
-                rows.append((tail.float() * self.weights).sum(0))
+            known = complete and ids is not None and ends_with(ids, length, query_ids)
+            self.known.append(known)
+            rows.append((tail.float() * self.weights).sum(0) if known and tail is not None else unknown)
         return rows
 
 
-def build_pooler(model_config: ModelConfig, query_rows: QueryRows | None = None) -> SequencePooler:
+class QueryPooler(SequencePooler):
+    """Pools, and gives one NaN in place of a vector of them: of that, ``/v2/embed`` would make bits, which are all zero."""
+
+    pooling: QueryPool
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> Tensor | list[Tensor]:
+        """Vectors ``(D,)``, and ``(1,)`` where there is none."""
+        vectors: Tensor | list[Tensor] = super().forward(hidden_states, pooling_metadata)
+        if all(self.pooling.known):
+            return vectors
+        return [vector if known else vector[:1] for vector, known in zip(vectors, self.pooling.known, strict=True)]
+
+
+def build_pooler(model_config: ModelConfig, query_rows: QueryRows | None = None) -> QueryPooler:
     """The pooler of the served folder; ``query_rows`` as :class:`QueryPool` takes it.
 
     Raises:
@@ -83,7 +97,7 @@ def build_pooler(model_config: ModelConfig, query_rows: QueryRows | None = None)
     head = EmbeddingPoolerHead(
         head_dtype=torch.float32, projector=_read_head(record, model_config), activation=PoolerNormalize()
     )
-    return SequencePooler(pooling=QueryPool(record, query_rows), head=head)
+    return QueryPooler(pooling=QueryPool(record, query_rows), head=head)
 
 
 def _read_head(record: Record, model_config: ModelConfig) -> nn.Module | None:
