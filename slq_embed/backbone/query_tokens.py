@@ -95,9 +95,9 @@ def allocate(processor: Any, table_rows: int, count: int, form: Form, can_grow: 
     """Choose tokens for the queries and teach them to a tokenizer.
 
     The rule: spare rows past the tokenizer's last id; else the highest tokens that the tokenizer's makers
-    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like) and that do not pad, end a text,
-    stand for images or mark turns in the chat template; else, for the merged form only, new rows at the table's end. A row that a text can produce
-    is never taken.
+    reserved (``<|reserved_special_token_7|>``, ``<unused7>`` and the like) and that do not pad, end a text, stand
+    for images or mark turns in the chat template; else, for the merged form only, new rows at the table's end. A
+    row that a text can produce is never taken.
 
     Args:
         processor: Of the backbone, or a tokenizer. The tokenizer is taught, in place; it may know other query tokens already.
