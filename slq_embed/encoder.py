@@ -318,7 +318,9 @@ class SLQEncoder(SentenceTransformer):
         """As every module's; the state of a trainer's checkpoint is refused, with a ValueError, if it is of another model."""
         if isinstance(state_dict, CheckpointState):
             state_dict.require_same(self)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self.failed_checkpoint = None
+        return result
 
     def save_pretrained(self, path: str | Path, *args: Any, form: Form | None = None, **kwargs: Any) -> None:
         """Save as a folder that plain ``SentenceTransformer(path)`` loads.

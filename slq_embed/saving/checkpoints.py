@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slq_embed.backbone.fingerprint import difference
 from slq_embed.inputs.images import shortened
@@ -74,17 +74,6 @@ def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
             yield from _changes(f"{name}[{key!r}]", before.get(key), now.get(key))
     elif before != now:
         yield f"{name} was {shortened(repr(before))}, and is {shortened(repr(now))}"
-
-
-def expect_reload(model: Any, checkpoint: str) -> None:
-    """Note that a model is about to take over a checkpoint's state; until that is there, it refuses to be used."""
-
-    def done(module: nn.Module, incompatible_keys: Any) -> None:
-        model.failed_checkpoint = None
-        handle.remove()
-
-    model.failed_checkpoint = checkpoint
-    handle = model.register_load_state_dict_post_hook(done)
 
 
 def failed_reload(checkpoint: str) -> RuntimeError:

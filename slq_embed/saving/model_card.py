@@ -10,7 +10,6 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from torch import nn
 
 from slq_embed.inputs.columns import require_inputs
-from slq_embed.saving.checkpoints import expect_reload
 
 SNIPPET = """\
 from sentence_transformers import SentenceTransformer
@@ -53,10 +52,11 @@ class SLQModelCardData(SentenceTransformerModelCardData):
     def set_best_model_step(self, step: int) -> None:
         """Called by the trainer right before it reloads the best checkpoint.
 
-        It only logs a failure of that, so the model refuses to be used until its state has arrived.
+        It only logs a failure of that, so the model refuses to be used until it has loaded a state.
         """
         super().set_best_model_step(step)
-        expect_reload(self.model, f"step {step}")
+        model: Any = self.model
+        model.failed_checkpoint = f"step {step}"
 
     def try_to_set_base_model(self) -> None:
         """Name the backbone without asking the hub whether it exists."""

@@ -314,6 +314,12 @@ def test_a_failed_reload_of_the_best_model_raises(encoder, tmp_path, caplog):
         encoder.encode("a")
     with pytest.raises(RuntimeError, match="could not be loaded"):
         encoder.save_pretrained(tmp_path / "final")
+    damaged = encoder.state_dict() | {"0.bias.queries": torch.zeros(4, 5)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        encoder.load_state_dict(damaged)
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        encoder.encode("a")
+    encoder.model_card_data.set_best_model_step(9)  # another training, before anything was loaded
     encoder.load_state_dict(encoder.state_dict())
     assert encoder.encode("a").shape == (32,)
 
