@@ -73,17 +73,17 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())
     slq_config.loss = model.model_card_data.loss_name or slq_config.loss
-    if slq_config.form == "merged":  # it holds its own backbone, and names no other
-        label = model.model_card_data.backbone_label(slq_config)
-        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, backbone=label)
-    else:
-        quantization = quantization_of(model.backbone)
-        slq_config = replace(slq_config, fingerprint=model.backbone_fingerprint, quantization=quantization)
     backbone, processor, weights = model.backbone, model.processor, model.state_dict()
+    slq_config = replace(
+        slq_config,
+        fingerprint=model.backbone_fingerprint,
+        quantization=quantization_of(backbone),
+        query_scores=weights[SCORES].tolist() if slq_config.pooling == "weighted" else None,
+    )
+    if slq_config.form == "merged":  # it holds its own backbone, and names no other
+        slq_config.backbone = model.model_card_data.backbone_label(slq_config)
     require_other_folder(folder, slq_config)
     queries, reference = weights[QUERIES], _reference(Transformer)
-    scores = weights[SCORES].tolist() if slq_config.pooling == "weighted" else None
-    slq_config = replace(slq_config, query_scores=scores)
     if slq_config.form == "adapter":
         _write_adapter(folder, slq_config, backbone, weights)
     else:

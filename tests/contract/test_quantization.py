@@ -159,8 +159,10 @@ def test_the_unquantized_backbone_is_there_for_the_asking(folder, quantized, mix
     expected = build(folder).encode(mixed)
     for model in (SLQEncoder(tmp_path, **plain), SentenceTransformer(str(tmp_path), **plain)):
         assert furthest(model.encode(mixed), expected) < 1e-6
-    SLQEncoder(tmp_path, **plain).save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "slq_config.json").read_text())["quantization"] is None
+    for form in ("adapter", "merged"):
+        SLQEncoder(tmp_path, **plain).save_pretrained(tmp_path / form, form=form)
+        assert json.loads((tmp_path / form / "slq_config.json").read_text())["quantization"] is None
+        assert furthest(SLQEncoder(tmp_path / form, device="cpu").encode(mixed), expected) < 1e-6
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="adapters need transformers 5.23")
