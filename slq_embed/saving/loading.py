@@ -182,8 +182,11 @@ def _find_backbone(
     """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
     if backbone is not None:
         _require_backbone(backbone)
+    merged = slq_config.form == "merged"
     if isinstance(backbone, PreTrainedModel):
         _require_no_settings(model_kwargs)
+        if merged and slq_config.backbone != backbone.name_or_path:  # the record of a merged folder is a label
+            slq_config.backbone, slq_config.revision = _place(backbone.name_or_path), None
     elif (quantization := slq_config.quantization) is not None and "quantization_config" not in model_kwargs:
         if quantization["quant_method"] == IN_MEMORY:
             raise ValueError(
@@ -192,7 +195,7 @@ def _find_backbone(
                 "with None for the unquantized backbone, whose vectors are close to the right ones."
             )
         model_kwargs["quantization_config"] = quantization
-    if slq_config.form == "merged" and backbone is None:  # an adapter saved from it names this folder
+    if merged and backbone is None:  # an adapter saved from it names this folder
         slq_config.backbone, slq_config.revision = _place(folder), hub.get("revision")
         return load_backbone(folder, **{**hub, **model_kwargs})
     if not isinstance(backbone, PreTrainedModel):
@@ -207,7 +210,6 @@ def _find_backbone(
                 f"or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
             ) from error
     recorded = slq_config.fingerprint
-    merged = slq_config.form == "merged"
     if recorded is not None and (change := difference(recorded, fingerprint(backbone), layers_only=merged)):
         raise ValueError(
             f"{folder} was trained on the backbone {slq_config.backbone!r}, but this one is another: {change}. "

@@ -81,6 +81,17 @@ def test_other_files_stay(checkpoint, tmp_path):
         assert all(path.read_text() == "mine" for path in mine)
 
 
+def test_a_merged_model_on_a_loaded_backbone_is_saved_beside_that(checkpoint, mixed, tmp_path):
+    """A merged folder does not know where its backbone is: it holds only the last part of the name."""
+    model = build(checkpoint)
+    model.save_pretrained(tmp_path / "merged", form="merged")
+    again = SLQEncoder(tmp_path / "merged", backbone=model.backbone)
+    again.save_pretrained(tmp_path / "adapter", form="adapter")
+    loaded = SLQEncoder(tmp_path / "adapter", device="cpu")
+    assert loaded.slq_config.backbone == str(checkpoint("qwen3_vl"))
+    assert furthest(loaded.encode(mixed), model.encode(mixed)) < 1e-5
+
+
 def test_the_adapter_form_is_not_written_over_its_backbone(checkpoint, tmp_path):
     build(checkpoint, form="merged").save_pretrained(tmp_path)
     again = SLQEncoder(tmp_path, device="cpu")
