@@ -18,6 +18,7 @@ _OF_THE_HOST = {
     "device": None,
     "pool": None,
     "chunk_size": None,
+    "truncate_dim": None,  # each encoder has its own
 }
 """Arguments of the host's ``encode``, which ``encode_query`` passes on, and their values here."""
 
