@@ -106,16 +106,13 @@ class InputReader:
             rows: From :meth:`read`.
             texts: From :meth:`render`.
             options: From :meth:`options`.
-            namespace: Of a store; if empty, keys only tell the inputs of this call apart.
+            namespace: What names the weights, the tokenizer and a store; empty without a store.
 
         Raises:
             ValueError: If an image or a video cannot be read; the message gives the index of the input.
         """
-        of_videos = b""
-        if namespace:
-            namespace += settings_digest(self._backbone, self.processor, options.image)
-            if any(row.videos for row in rows):
-                of_videos = video_digest(self.processor, options.video)
+        namespace += settings_digest(self._backbone, self.processor, options.image)
+        of_videos = video_digest(self.processor, options.video) if any(row.videos for row in rows) else b""
         keys = []
         for index, (row, text) in enumerate(zip(rows, texts, strict=True)):
             with _naming(index, len(rows)):

@@ -196,6 +196,17 @@ def test_the_second_pass_of_gradcache_runs_no_prefix(encoder, images, monkeypatc
     assert not encoder.transformer.source.memory.rows
 
 
+def test_columns_that_are_processed_otherwise_share_no_prefix(encoder, images):
+    options = [{}, {"processing_kwargs": {"image": {"do_rescale": False}}}]
+    encoder.train()
+    with torch.no_grad():
+        together = [encoder(encoder.preprocess(images, **option))["sentence_embedding"] for option in options]
+    expected = [encoder.encode(images, **option) for option in options]
+    for found, alone in zip(together, expected, strict=True):
+        assert np.abs(found.numpy() - alone).max() < 1e-5
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+
+
 def test_a_step_that_does_not_fit_is_run_again(encoder, images, monkeypatch):
     encoder.train()
     encoder.transformer.source.memory.budget = 1
