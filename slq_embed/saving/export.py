@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slq_embed.backbone.chat_template import with_prompts, with_start
 from slq_embed.backbone.families import tokenizer_of
 from slq_embed.encoding.protocol import resolve_prompt
+from slq_embed.saving.folder import edited_json
 
 if TYPE_CHECKING:
     from slq_embed.encoder import SLQEncoder
@@ -40,7 +40,11 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
     model.save_pretrained(folder, form="merged")
     (folder / "chat_template.jinja").write_text(template, "utf8")
     if default:
-        _leave_prompts_to_the_host(folder / "sentence_bert_config.json")
+        with edited_json(folder / "sentence_bert_config.json") as values:
+            settings = values["processing_kwargs"].setdefault("chat_template", {})
+            if "chat_template" not in settings:  # else the host renders that template, which knows no prompts
+                # Plain Sentence Transformers sends its prompt as a system message, and "" as none: no default may come back.
+                settings["slq_task"] = "none"
 
 
 def _start_of_chats(model: SLQEncoder) -> str:
@@ -59,12 +63,3 @@ def _start_of_chats(model: SLQEncoder) -> str:
         "vLLM cannot serve this model: its processor puts more tokens around a chat than the tokenizer's bos_token at the start, "
         "and vLLM adds none. Use slq_embed.serving."
     )
-
-
-def _leave_prompts_to_the_host(path: Path) -> None:
-    # Plain Sentence Transformers sends its prompt as a system message, and "" as none, where the default must not come back.
-    values = json.loads(path.read_text("utf8"))
-    settings = values["processing_kwargs"].setdefault("chat_template", {})
-    if "chat_template" not in settings:  # else the host renders that template, which knows no prompts
-        settings["slq_task"] = "none"
-    path.write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     else:
         _write_merged(folder, slq_config, backbone, weights)
     if slq_config.deep_queries:
-        save_file({"deep_queries": weights[DEEP].detach().float().cpu().contiguous()}, folder / DEEP_NAME)
+        save_file({"deep_queries": _plain(weights[DEEP])}, folder / DEEP_NAME)
     if not slq_config.is_stock:
         reference = _TYPES_CLASS if slq_config.query_token_type else _ADAPTER_CLASS
         source = Path(__file__).with_name(f"{reference.partition('.')[0]}.py")
@@ -113,7 +114,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     if slq_config.quantization is not None and slq_config.quantization["quant_method"] != IN_MEMORY:
         settings = stock_quantization(backbone, slq_config.quantization)
         transformer["model_kwargs"] = {"quantization_config": settings}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n", "utf8")
+    _write_json(folder / "sentence_bert_config.json", transformer)
     modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
     for module in _tail(slq_config, rows, queries.shape[1], weights):
@@ -124,10 +125,9 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         if isinstance(module, WordWeights):  # one item a line would triple the file
             (folder / name / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
         modules.append({"idx": number, "name": str(number), "path": name, "type": _reference(type(module))})
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", "utf8")
-    remove_leftovers(
-        folder, slq_config, {f"{reference.partition('.')[0]}.py", *(str(module["path"]) for module in modules)}
-    )
+    _write_json(folder / "modules.json", modules)
+    written = {f"{reference.partition('.')[0]}.py", *(str(module["path"]) for module in modules)}
+    remove_leftovers(folder, slq_config, written)
     slq_config.write(folder)
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
@@ -188,13 +188,10 @@ def _write_adapter(
     table = decoder.get_input_embeddings()
     target = next(name for name, module in decoder.named_modules() if module is table)
     ids = list(slq_config.tokens.ids)
-    named: dict[str, Any] = {
-        "base_model_name_or_path": slq_config.backbone,
-        "revision": slq_config.revision,
-    }
+    named: dict[str, Any] = {"base_model_name_or_path": slq_config.backbone, "revision": slq_config.revision}
     if slq_config.query_adapter is None:
-        named["inference_mode"] = True
-        TrainableTokensConfig(token_indices=ids, target_modules=target, **named).save_pretrained(str(folder))
+        tokens = TrainableTokensConfig(token_indices=ids, target_modules=target, inference_mode=True, **named)
+        tokens.save_pretrained(str(folder))
         _write_tensors(folder, {f"{target}.trainable_tokens_delta": weights[QUERIES]})
     else:
         own = {f"{target}.token_adapter.trainable_tokens_delta": weights[QUERIES]}
@@ -212,15 +209,19 @@ def _write_lora(
     """Write the query adapter as peft reads it, and other tensors beside its own."""
     adapter = slq_config.query_adapter
     assert adapter is not None
-    named |= {"alora_invocation_tokens": list(slq_config.tokens.ids), "task_type": "CAUSAL_LM", "inference_mode": True}
-    lora_config(adapter, adapter.layers(decoder), **named).save_pretrained(str(folder))
+    options = {"alora_invocation_tokens": list(slq_config.tokens.ids), "task_type": "CAUSAL_LM", "inference_mode": True}
+    lora_config(adapter, adapter.layers(decoder), **options, **named).save_pretrained(str(folder))
     tensors = {name.removeprefix(ADAPTER): value for name, value in weights.items() if name.startswith(ADAPTER)}
     _write_tensors(folder, {**tensors, **others})
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    cpu = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
-    save_file(to_peft_names(cpu), folder / ADAPTER_NAME, metadata={"format": "pt"})
+    plain = {name: _plain(value) for name, value in tensors.items()}
+    save_file(to_peft_names(plain), folder / ADAPTER_NAME, metadata={"format": "pt"})
+
+
+def _plain(weight: Tensor) -> Tensor:
+    return weight.float().cpu().contiguous()
 
 
 def _write_merged(
@@ -247,7 +248,7 @@ def _write_merged(
         return longer
 
     state = dict(backbone.state_dict())
-    merged = with_new_rows(table, queries.detach())
+    merged = with_new_rows(table, queries)
     head = backbone.get_output_embeddings()
     for name, value in state.items():
         if value.data_ptr() == table.data_ptr() and value.shape == table.shape:
@@ -255,33 +256,31 @@ def _write_merged(
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
     backbone.save_pretrained(folder, state_dict=state)
-    _edit_json(folder / "config.json", _name_architecture)
-    if grown:
-        _edit_json(folder / "config.json", lambda values: _set_vocabulary(values, len(merged)))
-    # A query token must never be an answer.
-    suppressed = {"suppress_tokens": list(slq_config.tokens.ids)}
-    if (folder / "generation_config.json").exists():
-        _edit_json(folder / "generation_config.json", lambda values: values.update(suppressed))
-    save_file({"queries": queries.detach().float().cpu().contiguous()}, folder / QUERIES_NAME)
+    with edited_json(folder / "config.json") as config:
+        # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all
+        # tokens without a word; under a name of our own it refuses, and the plugin vllm-slq serves it.
+        config["architectures"] = [f"{ARCHITECTURE_PREFIX}{name}" for name in config["architectures"]]
+        for part in (config, config.get("text_config", {})):
+            if grown and "vocab_size" in part:
+                part["vocab_size"] = len(merged)
+    if (generation_config := folder / "generation_config.json").exists():
+        with edited_json(generation_config) as generation:  # a query token must never be an answer
+            suppressed = [*(generation.get("suppress_tokens") or ()), *slq_config.tokens.ids]
+            generation["suppress_tokens"] = list(dict.fromkeys(suppressed))
+    save_file({"queries": _plain(queries)}, folder / QUERIES_NAME)
     if slq_config.query_adapter is not None:
         # In a folder of its own: beside the weights, transformers would take it for an adapter of another model.
         (folder / MERGED_ADAPTER).mkdir(exist_ok=True)
         _write_lora(folder / MERGED_ADAPTER, slq_config, decoder_of(backbone), weights, {})
 
 
-def _name_architecture(values: dict[str, Any]) -> None:
-    # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all tokens
-    # without a word; under a name of our own it refuses, and the plugin vllm-slq serves it.
-    values["architectures"] = [f"{ARCHITECTURE_PREFIX}{name}" for name in values["architectures"]]
-
-
-def _set_vocabulary(values: dict[str, Any], rows: int) -> None:
-    for part in (values, values.get("text_config", {})):
-        if "vocab_size" in part:
-            part["vocab_size"] = rows
-
-
-def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+@contextmanager
+def edited_json(path: Path) -> Iterator[dict[str, Any]]:
+    """What a JSON file holds; changes of it are written back."""
     values = json.loads(path.read_text("utf8"))
-    change(values)
+    yield values
+    _write_json(path, values)
+
+
+def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", "utf8")

@@ -62,6 +62,16 @@ def test_the_adapter_form_is_stock_modules_and_the_queries(encoder, tmp_path):
     assert adapter["base_model_name_or_path"] == encoder.slq_config.backbone
 
 
+def test_what_the_backbone_suppresses_stays_suppressed(checkpoint, tmp_path):
+    encoder = SLQEncoder.from_backbone(checkpoint(), num_queries=4, device="cpu", form="merged")
+    encoder.backbone.generation_config.suppress_tokens = [5]
+    encoder.save_pretrained(tmp_path / "once")
+    SLQEncoder(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    for folder in ("once", "twice"):
+        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert generation["suppress_tokens"] == [5, *encoder.slq_config.tokens.ids]
+
+
 def test_the_merged_form_is_the_whole_model(encoder, tmp_path):
     encoder.save_pretrained(tmp_path, form="merged")
     whole = {"config.json", "generation_config.json", "latent_queries.safetensors", "model.safetensors"}
