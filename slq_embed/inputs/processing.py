@@ -13,7 +13,7 @@ from transformers import PaliGemmaProcessor
 
 from slq_embed.backbone.families import tokenizer_of
 from slq_embed.inputs.videos import Sampled
-from slq_embed.prefix.features import Features, MediaFeatures, pad_left, strip_queries
+from slq_embed.prefix.features import Features, MediaFeatures, pad_left, per_token
 
 _NOT_READ = ("labels", "num_crops", "rows", "cols")
 """What some processors add for losses and for their own use."""
@@ -63,8 +63,9 @@ def process_together(
     Returns:
         Features; see :mod:`slq_embed.prefix.features`.
     """
-    features = strip_queries(_call(processor, texts, media, options), queries)
-    values = {name: features.pop(name) for name in _names_of_media(features)}
+    called = _call(processor, texts, media, options)
+    features: Features = {key: value[:, :-queries] for key, value in per_token(called).items()}
+    values = {name: value for name, value in called.items() if name not in features}
     images = [len(row.images) for row in media]
     tokens = (features["input_ids"] == image_token).sum(dim=1)
     pieces = {
@@ -110,9 +111,7 @@ def process_one_by_one(
             if pixels_axis == 1:  # what comes before are the images of the row
                 called["pixel_values"] = called["pixel_values"].flatten(0, 1)[None]
             called["pixel_values"] = called["pixel_values"].movedim(pixels_axis, 0)
-        shape = called["input_ids"].shape
-        cut = {key: value[:, :start] if value.shape == shape else value for key, value in called.items()}
-        parts.append((group, cut))
+        parts.append((group, {**called, **{key: value[:, :start] for key, value in per_token(called).items()}}))
     return _join(parts, len(media), int(tokenizer_of(processor).pad_token_id or 0))
 
 
@@ -150,9 +149,8 @@ def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: in
     first = parts[0][1]
     if len(parts) == 1 and not _names_of_media(first):
         return first
-    per_token = [key for part in parts for key, value in part[1].items() if value.shape == part[1]["input_ids"].shape]
     joined: Features = {}
-    for key in dict.fromkeys(per_token):
+    for key in dict.fromkeys(key for _, part in parts for key in per_token(part)):
         rows: list[Tensor] = [torch.empty(0)] * count
         for group, part in parts:
             for index, row in enumerate(group):
@@ -174,10 +172,9 @@ def _join(parts: Sequence[tuple[list[int], Features]], count: int, pad_token: in
     return _with_media(joined, values, pieces)
 
 
-def _names_of_media(features: Features) -> list[str]:
+def _names_of_media(features: Features) -> set[str]:
     """Names of the features that are laid out by images or their pieces, not by rows."""
-    shape = features["input_ids"].shape
-    return [key for key, value in features.items() if value.shape != shape]
+    return features.keys() - per_token(features).keys()
 
 
 def _with_media(features: Features, values: dict[str, Tensor], pieces: Mapping[str, Sequence[int]]) -> Features:

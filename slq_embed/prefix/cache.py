@@ -14,10 +14,8 @@ Layers = tuple[tuple[Tensor, ...], ...]
 States = Mapping[str, Tensor]
 """States of fixed size, ``(batch, ...)``, of convolutions and linear attention, by layer, kind and number: ``"0.conv.0"``."""
 
-_NONE: tuple[type, ...] = tuple(
-    kind for name in ("DummyLayer",) if (kind := getattr(cache_utils, name, None)) is not None
-)
-"""Layers that keep nothing: they use the keys of an earlier layer, or have no attention."""
+_EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
+"""A layer that keeps nothing: it uses the keys of an earlier layer, or has no attention. Old versions of transformers have none."""
 _KINDS = ("conv", "recurrent")
 
 
@@ -51,22 +49,23 @@ class BackboneCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, stop: bool = False) -> None:
         super().__init__(config=config)
-        kept = range(0)
+        last = None
         for number, layer in enumerate(self.layers):
+            if isinstance(layer, _EMPTY):
+                continue
             if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 self.layers[number] = DynamicLayer()
             elif type(layer) is LinearAttentionLayer:
                 self.layers[number] = _LinearLayer(layer.number_of_states)
-            elif type(layer) not in _NONE:
+            else:
                 raise ValueError(
                     f"Layer {number} of {config.model_type} keeps its state in a {type(layer).__name__}, which no prefix "
                     "can hold."
                 )
-            if type(layer) not in _NONE:
-                kept = range(number + 1)
+            last = number
         if not any(isinstance(layer, DynamicLayer) for layer in self.layers):
             raise ValueError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
-        self._last = len(kept) - 1 if stop else None
+        self._last = last if stop else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -105,7 +104,7 @@ def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> Dy
         if kind == "conv":
             layer.lazy_initialization(conv_states=state, state_idx=index)
             layer.has_previous_state[index] = True
-        state = state.clone() if kind == "conv" else state  # a pass over one query writes into it
+            state = state.clone()  # a pass over one query writes into it
         getattr(layer, f"{kind}_states")[index] = state
         getattr(layer, f"is_{kind}_states_initialized")[index] = True
     return cache

@@ -106,6 +106,12 @@ def backbone_inputs(features: Features) -> Features:
     return {key: value for key, value in features.items() if key not in _BOOKKEEPING}
 
 
+def per_token(features: Features) -> dict[str, Tensor]:
+    """The features that have a number for each token: ids, mask and types."""
+    shape = features["input_ids"].shape
+    return {key: value for key, value in features.items() if isinstance(value, Tensor) and value.shape == shape}
+
+
 def select_rows(features: Features, rows: Sequence[int]) -> Features:
     """Cut rows out of a batch, in the order given, without the padding that they do not need.
 
@@ -113,16 +119,12 @@ def select_rows(features: Features, rows: Sequence[int]) -> Features:
         features: Of the batch.
         rows: Indices in the batch; one may come more than once.
     """
-    ids = features["input_ids"]
-    index = torch.tensor(rows, device=ids.device)
+    index = torch.tensor(rows, device=features["input_ids"].device)
     first = int(features["attention_mask"][index].any(dim=0).int().argmax())
-    chosen: Features = {}
-    for key, value in features.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            chosen[key] = value
-        else:
-            chosen[key] = value[index][:, first:] if value.shape == ids.shape else value[index]
-    return chosen
+    chosen = {
+        key: value[index] if isinstance(value, Tensor) and value.ndim else value for key, value in features.items()
+    }
+    return {**chosen, **{key: value[:, first:] for key, value in per_token(chosen).items()}}
 
 
 def split_into_passes(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -171,19 +173,7 @@ def move_padding_left(features: Features) -> Features:
         return features
     trailing = mask.flip(1).argmax(dim=1, keepdim=True)
     source = (torch.arange(mask.shape[1], device=mask.device) - trailing) % mask.shape[1]
-    return {
-        key: value.gather(1, source) if isinstance(value, Tensor) and value.shape == mask.shape else value
-        for key, value in features.items()
-    }
-
-
-def strip_queries(features: Features, num_queries: int) -> Features:
-    """Drop the query columns, which left padding puts last in every row, from all per-token features."""
-    shape = features["input_ids"].shape
-    return {
-        key: value[:, :-num_queries] if isinstance(value, Tensor) and value.shape == shape else value
-        for key, value in features.items()
-    }
+    return {**features, **{key: value.gather(1, source) for key, value in per_token(features).items()}}
 
 
 def make_room(features: Features, lengths: Sequence[int | None], pad_token: int) -> Features:
@@ -200,9 +190,8 @@ def make_room(features: Features, lengths: Sequence[int | None], pad_token: int)
     present = [index for index, length in enumerate(lengths) if length is None]
     shape = features["input_ids"].shape if present else torch.Size((0, 0))
     longest = max([shape[1], *(length for length in lengths if length is not None)])
-    per_token = [key for key, value in features.items() if isinstance(value, Tensor) and value.shape == shape]
     joined = dict(features)
-    for key in per_token or ["input_ids", "attention_mask"]:
+    for key in per_token(features) if present else ("input_ids", "attention_mask"):
         joined[key] = torch.full((len(lengths), longest), pad_token if key == "input_ids" else 0)
         if present:
             joined[key][present, longest - shape[1] :] = features[key]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class PrefixRow:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and states."""
-        parts = [*(part for layer in self.layers for part in layer), *self.states.values()]
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.nbytes for part in [*chain(*self.layers), *self.states.values()])
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,9 @@ def prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
     extra, family = backbone_inputs(features), family_of(decoder.config)
     if family.batches_images:
         return extra
-    for key, value in extra.items() if not family.casts_pixels else ():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            extra[key] = value.to(decoder.dtype)
+    if not family.casts_pixels:
+        floats = {key: value for key, value in extra.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        extra |= {key: value.to(decoder.dtype) for key, value in floats.items()}
     for name, pixels in family.patch_indices.items():
         if name not in extra:
             continue

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
-from slq_embed.prefix.features import lay_out, pad_left, select_rows
+from slq_embed.prefix.features import lay_out, pad_left, per_token, select_rows
 from slq_embed.prefix.passes import prepared_inputs
 
 
@@ -29,7 +29,6 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
         A dict for each row, without padding: ``input_ids`` ``(seq,)`` and the other features with a number for each
         token; ``image_*`` features; and the outputs of the tower: ``features``, ``(tokens, H)`` or
         ``(tiles, tokens, H)``, and for some families ``deepstack.0``, ``deepstack.1``, ..., ``(tokens, H)`` each.
-
     """
     if not family_of(decoder.config).batches_images and len(features["input_ids"]) > 1:  # nothing says what is whose
         alone = [select_rows(features, [row]) for row in range(len(features["input_ids"]))]
@@ -42,8 +41,7 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
     outputs = {"features": output.pooler_output}
     outputs |= {f"deepstack.{n}": part for n, part in enumerate(getattr(output, "deepstack_features", None) or [])}
     rows: list[dict[str, Tensor]] = [
-        {key: value[row][mask[row]] for key, value in features.items() if _per_token(value, ids)}
-        for row in range(len(ids))
+        {key: value[row][mask[row]] for key, value in per_token(features).items()} for row in range(len(ids))
     ]
     for name, parts in outputs.items():
         joined = parts if isinstance(parts, Tensor) else torch.cat(list(parts))
@@ -57,10 +55,6 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
             for row, part in zip(rows, features[key].split(counts), strict=True):
                 row[key] = part
     return rows
-
-
-def _per_token(value: Any, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == ids.shape
 
 
 def join_rows(rows: Sequence[Mapping[str, Tensor]], pad_token: int) -> dict[str, Any]:
