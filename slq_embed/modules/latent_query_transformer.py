@@ -119,7 +119,7 @@ class LatentQueryTransformer(InputModule):
     @property
     def log_temperature(self) -> nn.Parameter | None:
         """Logarithm of the learnable temperature, a scalar, if a loss has asked for one."""
-        return self.bias["log_temperature"] if "log_temperature" in self.bias else None  # noqa: SIM401 - no .get
+        return self.bias.get("log_temperature")
 
     def require_log_temperature(self, initial: float) -> nn.Parameter:
         """The logarithm of a learnable temperature, created with an initial value where there is none.

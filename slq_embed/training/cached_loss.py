@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from slq_embed.encoder import SLQEncoder
-from slq_embed.training.losses import SymmetricInfoNCELoss, symmetric_info_nce
+from slq_embed.training.losses import SymmetricInfoNCELoss
 
 
 @dataclass
@@ -121,12 +121,7 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         Returns:
             A scalar.
         """
-        first, second, *negatives = (nn.functional.normalize(torch.cat(chunks), dim=-1) for chunks in reps)
-        temperature = self._step.log_temperature.exp()
-        self.look_for_negatives(len(first), labels, bool(negatives))
-        loss = symmetric_info_nce(
-            first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
-        )
+        loss = self._of_embeddings(map(torch.cat, reps), self._step.log_temperature, labels)
         if not with_backward:
             return loss
         loss.backward()

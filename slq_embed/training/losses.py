@@ -114,11 +114,15 @@ class SymmetricInfoNCELoss(nn.Module):
         """
         columns = self.checked(sentence_features, labels)
         outputs = [self.model(features) for features in columns]
-        first, second, *negatives = (nn.functional.normalize(out["sentence_embedding"], dim=-1) for out in outputs)
-        temperature = outputs[0].get("log_temperature", self._log_temperature[0]).exp()
+        log_temperature = outputs[0].get("log_temperature", self._log_temperature[0])
+        return self._of_embeddings((output["sentence_embedding"] for output in outputs), log_temperature, labels)
+
+    def _of_embeddings(self, columns: Iterable[Tensor], log_temperature: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of a batch's embeddings, ``(batch, H)`` for each column; the other arguments as for :meth:`forward`."""
+        first, second, *negatives = (nn.functional.normalize(column, dim=-1) for column in columns)
         self.look_for_negatives(len(first), labels, bool(negatives))
         return symmetric_info_nce(
-            first, second, temperature, labels, self.gather_across_devices, negatives, self.positives
+            first, second, log_temperature.exp(), labels, self.gather_across_devices, negatives, self.positives
         )
 
     def checked(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> list[dict[str, Tensor]]:
@@ -139,10 +143,7 @@ class SymmetricInfoNCELoss(nn.Module):
     def look_for_negatives(self, rows: int, labels: Tensor | None, hard: bool) -> None:
         """Warn if the first training batch has nothing to tell its pairs from; a last batch may well be so small.
 
-        Args:
-            rows: How many pairs this process has.
-            labels: As for :meth:`forward`.
-            hard: Whether there are hard negatives.
+        ``rows`` is how many pairs this process has, and ``hard`` says whether there are hard negatives.
         """
         if self._seen_a_batch or not torch.is_grad_enabled():
             return
