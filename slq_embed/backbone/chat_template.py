@@ -218,22 +218,21 @@ def with_prompts(template: str, prompts: Mapping[str, str], default: str = "") -
     template = without_prompts(template)
     if not (written := {task: prompt for task, prompt in {**prompts, "default": default}.items() if prompt}):
         return template
-    body, end, turns = template.partition(_BODY_END)
-    if not is_slq_template(template) or not end:
-        raise ValueError("The chat template is not one of slq-embed: it was changed after loading.")
     chosen = f'{json.dumps(written, ensure_ascii=False)}.get(slq_task if slq_task is defined else "default")'
-    setting = f"{{%- set slq.system = {chosen} if slq.system is none else slq.system -%}}"
-    return f"{body}{end}{setting}{turns}"
+    return _insert(template, f"{{%- set slq.system = {chosen} if slq.system is none else slq.system -%}}")
 
 
 def with_start(template: str, start: str) -> str:
     """A template of :func:`build_chat_template` that begins every chat with this text, such as a token that a tokenizer would add."""
-    if not start:
-        return template
+    return _insert(template, _literal(start)) if start else template
+
+
+def _insert(template: str, piece: str) -> str:
+    """A template with a piece more: after the messages are read, and before anything is written."""
     body, end, turns = template.partition(_BODY_END)
     if not is_slq_template(template) or not end:
         raise ValueError("The chat template is not one of slq-embed: it was changed after loading.")
-    return f"{body}{end}{_literal(start)}{turns}"
+    return f"{body}{end}{piece}{turns}"
 
 
 def without_prompts(template: str) -> str:

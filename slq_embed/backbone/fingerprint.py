@@ -16,15 +16,8 @@ from slq_embed.backbone.quantization import is_quantized, packing_of, parts_of
 from slq_embed.backbone.query_tokens import OWN_TOKEN
 
 # What differs between loads of one checkpoint: paths, versions, dtype, kernels, caching.
-_VOLATILE: tuple[str, ...] = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_attn_implementation",
-    "use_cache",
-)
-_VOLATILE += ("quantization_config", "architectures", "attn_implementation", "_attn_implementation_internal")
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config"}
+_VOLATILE |= {"architectures", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _SAMPLE_ROWS, _SAMPLE_COLUMNS, _SAMPLE_LAYER = 32, 4, 256
 _HALF = "float16:"
 
@@ -56,9 +49,12 @@ def _stable(value: Any) -> Any:
     return value
 
 
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
 def fingerprint(backbone: PreTrainedModel) -> Fingerprint:
     """Take a backbone's fingerprint; about a second for a table of 150,000 rows."""
-    config = json.dumps(_stable(backbone.config.to_dict()), sort_keys=True, default=str)
     table = embedding_table(backbone).detach()
     digest = hashlib.sha256()
     for block in table.split(8192):
@@ -66,7 +62,7 @@ def fingerprint(backbone: PreTrainedModel) -> Fingerprint:
     rows = torch.linspace(0, len(table) - 1, _SAMPLE_ROWS, device=table.device).long()
     sample = table[rows][:, :_SAMPLE_COLUMNS].float().flatten().tolist()
     table_sha256 = (_HALF if table.dtype == torch.float16 else "") + digest.hexdigest()
-    config_sha256 = hashlib.sha256(config.encode()).hexdigest()
+    config_sha256 = hashlib.sha256(_json(_stable(backbone.config.to_dict()))).hexdigest()
     return Fingerprint(config_sha256, table_sha256, sample, [int(n) for n in table.shape], _layers_digest(backbone))
 
 
@@ -114,7 +110,7 @@ def weights_digest(backbone: PreTrainedModel) -> bytes:
 
     It reads every weight: about 0.6 s for each GB.
     """
-    digest = hashlib.sha256(json.dumps(_stable(backbone.config.to_dict()), sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(_json(_stable(backbone.config.to_dict())))
     for name, value in sorted(backbone.state_dict().items()):
         if not isinstance(value, torch.Tensor):  # a quantizer's settings
             digest.update(f"{name} {value}".encode())
@@ -137,13 +133,12 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
         image_settings(processor),
         dict(image_kwargs),
     ]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+    return hashlib.sha256(_json(settings)).digest()
 
 
 def video_digest(processor: ProcessorMixin, video_kwargs: Mapping[str, Any]) -> bytes:
     """A digest of what decides the prefix of a video in addition to :func:`settings_digest`."""
-    settings = [processor.video_processor.to_dict(), dict(video_kwargs)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+    return hashlib.sha256(_json([processor.video_processor.to_dict(), dict(video_kwargs)])).digest()
 
 
 def tokenizer_digest(tokenizer: Any) -> bytes:
@@ -154,5 +149,5 @@ def tokenizer_digest(tokenizer: Any) -> bytes:
         state = json.loads(backend.to_str())
         for volatile in ("added_tokens", "padding", "truncation"):  # of the query tokens, and of the last call
             state.pop(volatile, None)
-        digest.update(json.dumps(state, sort_keys=True).encode())
+        digest.update(_json(state))
     return digest.digest()
