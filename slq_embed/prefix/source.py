@@ -57,28 +57,27 @@ class PrefixSource:
         Raises:
             ValueError: If nothing of this backbone can be kept at the store's level.
         """
+        if store is None:
+            self.store, self.namespace = None, b""
+            return
         backbone = self._backbone
         kind = backbone.config.model_type
-        if store is not None and self._schedule == "all_positions":
+        if self._schedule == "all_positions":
             raise ValueError(
                 f"A {kind} has no prefixes: its inputs run together with the queries. Train without a store."
             )
         devices = {str(weight.device) for weight in backbone.parameters()}
-        if store is not None and store.level == "keys_values" and len(devices) > 1:
+        if store.level == "keys_values" and len(devices) > 1:
             raise ValueError(
                 f"The backbone is on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
                 'gives them back on one device. Use PrefixStore(level="vision"), or load the backbone on one device.'
             )
-        self.namespace = b"" if store is None else store._tag + self._weights_digest + self._tokenizer_digest
+        self.namespace = store._tag + self._identity
         self.store = store
 
     @cached_property
-    def _weights_digest(self) -> bytes:
-        return weights_digest(self._backbone)
-
-    @cached_property
-    def _tokenizer_digest(self) -> bytes:
-        return tokenizer_digest(self._tokenizer)
+    def _identity(self) -> bytes:
+        return weights_digest(self._backbone) + tokenizer_digest(self._tokenizer)
 
     def require_storable(self, rows: Sequence[Row]) -> None:
         """Raise a ValueError if the store cannot keep anything of an input."""

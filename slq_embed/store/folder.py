@@ -67,13 +67,8 @@ class FolderEntries:
         """Bytes of all entries."""
         started = time.monotonic()
         self._bytes = sum(map(_size, self._files(ENTRY)))
-        seconds = time.monotonic() - started
-        self._next_scan = started + 20 * seconds
+        self._next_scan = started + 20 * (time.monotonic() - started)
         return self._bytes
-
-    def _recent_nbytes(self) -> int:
-        """Bytes by a recent scan and what this store has written since; scans take a twentieth of the time at most."""
-        return self.nbytes if time.monotonic() >= self._next_scan else self._bytes
 
     def _path(self, key: bytes) -> Path:
         return self.folder / key[:1].hex() / f"{key.hex()}{ENTRY}"
@@ -135,7 +130,8 @@ class FolderEntries:
     def write(self, entries: Mapping[bytes, Entry], budget: int) -> int:
         """Keep entries as long as all bytes stay within ``budget``; returns how many did not fit."""
         over = 0
-        left = budget - self._recent_nbytes()
+        # A scan takes a twentieth of the time at most; what this store has written since the last one is known.
+        left = budget - (self.nbytes if time.monotonic() >= self._next_scan else self._bytes)
         for key, entry in entries.items():
             path = self._path(key)
             if path.exists():
@@ -172,9 +168,7 @@ class FolderEntries:
             self._checked.pop(key, None)
         removed = self._erase([self._path(key) for key in keys])
         _overwrite_and_remove(
-            Path(file.path)
-            for file in self._files(UNFINISHED)
-            if not self._claims.lives(_owner_of_unfinished(file.name))
+            Path(file.path) for file in self._files(UNFINISHED) if not self._claims.lives(owner=file.name.split("-")[1])
         )
         self.full, self._next_scan = False, float("-inf")
         return removed
@@ -234,10 +228,6 @@ def _overwrite_and_remove(paths: Iterable[Path]) -> None:
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
             path.unlink()
-
-
-def _owner_of_unfinished(name: str) -> str:
-    return name.split("-")[1]
 
 
 def _checksum(key: bytes, entry: Entry) -> str:
