@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -189,14 +190,17 @@ def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Se
         ids: Ids of the query tokens, ``Q`` of them, rows of the table.
         scale: What the layer multiplies rows by.
     """
-    tokens = torch.tensor(ids)
-
-    def replace(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        matches = args[0][..., None] == tokens.to(args[0].device)
-        rows = scaled(vectors["queries"].to(output.device, output.dtype), scale)[matches.int().argmax(dim=-1)]
-        return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
-
+    # A partial, because it is copied and pickled with what it holds; a function within this one is not.
+    replace = partial(_replace_rows, vectors=vectors, ids=torch.tensor(ids), scale=scale)
     twin.get_input_embeddings().register_forward_hook(replace)
+
+
+def _replace_rows(
+    layer: nn.Module, args: tuple[Tensor, ...], output: Tensor, *, vectors: nn.ParameterDict, ids: Tensor, scale: float
+) -> Tensor:
+    matches = args[0][..., None] == ids.to(args[0].device)
+    rows = scaled(vectors["queries"].to(output.device, output.dtype), scale)[matches.int().argmax(dim=-1)]
+    return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
 
 
 def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor, ids: Tensor | None = None) -> Tensor:

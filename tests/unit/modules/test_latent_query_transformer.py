@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from tokenizers import processors
 
-from slq_embed import SymmetricInfoNCELoss
+from slq_embed import SLQEncoder, SymmetricInfoNCELoss
+from tests.families import others
+from tests.families.building import write
 
 
 def test_a_template_that_writes_the_first_token_gets_no_second(encoder):
@@ -38,6 +43,19 @@ def test_a_temperature_travels_in_the_state(encoder, trained):
         encoder.load_state_dict(other.state_dict())
         assert encoder.transformer.log_temperature.item() == pytest.approx(math.log(0.2))
     assert torch.equal(encoder.queries, other.queries)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_queries_where_they_enter_as_token_ids(tmp_path, copy_of):
+    folder = write(tmp_path, others.gemma4())
+    encoder = SLQEncoder.from_backbone(folder, num_queries=4, seed=0, device="cpu")
+    assert encoder.transformer.query_ids() is not None
+    expected = encoder.encode(["a red circle"])
+    again = copy_of(encoder)
+    with torch.no_grad():
+        again.queries.neg_()
+    assert np.abs(again.encode(["a red circle"]) - expected).max() > 0.01
+    assert np.array_equal(encoder.encode(["a red circle"]), expected)
 
 
 def test_queries_of_another_width_are_refused(encoder):
