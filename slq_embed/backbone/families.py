@@ -271,8 +271,8 @@ def embedding_scale(backbone: PreTrainedModel) -> float:
 
 def usable_rows(backbone: PreTrainedModel) -> int:
     """How many rows of the embedding table a token id reaches; the rest of Gemma 3n's belongs to its towers."""
-    offset = getattr(getattr(backbone.config, "vision_config", None), "vocab_offset", None)
-    return min(len(embedding_table(backbone)), offset or len(embedding_table(backbone)))
+    rows = len(embedding_table(backbone))
+    return min(rows, getattr(getattr(backbone.config, "vision_config", None), "vocab_offset", None) or rows)
 
 
 def can_grow(backbone: PreTrainedModel) -> bool:

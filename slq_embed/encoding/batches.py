@@ -103,12 +103,12 @@ class Reader(Dataset[Any]):
     Args:
         model: The encoder.
         prompt: A system message.
-        options: For the model's ``preprocess``.
+        processing_kwargs: For the model's ``preprocess``.
     """
 
     model: SLQEncoder
     prompt: str | None
-    options: Mapping[str, Any]
+    processing_kwargs: Mapping[str, Any] | None
 
     def __getitem__(self, batch: Batch) -> tuple[list[int], Features, list[Skipped]]:
         """Indices, features and what cannot be read."""
@@ -132,8 +132,9 @@ class Reader(Dataset[Any]):
 
     def _preprocess(self, rows: list[Row]) -> Features:
         keyed = self.model.prefix_store is not None
-        features: Features = self.model.transformer.preprocess(rows, self.prompt, keyed=keyed, **self.options)
-        return features
+        return self.model.transformer.preprocess(
+            rows, self.prompt, keyed=keyed, processing_kwargs=self.processing_kwargs
+        )
 
 
 @cache

@@ -90,7 +90,7 @@ def stream(
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
     model.require_loaded()
     lock = lock_of(model.backbone)
-    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), {"processing_kwargs": processing_kwargs})
+    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), processing_kwargs)
 
     def embed(features: Features) -> Tensor:
         if query_sets is None:

@@ -176,7 +176,9 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
     for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
-        value = repr(inputs[index]) if isinstance(inputs[index], PdfPage) else inputs[index]
+        value = inputs[index]
+        if isinstance(value, PdfPage):
+            value = repr(value)
         if isinstance(value, str | Path):
             digest.update(f"{len(str(value))} {value}".encode())
         elif isinstance(value, Mapping) and all(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,11 +27,11 @@ def initial_queries(init: Initialisation | Tensor, count: int, table: Tensor, se
         raise ValueError(f"num_queries is {count}, but at least 1 is needed.")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     noise = torch.randn(count, width, generator=generator)
-    choices: dict[str, Callable[[], Tensor]] = {
-        "normal": lambda: noise * width**-0.5,
-        "zeros": lambda: torch.zeros(count, width),
-        "tokens": lambda: table.float().mean(dim=0).cpu() + noise * float(table.float().std()),
-    }
-    if init not in choices:
-        raise ValueError(f"init is {init!r}, but one of {sorted(choices)} or a ({count}, {width}) tensor is needed.")
-    return choices[init]()
+    if init == "normal":
+        return noise * width**-0.5
+    if init == "zeros":
+        return torch.zeros(count, width)
+    if init == "tokens":
+        return table.float().mean(dim=0).cpu() + noise * float(table.float().std())
+    choices = sorted(get_args(Initialisation))
+    raise ValueError(f"init is {init!r}, but one of {choices} or a ({count}, {width}) tensor is needed.")

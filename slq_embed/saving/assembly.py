@@ -161,20 +161,20 @@ def join_modules(
     seed: int | None = None,
 ) -> list[nn.Module]:
     """The modules of an encoder; the head and the adapter start as if they were not there."""
-    config, width = slq_config, queries.shape[1]
-    head = [] if config.projection is None else [ProjectionHead(width, config.projection)]
+    width, projection = queries.shape[1], slq_config.projection
+    head = [] if projection is None else [ProjectionHead(width, projection)]
     transformer = LatentQueryTransformer(
         backbone,
         processor,
         queries,
-        config.tokens.strings,
-        config.image_kwargs,
-        config.query_adapter,
-        config.deep_queries,
+        slq_config.tokens.strings,
+        slq_config.image_kwargs,
+        slq_config.query_adapter,
+        slq_config.deep_queries,
         seed,
-        config.schedule or "prefix",
+        slq_config.schedule or "prefix",
     )
-    return [transformer, LatentQueryPooling(width, config.pooling, len(queries)), *head, Normalize()]
+    return [transformer, LatentQueryPooling(width, slq_config.pooling, len(queries)), *head, Normalize()]
 
 
 def load_modules(saved: SavedModel) -> list[nn.Module]:
