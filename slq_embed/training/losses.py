@@ -121,9 +121,11 @@ class SymmetricInfoNCELoss(nn.Module):
         """The loss of a batch's embeddings, ``(batch, H)`` for each column; the other arguments as for :meth:`forward`."""
         first, second, *negatives = (nn.functional.normalize(column, dim=-1) for column in columns)
         self.look_for_negatives(len(first), labels, bool(negatives))
-        return symmetric_info_nce(
-            first, second, log_temperature.exp(), labels, self.gather_across_devices, negatives, self.positives
-        )
+        # In bfloat16, similarities have steps of 0.004, which small temperatures turn into large ones.
+        with torch.autocast(first.device.type, enabled=False):
+            return symmetric_info_nce(
+                first, second, log_temperature.exp(), labels, self.gather_across_devices, negatives, self.positives
+            )
 
     def checked(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> list[dict[str, Tensor]]:
         """Check a batch and clamp the temperature; arguments and errors as for :meth:`forward`."""
