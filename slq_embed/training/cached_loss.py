@@ -26,6 +26,14 @@ class _Step:
         self.scale = gradient
 
 
+class _Column(dict[str, Any]):
+    """Features of a column, and their step: other batches may come between its two passes."""
+
+    def __init__(self, features: dict[str, Tensor], step: _Step) -> None:
+        super().__init__(features)
+        self.step = step
+
+
 class _Attach(torch.autograd.Function):
     """Embeddings as they are; in the backward pass, a parameter gets a gradient that is known already."""
 
@@ -80,15 +88,15 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         columns = self.checked(sentence_features, labels)
         # The host takes gradients of the embeddings before the outer backward pass. This loss does the same with that of the
         # temperature, from a copy, and hands it to the parameter in the second pass: see embed_minibatch.
-        self._step = _Step(self._log_temperature[0].detach().clone().requires_grad_())
-        loss: Tensor = super().forward_cached(columns, labels)
+        step = self._step = _Step(self._log_temperature[0].detach().clone().requires_grad_())
+        loss: Tensor = super().forward_cached([_Column(features, step) for features in columns], labels)
         if not torch.is_grad_enabled():
             return loss
         scaled = loss * 1.0  # a node before the host's, which learns first how the loss is scaled
-        scaled.register_hook(self._step.set_scale)
+        scaled.register_hook(step.set_scale)
         return scaled
 
-    def embed_minibatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def embed_minibatch(self, sentence_feature: _Column, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Embed a chunk; called by Sentence Transformers. In the second pass each chunk takes its share of the temperature's gradient.
 
         The share goes to the temperature as the model gave it out: in several processes, DDP waits for it there.
@@ -96,17 +104,17 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         outputs: list[dict[str, Tensor]] = []
         handle = self.model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:
-            embeddings, random_state = super().embed_minibatch(*args, **kwargs)
+            embeddings, random_state = super().embed_minibatch(sentence_feature, *args, **kwargs)
         finally:
             handle.remove()
+        step = sentence_feature.step
         if not embeddings.requires_grad:
-            self._step.chunks += 1
+            step.chunks += 1
             return embeddings, random_state
-        gradient = self._step.log_temperature.grad
+        gradient = step.log_temperature.grad
         assert gradient is not None
-        share = self._step.scale * gradient / self._step.chunks
-        embeddings = _Attach.apply(embeddings, outputs[0]["log_temperature"], share)
-        return embeddings, random_state
+        share = step.scale * gradient / step.chunks
+        return _Attach.apply(embeddings, outputs[0]["log_temperature"], share), random_state
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

@@ -36,6 +36,21 @@ def test_value_and_gradients_are_those_of_the_plain_loss(encoder, images, chunk,
     assert abs(plain[2]) > 1e-3
 
 
+def test_two_batches_before_a_backward_pass_have_their_own_gradients(encoder):
+    batches = [["a", "bb", "ccc"], ["d", "e e", "f"]], [["g", "h", "i i", "j"], ["k", "l l", "m", "n"]]
+    found = []
+    encoder.train()
+    for loss in (SymmetricInfoNCELoss(encoder), CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2)):
+        encoder.zero_grad()
+        first, second = (loss([encoder.preprocess(column) for column in batch]) for batch in batches)
+        with torch.no_grad():
+            loss([encoder.preprocess(column) for column in batches[0]])
+        (first + 2 * second).backward()
+        found.append((encoder.queries.grad.clone(), encoder.transformer.log_temperature.grad.item()))
+    assert (found[0][0] - found[1][0]).norm() < 1e-4 * found[0][0].norm()
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)
+
+
 def test_hard_negatives_and_several_positives_are_those_of_the_plain_loss(encoder, images):
     labels, negatives = torch.tensor([0, 0, 1, 2, 2]), [TEXTS[::-1], ["f", "g g", "h", "i i i", "j"]]
     options = {"labels": labels, "negatives": negatives}
