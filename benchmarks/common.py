@@ -82,6 +82,12 @@ def to_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return moved
 
 
+def tensors_of(features: dict[str, Any]) -> list[Tensor]:
+    """All tensors of a batch, those of its images too."""
+    media = features["media"].values.values() if "media" in features else ()
+    return [*(value for value in features.values() if isinstance(value, Tensor)), *media]
+
+
 def timed(call: Callable[[], Any], device: str) -> float:
     """Seconds."""
     if device != "cpu":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common import tensors_of, to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ class Cost:
 
     Args:
         tokens: Its length, without the queries.
-        pixel_bytes: Its features, as they stay on the device for the whole step.
+        pixel_bytes: Its features. All are counted, though those of images are on the device for one pass only.
         prefix_flops: Of the pass over the input.
         query_flops: Of the queries' pass.
         backward_flops: Of the backward pass through it.
@@ -151,11 +152,8 @@ def count(model: SLQEncoder, full: nn.Module, inputs: list[Any]) -> Cost:
     """
     rows, small, transformer = len(inputs), model.backbone.base_model, model.transformer
     layers = full.config.get_text_config().num_hidden_layers / small.config.get_text_config().num_hidden_layers
-    features = {
-        key: value.to(model.device) if isinstance(value, Tensor) else value
-        for key, value in model.preprocess(inputs, keyed=False).items()
-    }
-    tensors = [value for value in features.values() if isinstance(value, Tensor)]
+    features = to_device(model.preprocess(inputs, keyed=False), model.device)
+    tensors = tensors_of(features)
     model.train()
     prefix, counted = flops_of(lambda: transformer.prefix(features))
     prefix_flops = with_all_layers(counted, small, full)

@@ -202,7 +202,7 @@ def test_two_layers_tell_what_torchs_counter_counts_with_all(script, checkpoint,
     assert few.tokens == prefix.attention_mask.shape[1]
     assert few.chunk_bytes == pytest.approx(every.chunk_bytes, rel=0.2)
     held = [*model.backbone.parameters(), *model.backbone.buffers(), *model.parameters()]
-    held += [value for value in features.values() if isinstance(value, torch.Tensor)]
+    held += script("common").tensors_of(features)
     with script("run_cost").LiveBytes(held) as memory:
         model.transformer.query_states(model.transformer.prefix(features)).sum().backward()
     row = every.chunk_bytes + every.prefix_bytes * (every.tokens + 4) / every.tokens
