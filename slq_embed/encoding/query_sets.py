@@ -18,7 +18,6 @@ _OF_THE_HOST = {
     "device": None,
     "pool": None,
     "chunk_size": None,
-    "truncate_dim": None,  # each encoder has its own
 }
 """Arguments of the host's ``encode``, which ``encode_query`` passes on, and their values here."""
 

@@ -83,11 +83,16 @@ def stream(
         Batches of embeddings, not in the order of the inputs.
 
     Raises:
-        ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, or there is no such prompt or task.
+        ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, ``truncate_dim`` stands beside
+            ``query_sets``, or there is no such prompt or task.
         RuntimeError: If one input alone does not fit into memory.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
+    if query_sets is not None and truncate_dim is not None:
+        raise ValueError(
+            f"truncate_dim is {truncate_dim}, but each of the query_sets has its own. Set it on their encoders."
+        )
     model.require_loaded()
     lock = lock_of(model.backbone)
     reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), processing_kwargs)

@@ -96,8 +96,9 @@ def test_query_sets_take_what_the_host_passes_on(model):
         assert np.abs(method(["a"], query_sets={"own": model})["own"] - expected).max() < 1e-6
     with pytest.raises(ValueError, match="precision is 'int8', but with query_sets only 'float32' is possible"):
         model.encode(["a"], query_sets={"own": model}, precision="int8")
-    with pytest.raises(ValueError, match="truncate_dim is 8, but with query_sets only None is possible"):
-        model.encode(["a"], query_sets={"own": model}, truncate_dim=8)
+    for method in (model.encode, lambda *args, **options: list(model.encode_stream(*args, **options))):
+        with pytest.raises(ValueError, match="truncate_dim is 8, but each of the query_sets has its own"):
+            method(["a"], query_sets={"own": model}, truncate_dim=8)
 
 
 @pytest.mark.parametrize(
