@@ -114,7 +114,7 @@ def encode_to_file(
         "model": _model_digest(model, prompt, normalize_embeddings),
         "inputs": _inputs_digest(inputs),
     }
-    if record_path.is_file():
+    if all(part.is_file() for part in (path, progress_path, record_path)):  # else one was removed, to begin anew
         earlier = json.loads(record_path.read_text("utf8"))
         if different := [_DIFFERENCES[key] for key, value in record.items() if earlier.get(key) != value]:
             raise ValueError(

@@ -222,6 +222,15 @@ def test_embeddings_in_a_file(encoder, folder, tmp_path):
         encoder.encode_to_file(inputs, tmp_path / "e.npy")
 
 
+@pytest.mark.parametrize("name", ["e.npy", "e.progress.npy", "e.progress.json"])
+def test_a_file_that_was_removed_is_begun_anew(encoder, tmp_path, name):
+    encoder.encode_to_file(["a", "b"], tmp_path / "e.npy")
+    (tmp_path / name).unlink()
+    result = encoder.encode_to_file(["a", "b"], tmp_path / "e.npy")
+    assert result.encoded == 2
+    assert np.abs(result.embeddings - encoder.encode(["a", "b"])).max() < 1e-6
+
+
 def _encode_slowly(encoder, path):
     encoded_file._BATCHES_A_FLUSH = 1
     forward = encoder.forward
