@@ -26,7 +26,6 @@ from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
 from slq_embed.modules.query_adapter import QueryAdapter
-from slq_embed.prefix.vision_check import vision_refusal
 from slq_embed.saving.assembly import (
     QuerySet,
     build_modules,
@@ -213,7 +212,7 @@ class SLQEncoder(SentenceTransformer):
     def prefix_store(self) -> PrefixStore | None:
         """What keeps prefixes; set it to attach or detach one.
 
-        Attaching reads all weights: 0.6 s for each GB. At ``level="vision"``, a family that no table knows is checked on three images.
+        Attaching reads all weights: 0.6 s for each GB. At ``level="vision"``, a family that no table knows is checked on three images, once.
         """
         return self.transformer.source.store
 
@@ -221,7 +220,7 @@ class SLQEncoder(SentenceTransformer):
     def prefix_store(self, store: PrefixStore | None) -> None:
         if not isinstance(store, PrefixStore | None):
             raise ValueError(f"prefix_store is {store!r:.100}, but a PrefixStore(...) or None is needed.")
-        if store is not None and store.level == "vision" and (reason := vision_refusal(self.transformer)) is not None:
+        if store is not None and store.level == "vision" and (reason := self.transformer.vision_refusal) is not None:
             raise ValueError(
                 f"The features of the vision tower of this {self.backbone.config.model_type} cannot be kept: {reason}. Use "
                 'PrefixStore(level="keys_values"), or no store where its layers differ in shape.'

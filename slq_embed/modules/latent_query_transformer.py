@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from slq_embed.prefix.features import Features, make_room, move_padding_left, se
 from slq_embed.prefix.keys import keys_to_tensor
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries, scaled
 from slq_embed.prefix.source import PrefixSource
+from slq_embed.prefix.vision_check import vision_refusal
 
 
 class LatentQueryTransformer(InputModule):
@@ -115,6 +117,11 @@ class LatentQueryTransformer(InputModule):
     def query_decoder(self) -> PreTrainedModel:
         """What the queries run through: the backbone without its head, or a twin of it with what acts at the queries."""
         return self._query_decoder[0]
+
+    @cached_property
+    def vision_refusal(self) -> str | None:
+        """Why no store can keep features of the vision tower, or None; see :mod:`slq_embed.prefix.vision_check`."""
+        return vision_refusal(self)
 
     @property
     def log_temperature(self) -> nn.Parameter | None:

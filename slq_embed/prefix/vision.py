@@ -45,9 +45,8 @@ def run_vision(decoder: PreTrainedModel, features: dict[str, Any], image_token: 
     ]
     for name, parts in outputs.items():
         joined = parts if isinstance(parts, Tensor) else torch.cat(list(parts))
-        shares = (
-            [len(joined)] if len(rows) == 1 else (pieces if joined.ndim == 2 else pieces // joined.shape[1]).tolist()
-        )
+        size = 1 if joined.ndim == 2 else joined.shape[1]
+        shares = [len(joined)] if len(rows) == 1 else (pieces // size).tolist()
         for row, part in zip(rows, joined.split(shares), strict=True):
             row[name] = part
     for key, counts in features["media_pieces"].items():

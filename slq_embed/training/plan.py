@@ -15,7 +15,6 @@ from sentence_transformers.util import batch_to_device
 
 from slq_embed.encoder import SLQEncoder
 from slq_embed.inputs.columns import LABELS, require_inputs
-from slq_embed.prefix.vision_check import vision_refusal
 from slq_embed.store.budget import free_bytes, parse_bytes
 from slq_embed.store.entries import Precision
 from slq_embed.store.prefix_store import Level, PrefixStore
@@ -178,7 +177,7 @@ def _levels(model: SLQEncoder, batches: Mapping[str, Sequence[Any]]) -> list[Lev
     if model.transformer.schedule == "all_positions":
         return []
     videos = any(row.videos for batch in batches.values() for row in model.transformer.reader.read(batch))
-    with_vision = not videos and vision_refusal(model.transformer) is None
+    with_vision = not videos and model.transformer.vision_refusal is None
     return [level for level in get_args(Level) if level != "vision" or with_vision]
 
 

@@ -89,7 +89,7 @@ def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
     pairs = toy_pairs(4).dataset
     levels = [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options]
     assert levels == [None, "keys_values", "vision"]
-    monkeypatch.setattr("slq_embed.training.plan.vision_refusal", lambda transformer: "no reason")
+    monkeypatch.setattr(encoder.transformer, "vision_refusal", "a reason")
     assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
 
 

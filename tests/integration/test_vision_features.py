@@ -61,6 +61,15 @@ def test_where_it_does_not_work_the_reason_is_said(build, reason, tmp_path):
     assert encoder.prefix_store is None
 
 
+def test_a_model_is_checked_once(encoder, monkeypatch):
+    runs: list[Any] = []
+    run = vision_check.run_vision
+    monkeypatch.setattr(vision_check, "run_vision", lambda *args: runs.append(args) or run(*args))
+    for _ in range(2):
+        encoder.prefix_store = PrefixStore(level="vision")
+    assert len(runs) == 3
+
+
 def test_features_that_are_wrong_are_found(encoder, monkeypatch):
     assert vision_refusal(encoder.transformer) is None
     run, join = vision.run_vision, vision.join_rows
