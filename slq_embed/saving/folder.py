@@ -255,6 +255,9 @@ def _write_merged(
             state[name] = merged  # the table, and a head tied to it
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        # transformers would leave the one that it does not write: of a save in one file, or in several.
+        (folder / name).unlink(missing_ok=True)
     backbone.save_pretrained(folder, state_dict=state)
     with edited_json(folder / "config.json") as config:
         # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all

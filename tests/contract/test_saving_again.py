@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partialmethod
 
 import pytest
 import transformers
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
 from slq_embed import SLQEncoder
 from tests.families import FAMILIES
@@ -44,6 +46,19 @@ def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, se
     if not trusted or LOADS_ADAPTERS:
         stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=trusted)
         assert furthest(stock.encode(mixed), expected) < 1e-5
+
+
+@pytest.mark.parametrize("before", ["in several files", "in one file"])
+def test_weights_in_another_number_of_files_are_replaced(checkpoint, mixed, tmp_path, before, monkeypatch):
+    size = {"in several files": "20KB", "in one file": "1GB"}
+    model, save = trained(build(checkpoint, form="merged")), PreTrainedModel.save_pretrained
+    model.backbone.save_pretrained(tmp_path, max_shard_size=size.pop(before))
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size=size.popitem()[1])
+    )  # as it is beyond 50 GB
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+    assert furthest(SLQEncoder(tmp_path, device="cpu").encode(mixed), model.encode(mixed)) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
