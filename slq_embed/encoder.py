@@ -82,7 +82,7 @@ class SLQEncoder(SentenceTransformer):
                 "SLQEncoder came without a model. Give the folder or hub name of a saved SLQ model, or put latent queries on a "
                 "backbone with SLQEncoder.from_backbone."
             )
-        _require_torch(kwargs)
+        _require_supported(kwargs)
         self._replacement = (backbone,)  # a tuple, because nn.Module is not ready yet
         if isinstance(backbone, PreTrainedModel):
             kwargs.setdefault("device", str(backbone.device))
@@ -141,7 +141,7 @@ class SLQEncoder(SentenceTransformer):
         """
         require_form(form)
         require_text_limit(max_text_chars)
-        _require_torch(kwargs)
+        _require_supported(kwargs)
         loaded = load_or_share(backbone, processor, kwargs)
         query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = build_modules(
@@ -354,6 +354,11 @@ class SLQEncoder(SentenceTransformer):
         return CheckpointState(model_name_or_path)
 
 
-def _require_torch(arguments: Mapping[str, Any]) -> None:
+def _require_supported(arguments: Mapping[str, Any]) -> None:
     if (backend := arguments.get("backend", "torch")) != "torch":
         raise ValueError(f"backend is {backend!r}, but an SLQEncoder computes in torch only. Leave backend out.")
+    if config_kwargs := arguments.get("config_kwargs"):
+        raise ValueError(
+            f"config_kwargs is {config_kwargs}, but an SLQEncoder does not take it. Load the backbone with its changed configuration "
+            "by transformers, and pass the loaded model as backbone."
+        )

@@ -88,6 +88,14 @@ def test_another_backend_is_refused(checkpoint, build):
     assert build(folder, backend="torch").backend == "torch"
 
 
+@pytest.mark.parametrize("build", [SLQEncoder, SLQEncoder.from_backbone], ids=["load", "from_backbone"])
+def test_a_changed_configuration_is_not_dropped_without_a_word(build):
+    with pytest.raises(
+        ValueError, match=r"config_kwargs is {'hidden_size': 8}, but .* pass the loaded model as backbone"
+    ):
+        build(NOT_LOADED, config_kwargs={"hidden_size": 8})
+
+
 def test_no_model_is_refused():
     with pytest.raises(ValueError, match=r"without a model.*SLQEncoder\.from_backbone"):
         SLQEncoder()
