@@ -36,6 +36,7 @@ def work(job: dict[str, Any]) -> None:
         distributed_executor_backend="uni",
         **{"dtype": "float32", **job["settings"]},
     )
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == ("VLLM_USE_V2_MODEL_RUNNER" in os.environ)
     alone = [embed(llm, [chat])[0] for chat in chats]
     again = [embed(llm, [chat])[0] for chat in chats]
     np.save(job["vectors"], np.array([alone, again, embed(llm, chats)], np.float32))
@@ -70,11 +71,15 @@ def answer(values: dict[str, str]) -> None:
 
 
 def main() -> None:
+    from interpreted import interpret_if_asked, use_torch_for_bfloat16
+
+    interpret_if_asked()
     import vllm.entrypoints.llm
     import vllm.model_executor.models.registry as registry
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401 - here, and not in each copy
 
+    use_torch_for_bfloat16()
     registry._run_in_subprocess = lambda asked: asked()  # there is a process for each model as it is
     answer({})
     for line in sys.stdin:

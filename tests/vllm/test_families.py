@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from slq_embed.saving import export_vllm
 from slq_embed.serving import embed
 from tests.families import FAMILIES
 from tests.parts import PARTS, trained
+from tests.vllm import interpreted
 from tests.vllm.backbones import build, build_llava_that_begins_texts
 from tests.vllm.server import PYTHON, ROOT, SETTINGS
 
@@ -115,11 +117,17 @@ class Offline:
         return np.load(vectors).astype(np.float64)
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+@contextmanager
+def started(scratch: Path, **settings: str) -> Iterator[Offline]:
+    """That process, with settings of its environment."""
     assert PYTHON.exists(), f"There is no vLLM at {PYTHON}. Run make test-vllm, or set SLQ_VLLM_PYTHON."
-    scratch = tmp_path_factory.mktemp("offline")
-    environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": str(scratch / "cache")}
+    environment = {
+        **os.environ,
+        **SETTINGS,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(scratch / "cache"),
+        **settings,
+    }
     command = [str(PYTHON), str(ROOT / "tests" / "vllm" / "offline.py")]
     with (
         (scratch / "log.txt").open("w") as log,
@@ -145,6 +153,29 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
         answer()  # it is ready
         yield Offline(ask, scratch)
         jobs.close()
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    """vLLM as it is on a CPU."""
+    with started(tmp_path_factory.mktemp("offline")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def gpu_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    """vLLM with the runner that it has on a GPU."""
+    if subprocess.run([str(PYTHON), "-c", "import triton"], capture_output=True, check=False).returncode:
+        pytest.skip("vLLM's environment has no Triton, which its runner for GPUs needs")
+    with started(tmp_path_factory.mktemp("gpu"), **interpreted.SETTINGS) as process:
+        yield process
+
+
+@pytest.fixture(params=["offline", "gpu_runner"])
+def either(request: pytest.FixtureRequest) -> Offline:
+    """Both, one after the other."""
+    process: Offline = request.getfixturevalue(request.param)
+    return process
 
 
 def exported(name: str, folder: Path, **options: Any) -> tuple[SLQEncoder, Path]:
@@ -183,27 +214,27 @@ def test_each_family_is_in_one_list():
 
 
 @pytest.mark.parametrize("name", [*MOST_USED, *marked(OTHERS)])
-def test_the_vectors_are_ours(name: str, offline: Offline, tmp_path: Path):
+def test_the_vectors_are_ours(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path)
     inputs = inputs_of(encoder)
-    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
+    require_ours(name, encoder, inputs, either.embed(folder, inputs, **STEPS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MOST_USED, *OTHERS])
-def test_the_vectors_are_ours_with_prefix_caching(name: str, offline: Offline, tmp_path: Path):
+def test_the_vectors_are_ours_with_prefix_caching(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, pooling="last")
     inputs = inputs_of(encoder)
-    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **CACHING))
+    require_ours(name, encoder, inputs, either.embed(folder, inputs, **CACHING))
 
 
 @pytest.mark.parametrize(
     "name", [*MOST_USED[:4], *marked(sorted({*MOST_USED[4:], *OTHERS} - ADAPTER_REFUSED.keys() - {"gemma3n"}))]
 )
-def test_what_acts_inside_the_layers_does_so(name: str, offline: Offline, tmp_path: Path):
+def test_what_acts_inside_the_layers_does_so(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, **PARTS["all"])
     inputs = inputs_of(encoder)
-    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
+    require_ours(name, encoder, inputs, either.embed(folder, inputs, **STEPS))
 
 
 @pytest.mark.slow
@@ -246,22 +277,22 @@ def test_settings_with_which_vectors_would_be_wrong_are_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True], ids=["queries", "adapter"])
 @pytest.mark.parametrize("name", HALF)
-def test_linear_attention_is_served_in_bfloat16(name: str, adapter: bool, offline: Offline, tmp_path: Path):
+def test_linear_attention_is_served_in_bfloat16(name: str, adapter: bool, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, model_kwargs={"dtype": "bfloat16"}, query_adapter=adapter)
     inputs = [value for value in inputs_of(encoder) if value is not LONG]
     expected = embed(encoder, inputs, batch_size=1).astype(np.float64)
-    differences = distances(offline.embed(folder, inputs, dtype="bfloat16"), expected)
+    differences = distances(either.embed(folder, inputs, dtype="bfloat16"), expected)
     print(f"{name}, bfloat16: 1 - cosine {differences.max():.0e}")  # noqa: T201
     assert differences.max() < 1e-3, differences
 
 
 @pytest.mark.parametrize("name", ONE_IMAGE)
-def test_one_image_is_served_where_vllm_cuts_several_otherwise(name: str, offline: Offline, tmp_path: Path):
+def test_one_image_is_served_where_vllm_cuts_several_otherwise(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path)
     inputs = [*TEXTS, *inputs_with_images()]
-    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
+    require_ours(name, encoder, inputs, either.embed(folder, inputs, **STEPS))
     with pytest.raises(RuntimeError, match=r"At most 1 image\(s\) may be provided in one prompt"):
-        offline.embed(folder, inputs_with_two())
+        either.embed(folder, inputs_with_two())
 
 
 def test_a_token_that_the_processor_adds_at_the_start(offline: Offline, tmp_path: Path):
