@@ -7,7 +7,6 @@ from slq_embed.data.fashion_iq import FashionIQSet, load_fashion_iq
 from slq_embed.data.karr_bench import KARRBenchSet, load_karr_bench
 from slq_embed.data.mmeb import load_mmeb_eval, load_mmeb_train
 from slq_embed.data.pairs import (
-    DistinctImageBatchSampler,
     ImageTextPairs,
     from_coco,
     from_dataset,
@@ -16,6 +15,7 @@ from slq_embed.data.pairs import (
     from_records,
     retrieval_set,
 )
+from slq_embed.data.sampler import DistinctImageBatchSampler
 
 __all__ = [
     "CIRRSet",

@@ -9,7 +9,7 @@ import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
-from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from slq_embed.inputs import Skipped, read_image, report
-from slq_embed.inputs.columns import require_inputs
+from slq_embed.inputs.identity import identity
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,8 @@ FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("
 """Columns of a training set: an image, one of its captions, and the number of the image."""
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 _OPTIONS = ("limit", "strict", "verify")
+_REMEMBERED = 100_000
+"""Images of a stream that are compared with a new one: memory must not grow with the stream."""
 
 
 @dataclass
@@ -61,6 +62,7 @@ class _Record:
     name: str
     image: Any
     captions: tuple[Any, ...]
+    same: Any = None  # what equal images share
 
 
 def from_folder(folder: str | Path, captions: str | Path | None = None, **options: Any) -> ImageTextPairs:
@@ -93,14 +95,14 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
         splits = sorted({str(row.get("split")) for row in rows} - {"None"})
         rows = [row for row in rows if row.get("split") == split]
         _require_rows(rows, split, splits, file)
-    captions_by_name: dict[str, list[Any]] = {}
+    captions_of: dict[Path, list[Any]] = {}
     for row in rows:
         name = row.get("image") or row.get("file_name")
         if not name:
             raise ValueError(f"{file} has a row without 'image' or 'file_name': {reprlib.repr(row)}")
         value = row.get("captions", row.get("text", row.get("caption")))
-        captions_by_name.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-    return from_records(((name, folder / name, values) for name, values in captions_by_name.items()), **options)
+        captions_of.setdefault(Path(name), []).extend(value if isinstance(value, list) else [value])
+    return from_records(((str(name), folder / name, values) for name, values in captions_of.items()), **options)
 
 
 def _read_text(file: Path) -> str:
@@ -206,6 +208,9 @@ def from_dataset(
 ) -> ImageTextPairs:
     """Read any dataset with an image and a text column; a text may be a list of captions.
 
+    Rows with the same image, by its path, bytes or pixels, have one label. In a stream, an image is compared with the last
+    100,000 images.
+
     Args:
         dataset: A dataset. If it is streamed, the pairs are streamed too.
         image_column: The column of images.
@@ -214,9 +219,14 @@ def from_dataset(
 
     Raises:
         TypeError: If an option is unknown.
-        ValueError: If a column is missing.
+        ValueError: If it is no dataset, but a dict of splits or a table, or a column is missing.
     """
     _require_known(options)
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, but a Dataset is needed. Choose a split of a DatasetDict, such as "
+            'dataset["train"]; a DataFrame becomes one with datasets.Dataset.from_pandas.'
+        )
     for column in (image_column, text_column):
         if column not in (dataset.column_names or [column]):
             raise ValueError(f"The dataset has the columns {dataset.column_names}, but {column!r} is needed.")
@@ -232,7 +242,7 @@ def from_dataset(
 
     def generate() -> Iterator[dict[str, Any]]:
         pairs.skipped.clear()
-        yield from _good_rows(records(), pairs.skipped, **options)
+        yield from _good_rows(records(), pairs.skipped, remembered=_REMEMBERED, **options)
         if pairs.skipped:
             logger.warning("Streamed image-text pairs: %s", pairs.report())
 
@@ -241,12 +251,12 @@ def from_dataset(
 
 
 def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> ImageTextPairs:
-    """Build pairs from names, images and captions.
+    """Build pairs from names, images and captions. Records with the same image, by its path, bytes or pixels, have one label.
 
     Args:
         records: Name, image (path, bytes, PIL image, or what ``datasets`` gives undecoded) and captions (a str or
             several).
-        **options: ``limit``: the most images to read. ``strict``: raise an error at the first bad record instead of
+        **options: ``limit``: the most records to read. ``strict``: raise an error at the first bad record instead of
             skipping it. ``verify``: decode each image once now, so that a bad image does not stop the training later
             (the default).
 
@@ -286,6 +296,7 @@ def _good_rows(
     limit: int | None = None,
     strict: bool = False,
     verify: bool = True,
+    remembered: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, but at least 1 is needed. Leave it out to read all images.")
@@ -301,16 +312,17 @@ def _good_rows(
         try:
             if verify:
                 read_image(image)
+            return replace(record, same=identity(image)), None
         except ValueError as error:
             return record, str(error)
-        return record, None
 
     def skip(name: str, reason: str) -> None:
         if strict:
             raise ValueError(f"{name}: {reason}")
         skipped.append(Skipped(name, reason))
 
-    label = 0
+    labels: dict[Any, int] = {}
+    images = 0
     waiting = iter(records if limit is None else islice(records, limit))
     with ThreadPoolExecutor() as pool:
         while chunk := list(islice(waiting, 256)):  # bounded, so that a stream is never read ahead as a whole
@@ -324,9 +336,14 @@ def _good_rows(
                         skip(record.name, _caption_problem(caption, number))
                 if not record.captions:
                     skip(record.name, "no caption")
+                if not captions:
+                    continue
+                label = labels.setdefault(record.same, images)
+                images += label == images
+                if remembered is not None and len(labels) > remembered:
+                    del labels[next(iter(labels))]
                 for caption in captions:
                     yield {"image": _storable(record.image), "text": caption, "label": label}
-                label += bool(captions)
 
 
 def _caption_problem(caption: Any, number: int) -> str:
@@ -368,24 +385,3 @@ def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image]
     _, first_rows, image_of = np.unique(labels, return_index=True, return_inverse=True)
     images = [read_image(row["image"]) for row in dataset.select(first_rows)]
     return images, list(dataset["text"]), image_of.tolist()
-
-
-class DistinctImageBatchSampler(NoDuplicatesBatchSampler):
-    """Batches without two captions of one image: for losses to which every other row is a negative.
-
-    Pass the class as ``batch_sampler`` of ``SentenceTransformerTrainingArguments``. Its own
-    ``NO_DUPLICATES`` would decode every image to compare them; this compares the ``label`` column.
-
-    Raises:
-        ValueError: If the dataset has no column ``label``, or a column that the trainer would misread.
-    """
-
-    def __init__(self, dataset: Dataset, *args: Any, **kwargs: Any) -> None:
-        if "label" not in dataset.column_names:
-            raise ValueError(
-                f"The dataset has the columns {dataset.column_names}, but DistinctImageBatchSampler needs 'label': equal "
-                "numbers mark rows of one image. from_folder and from_dataset add it. Or leave the sampler out."
-            )
-        require_inputs(dataset)
-        # Renamed, because the host drops label columns before it compares.
-        super().__init__(dataset.select_columns("label").rename_column("label", "image"), *args, **kwargs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from slq_embed.encoding.stream import collect, stream
 from slq_embed.index.faiss_index import FaissIndex
 from slq_embed.inputs import Skipped
 from slq_embed.inputs.columns import require_inputs
+from slq_embed.inputs.identity import identity
 from slq_embed.training.read_rows import ReadRows
 
 if TYPE_CHECKING:
@@ -179,24 +179,13 @@ def _values(dataset: Dataset, column: str, rows: Sequence[int] | NDArray[np.int6
         yield from stored[[int(row) for row in numbers[start : start + _ROWS_A_READ]]][column].to_pylist()
 
 
-def _identity(value: Any) -> Any:
-    """What equal values share: a text, a path, a digest of an image's bytes."""
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).digest()
-    if isinstance(value, Mapping):
-        if set(value) == {"bytes", "path"} and value["bytes"] is not None:
-            return _identity(value["bytes"])  # its path is only a name
-        return tuple((key, _identity(part)) for key, part in sorted(value.items()))
-    return value
-
-
 def _distinct(dataset: Dataset, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The first row of each distinct value, and for each row which of them it holds."""
     numbers: dict[Any, int] = {}
     first: list[int] = []
     of: list[int] = []
     for row, value in enumerate(_values(dataset, column)):
-        number = numbers.setdefault(_identity(value), len(numbers))
+        number = numbers.setdefault(identity(value), len(numbers))
         if number == len(first):
             first.append(row)
         of.append(number)

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -214,6 +214,34 @@ def test_any_dataset_with_an_image_and_a_text_column(any_dataset):
     assert [record.name for record in pairs.skipped] == ["row 1"]
     with pytest.raises(ValueError, match="'caption' is needed"):
         from_dataset(any_dataset, "photo", "caption")
+
+
+def test_rows_with_one_image_have_one_label(folder, monkeypatch):
+    """Many datasets have a row for each caption. With labels of their own, captions of an image would be each other's negatives."""
+    names = ["a.png", "b.png", "a.png", "c.png", "a.png"]
+    said = Dataset.from_dict({"image": [str(folder / name) for name in names], "text": list("vwxyz")})
+    files, labels = said.cast_column("image", ImageFeature()), [0, 1, 0, 2, 0]
+    read = [{"image": (folder / name).read_bytes(), "text": "x"} for name in names]
+    for rows in (said, files, Dataset.from_list(read), said.to_iterable_dataset(), files.with_format("torch")):
+        assert [row["label"] for row in from_dataset(rows, verify=False).dataset] == labels
+    opened = [Image.open(folder / name) for name in names]
+    for images in (opened, [np.asarray(image) for image in opened], [folder / name for name in names]):
+        pairs = from_records(zip(names, images, "vwxyz", strict=True))
+        assert pairs.dataset["label"][:] == labels
+        assert retrieval_set(pairs)[2] == labels
+        assert from_dataset(pairs.dataset).dataset["label"][:] == labels
+    lines(folder, *({"image": name, "text": "x"} for name in ("a.png", "b.png", "./a.png")))
+    assert from_folder(folder).dataset["label"][:] == [0, 0, 1]
+    monkeypatch.setattr("slq_embed.data.pairs._REMEMBERED", 1)
+    assert [row["label"] for row in from_dataset(said.to_iterable_dataset()).dataset] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "other", [DatasetDict({"train": Dataset.from_dict({"image": [], "text": []})}), [{"text": "x"}]]
+)
+def test_what_is_no_dataset_is_named(other):
+    with pytest.raises(ValueError, match=rf"dataset is a {type(other).__name__}, but a Dataset is needed.*from_pandas"):
+        from_dataset(other)
 
 
 def test_a_streamed_dataset_stays_streamed(any_dataset):
