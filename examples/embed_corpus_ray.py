@@ -44,7 +44,7 @@ try:
 except ImportError:  # --help works without it
     ray = None
 
-IMAGES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"]
+IMAGES = ["avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpeg", "jpg", "png", "tif", "tiff", "webp"]
 
 
 @dataclass

@@ -9,15 +9,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from slq_embed.inputs.images import shortened
+from slq_embed.inputs.images import IMAGE_SUFFIXES, shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import is_one_input, require_list
 
 Metadata = Mapping[str, Any]
 
 _MISSING = object()
-
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -28,7 +26,7 @@ def image_files(folder: str | Path) -> list[Path]:
     """
     if not Path(folder).is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}. Check the path.")
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
+    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def default_id(value: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from slq_embed.inputs.images import IMAGE_SUFFIXES
+
 LABELS = ("label", "labels", "score", "scores")  # columns that the host does not encode
 
 _TEXTS = ("string", "large_string")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _FIRST = 4
 
 
@@ -49,4 +50,4 @@ def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
 def _names_images(dataset: Any, column: str) -> bool:
     """Whether the first texts of a column, if they are there at once, all end as names of image files do."""
     values = list(dataset.select_columns(column)[:_FIRST][column]) if hasattr(dataset, "__len__") else []
-    return bool(values) and all(isinstance(value, str) and value.lower().endswith(_IMAGE_SUFFIXES) for value in values)
+    return bool(values) and all(isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES) for value in values)

@@ -15,6 +15,22 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from slq_embed.inputs.pdf import PdfPage
 
+IMAGE_SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+"""How names of image files end. Also of those that Pillow may lack a plugin for: such a file is to be listed as unreadable."""
 MAX_DECODED_PIXELS = 16_000_000
 """Larger images are reduced when they are decoded; no vision tower reads more."""
 MAX_SOURCE_PIXELS = 178_956_970

@@ -225,7 +225,7 @@ def read_row(value: Any) -> Row:
     raise ValueError(
         f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, an array, a pathlib.Path of an image, or a "
         'dict such as {"image": image, "text": text}, {"images": [first, second]} or {"video": frames}. The bytes of an '
-        'image file are {"image": data}; of an open file, {"image": file.read()}.'
+        'image file are {"image": data}; of an open file, {"image": file.read()}. Several inputs are a list: list(values).'
     )
 
 

@@ -184,3 +184,12 @@ def test_one_id_is_deleted_in_the_form_in_which_it_was_given(given, left):
     index.add_embeddings(vectors(4), [2, Path("a/b"), "c", "d"])
     assert index.delete(given) == 4 - len(left)
     assert sorted(index.ids()) == left
+
+
+def test_photos_that_pillow_cannot_read_are_named(model, tmp_path):
+    """Phones write HEIC. Such a photo must not be left out without a word."""
+    (tmp_path / "phone.HEIC").write_bytes(b"ftypheic")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [row.name for row in EmbeddingIndex(model).add(image_files(tmp_path))] == [
+        f"input 0 ({tmp_path}/phone.HEIC)"
+    ]
