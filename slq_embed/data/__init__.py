@@ -1,5 +1,10 @@
 """Image-text pairs to train on, and benchmarks as they are published."""
 
+try:
+    import datasets  # noqa: F401
+except ImportError as error:
+    raise ImportError("slq_embed.data needs datasets. Install it: pip install 'slq-embed[train]'.") from error
+
 from slq_embed.data.caption_sets import RetrievalSet, load_coco, load_flickr30k
 from slq_embed.data.cirr import CIRRSet, load_cirr
 from slq_embed.data.concatenate import concatenate_pairs

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import Image
 
+import slq_embed.data
 from slq_embed.data import (
     DistinctImageBatchSampler,
     ImageTextPairs,
@@ -303,3 +306,9 @@ def test_sets_without_labels_are_refused():
     unlabelled = ImageTextPairs(Dataset.from_dict({"image": ["a"], "text": ["b"]}))
     with pytest.raises(ValueError, match="Set 0 of 1 is streamed or has no labels"):
         concatenate_pairs([unlabelled])
+
+
+def test_without_datasets_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs datasets. Install it: pip install 'slq-embed\[train\]'"):
+        importlib.reload(slq_embed.data)
