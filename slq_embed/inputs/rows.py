@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from slq_embed.inputs.images import decode, pixels, read_file, read_image
+from slq_embed.inputs.images import IMAGE_SUFFIXES, decode, pixels, read_file, read_image
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.videos import Video, read_limit, read_videos
+
+logger = logging.getLogger(__name__)
 
 _ONE_INPUT = (str, Path, Mapping, Image.Image, PdfPage, torch.Tensor)
 _NO_INPUT = (bytes, bytearray, io.BufferedIOBase)  # a file's content: an input only in a dict, and never a list
@@ -215,6 +218,8 @@ def read_row(value: Any) -> Row:
     if isinstance(value, Row):
         return value
     if isinstance(value, str):
+        if value.lower().endswith(IMAGE_SUFFIXES):
+            _warn_of_a_path(value.lower().rpartition(".")[2])
         return Row(text=_unicode(value))
     if isinstance(value, Mapping):
         return _read_dict(value)
@@ -226,6 +231,15 @@ def read_row(value: Any) -> Row:
         f"An input is a {type(value).__name__}. Pass a str (text), a PIL image, an array, a pathlib.Path of an image, or a "
         'dict such as {"image": image, "text": text}, {"images": [first, second]} or {"video": frames}. The bytes of an '
         'image file are {"image": data}; of an open file, {"image": file.read()}. Several inputs are a list: list(values).'
+    )
+
+
+@cache  # once for each ending
+def _warn_of_a_path(suffix: str) -> None:
+    logger.warning(
+        "A str that ends in .%s was read as a text, as every str is. For the image, pass pathlib.Path(name) or "
+        '{"image": name}; for the text, {"text": string} says so.',
+        suffix,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slq_embed.inputs.rows import Skipped, read_row, report
+from slq_embed.inputs.rows import Skipped, _warn_of_a_path, read_row, report
 
 RED = Image.new("RGB", (8, 6), "red")
 FRAMES = np.zeros((3, 6, 8, 3), np.uint8)
@@ -27,6 +27,16 @@ def test_rows_are_texts_images_or_both(tmp_path):
     kinds = [part["type"] for part in both.messages("p")[1]["content"]]
     assert kinds == ["image", "text"]
     assert both.messages("p")[0]["role"] == "system"
+
+
+def test_a_str_that_looks_like_an_image_file_is_named_once(caplog):
+    """Plain Sentence Transformers would open it: who comes from there would get the embedding of the name without a word."""
+    _warn_of_a_path.cache_clear()
+    for value in ("photos/A.PNG", "b.png", {"text": "c.jpg"}, Path("d.jpg"), "what is a .png file?"):
+        read_row(value)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "A str that ends in .png was read as a text"
+    ]
 
 
 @pytest.mark.parametrize(
