@@ -98,6 +98,8 @@ def encode_to_file(
         raise ValueError(
             f"inputs is a {type(inputs).__name__}, but a list is needed, so that a run can go on. Pass list(inputs)."
         )
+    if hasattr(inputs, "iloc"):  # of a pandas Series, [0] is the row with the label 0, and not the first one
+        inputs = list(inputs)
     if path.suffix != ".npy":
         raise ValueError(f"The file is {str(path)!r}, but a name that ends in .npy is needed.")
     if dtype not in _DTYPES:

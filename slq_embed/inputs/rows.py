@@ -71,9 +71,10 @@ def require_list(inputs: Any, name: str = "inputs") -> None:
         name: Its name.
 
     Raises:
-        ValueError: If it is one input, whose characters or keys would be taken for inputs, or is no list of any kind.
+        ValueError: If it is one input, whose characters or keys would be taken for inputs, a table, or no list of any kind.
     """
     listed = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
+    listed = listed and getattr(inputs, "ndim", 1) == 1  # going through a DataFrame gives the names of its columns
     if is_one_input(inputs) or isinstance(inputs, _NO_INPUT) or not listed:
         hint = ' The bytes of an image file are {"image": data}.' if isinstance(inputs, _NO_INPUT) else ""
         kind = "chat" if isinstance(inputs, list) else type(inputs).__name__

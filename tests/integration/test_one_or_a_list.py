@@ -74,6 +74,19 @@ def test_anything_that_is_gone_through_is_a_list(model):
     assert sorted(batch.indices) == [0, 1]
 
 
+def test_a_column_of_a_shuffled_table_keeps_its_order(model, tmp_path):
+    """The [0] of a pandas Series is the row with the label 0, wherever it stands."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": ["a circle", "two stars", "a square"]}).iloc[[2, 0, 1]]
+    expected = model.encode(list(table["text"]))
+    assert np.abs(model.encode_to_file(table["text"], tmp_path / "e.npy").embeddings - expected).max() < 1e-6
+    (batch,) = model.encode_stream(table["text"])
+    assert np.abs(batch.embeddings.numpy() - expected[batch.indices]).max() < 1e-6
+    for way in WAYS.values():
+        with pytest.raises(ValueError, match="is a DataFrame, but a list is needed"):
+            way(model, table, tmp_path)
+
+
 @pytest.mark.parametrize(
     "way",
     [
