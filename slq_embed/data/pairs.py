@@ -89,7 +89,7 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
             "Write one, or pass captions=..., relative to the folder."
         )
     text = _read_text(file)
-    rows = list(csv.DictReader(io.StringIO(text))) if file.suffix == ".csv" else _json_lines(text, file)
+    rows = _csv_rows(text, file) if file.suffix == ".csv" else _json_lines(text, file)
     split = options.pop("split", None)
     if split is not None:
         splits = sorted({str(row.get("split")) for row in rows} - {"None"})
@@ -110,6 +110,16 @@ def _read_text(file: Path) -> str:
         return file.read_text("utf-8-sig")  # Excel begins a CSV file with a mark that would be part of the first name
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _csv_rows(text: str, file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[Any, Any]] = list(csv.DictReader(io.StringIO(text)))
+    if (longer := next((row for row in rows if None in row), None)) is not None:  # its caption would end at the comma
+        raise ValueError(
+            f"{file} has a row of more values than there are columns: {reprlib.repr(longer)}. Put a caption with a comma into "
+            "quotes."
+        )
+    return rows
 
 
 def _json_lines(text: str, file: Path) -> list[dict[str, Any]]:

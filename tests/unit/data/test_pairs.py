@@ -117,6 +117,16 @@ def test_a_csv_file_may_begin_with_a_mark_and_a_caption_may_hold_a_line_separato
     assert from_folder(folder).dataset["text"][:] == ["one\u2028two"]
 
 
+def test_a_caption_with_a_comma_is_not_cut_at_the_comma(folder):
+    (folder / "captions.csv").write_text(',image,text\n0,a.png,"a dog, running"\n')  # as pandas writes it
+    assert from_folder(folder).dataset["text"][:] == ["a dog, running"]
+    (folder / "captions.csv").write_text("image,text\na.png,a dog, running\n")
+    with pytest.raises(
+        ValueError, match=r"captions\.csv has a row of more values.*Put a caption with a comma into quotes"
+    ):
+        from_folder(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
