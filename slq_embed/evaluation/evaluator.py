@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
@@ -65,10 +65,14 @@ class Evaluator(SentenceEvaluator, ABC):
 
 
 def _append(path: Path, row: dict[str, float]) -> None:
+    """Add a row. The columns of an earlier one may be others: MMEB's are its tasks, KARR-Bench's its categories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf8") as file:
+            rows = list(csv.DictReader(file))
+    rows.append(row)
+    with path.open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)))
+        writer.writeheader()
+        writer.writerows(rows)

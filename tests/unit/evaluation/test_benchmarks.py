@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,19 @@ def test_mmeb_counts_the_first_candidate_among_the_rows_own():
     assert evaluator.primary_metric == "mmeb_mean"
     model.rows = {key: [np.nan] for key in model.rows}
     assert MMEBEvaluator(tasks)(model)["mean"] == 0
+
+
+def test_each_number_is_below_its_name_where_the_columns_differ(tmp_path):
+    """Tasks that are measured one after the other have one file. Its first row was of another task."""
+    model, tasks = mmeb_tasks()
+    for names in (["GQA"], ["VOC2007"], ["VOC2007", "GQA"]):
+        MMEBEvaluator({name: tasks[name] for name in names})(model, str(tmp_path), epoch=len(names))
+    with (tmp_path / "mmeb_results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "1", "2"]
+    assert [row["GQA_precision@1"] for row in rows] == ["1.0", "", "1.0"]
+    assert [row["VOC2007_precision@1"] for row in rows] == ["", "0.0", "0.0"]
+    assert [row["mean"] for row in rows] == ["1.0", "0.0", "0.5"]
 
 
 def test_mmeb_has_36_tasks_and_means_over_tasks():
