@@ -116,7 +116,8 @@ def order_own(
     """
     orders = []
     for query, row in zip(queries.float(), own, strict=True):
-        scores = candidates[torch.as_tensor(row, dtype=torch.long, device=candidates.device)].float() @ query
+        rows = candidates[torch.as_tensor(row, dtype=torch.long, device=candidates.device)].float()
+        scores = (rows * query).sum(dim=1)  # not a matrix product: it may round the same row in two ways
         order = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True, stable=True).indices
         orders.append(order[~scores[order].isnan()].tolist())
     return orders

@@ -42,6 +42,16 @@ def test_a_score_that_is_no_number_is_no_hit():
     assert order_own(torch.ones(1, 2), candidates, [[1, 0, 2]]) == [[2, 1]]
 
 
+@pytest.mark.parametrize("count", [2, 5, 6, 10, 21])
+def test_a_candidate_that_comes_twice_ranks_where_it_comes_first(count):
+    """MMEB lists some answers twice. A matrix product rounds the last rows in another way than the others."""
+    generator = torch.Generator().manual_seed(2)
+    queries, candidates = (torch.randn(n, 896, generator=generator) for n in (50, count))
+    own = [[n % count, *range(count)] for n in range(50)]
+    orders = order_own(queries, candidates, own)
+    assert all(order.index(0) < order.index(1 + row[0]) for order, row in zip(orders, own, strict=True))
+
+
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 @pytest.mark.parametrize("k", [1, 5, 31, 40])
 def test_the_top_k_equals_a_stable_sort_whatever_the_block(block, k):
