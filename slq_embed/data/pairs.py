@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
+from slq_embed.data.parts import dataset_of
 from slq_embed.inputs import Skipped, read_image, report
 from slq_embed.inputs.identity import identity
 
@@ -265,7 +266,7 @@ def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> Ima
 
     Args:
         records: Name, image (path, bytes, PIL image, or what ``datasets`` gives undecoded) and captions (a str or
-            several).
+            several). Images that are no paths are held in memory, once a caption.
         **options: ``limit``: the most records to read. ``strict``: raise an error at the first bad record instead of
             skipping it. ``verify``: decode each image once now, so that a bad image does not stop the training later
             (the default).
@@ -279,14 +280,14 @@ def from_records(records: Iterable[tuple[str, Any, Any]], **options: Any) -> Ima
     """
     _require_known(options)
     skipped: list[Skipped] = []
-    rows = list(_good_rows(records, skipped, **options))
-    pairs = ImageTextPairs(Dataset.from_list(rows, features=FEATURES if rows else None), skipped)
-    if not rows:
+    dataset = dataset_of(_good_rows(records, skipped, **options), FEATURES)
+    if dataset is None:
         raise ValueError(
-            f"No image-text pair is left: {pairs.report()}."
+            f"No image-text pair is left: {report(skipped)}."
             if skipped
             else "There are no records, but at least one image with a caption is needed."
         )
+    pairs = ImageTextPairs(dataset, skipped)
     if skipped:
         logger.warning("Image-text pairs: %s", pairs.report())
     return pairs
@@ -318,11 +319,11 @@ def _good_rows(
                 '("cat", Path("cat.jpg"), ["a cat"]).'
             )
         name, image, captions = values
-        record = _Record(name, image, tuple(captions) if isinstance(captions, list | tuple) else (captions,))
+        record = _Record(name, None, tuple(captions) if isinstance(captions, list | tuple) else (captions,))
         try:
             if verify:
                 read_image(image)
-            return replace(record, same=identity(image)), None
+            return replace(record, image=_stored(image), same=identity(image)), None
         except ValueError as error:
             return record, str(error)
 
@@ -353,7 +354,7 @@ def _good_rows(
                 if remembered is not None and len(labels) > remembered:
                     del labels[next(iter(labels))]
                 for caption in captions:
-                    yield {"image": _storable(record.image), "text": caption, "label": label}
+                    yield {"image": record.image, "text": caption, "label": label}
 
 
 def _caption_problem(caption: Any, number: int) -> str:
@@ -364,8 +365,11 @@ def _caption_problem(caption: Any, number: int) -> str:
     return f"caption {number} is a {type(caption).__name__}, but a str is needed"
 
 
-def _storable(image: Any) -> Any:
-    return str(image) if isinstance(image, Path) else {"bytes": image} if isinstance(image, bytes) else image
+def _stored(image: Any) -> dict[str, Any]:
+    """As ``datasets`` stores it; a picture is compressed, once for all its captions."""
+    known = isinstance(image, str | Path | bytes | bytearray | Mapping | PILImage.Image)
+    stored: dict[str, Any] = FEATURES["image"].encode_example(image if known else read_image(image))
+    return stored
 
 
 def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image], list[str], list[int]]:

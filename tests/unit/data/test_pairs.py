@@ -257,6 +257,22 @@ def test_what_is_no_dataset_is_named(other):
         from_dataset(other)
 
 
+def test_images_in_memory_may_be_more_than_arrow_takes_at_once(folder, monkeypatch):
+    """It takes 2 GiB, and fails after all was read. Here, 1 byte is too much for one part."""
+    sizes = []
+    build = Dataset.from_list
+    monkeypatch.setattr(
+        Dataset, "from_list", lambda rows, features: (sizes.append(len(rows)), build(rows, features))[1]
+    )
+    records = [(name, (folder / name).read_bytes(), ["x", "y"]) for name in ("a.png", "b.png")]
+    whole = from_records(records)
+    monkeypatch.setattr("slq_embed.data.parts._PART_BYTES", 1)
+    parts = from_records(records)
+    assert sizes == [4, 1, 1, 1, 1]
+    assert parts.dataset.features == whole.dataset.features
+    assert parts.dataset[:] == whole.dataset[:]
+
+
 def test_a_streamed_dataset_stays_streamed(any_dataset):
     pairs = from_dataset(any_dataset.to_iterable_dataset(), "photo", "said")
     for _ in range(2):

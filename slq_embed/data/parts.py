@@ -1,0 +1,37 @@
+"""A dataset of images that were read into memory, however many bytes they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from datasets import Dataset, Features, concatenate_datasets
+
+_PART_BYTES = 2**28
+
+
+def dataset_of(rows: Iterable[dict[str, Any]], features: Features) -> Dataset | None:
+    """Build a dataset in parts: Arrow takes no more than 2 GiB of images in one.
+
+    Args:
+        rows: Rows with an ``image`` as ``datasets`` stores it: a dict of ``bytes`` and ``path``.
+        features: Their columns.
+
+    Returns:
+        The dataset; ``None`` if there are no rows.
+    """
+    parts = [Dataset.from_list(part, features) for part in _parts(rows)]
+    return concatenate_datasets(parts) if parts else None
+
+
+def _parts(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    part: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += len(row["image"]["bytes"] or b"")
+        if size >= _PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
