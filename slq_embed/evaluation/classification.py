@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class ZeroShotClassificationEvaluator(Evaluator):
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
         require_images(images)
-        if len(images) != len(labels) or not images or not set(labels) <= set(range(len(class_names))):
+        labels = [operator.index(label) for label in labels]
+        if len(images) != len(labels) or not labels or not set(labels) <= set(range(len(class_names))):
             raise ValueError(
                 f"There are {len(images)} images, {len(labels)} labels from {min(labels, default=None)} to "
                 f"{max(labels, default=None)}, and {len(class_names)} classes. Pass for each image the index of its "
@@ -56,7 +58,7 @@ class ZeroShotClassificationEvaluator(Evaluator):
             )
         if isinstance(templates, str) or not templates or any("{}" not in template for template in templates):
             raise ValueError(f"templates is {templates!r}, but a list of texts with {{}} for the name is needed.")
-        self.images, self.labels = list(images), torch.tensor(list(labels))
+        self.images, self.labels = list(images), torch.tensor(labels)
         self.class_names, self.templates = list(class_names), list(templates)
 
     def measure(self, model: SentenceTransformer) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +23,12 @@ def _require_equal(counts: dict[str, int]) -> None:
         raise ValueError(f"Each query needs one of each, but there are other numbers ({numbers}).")
 
 
-def _require_indices(name: str, indices: Sequence[int], count: int) -> None:
-    if bad := [index for index in indices if not 0 <= index < count]:
+def _indices(name: str, indices: Sequence[int], count: int) -> list[int]:
+    """Indices of images, of any integer type, as int."""
+    numbers = [operator.index(index) for index in indices]
+    if bad := [number for number in numbers if not 0 <= number < count]:
         raise ValueError(f"{name} holds {bad[0]}, but there are {count} images: pass indices from 0 to {count - 1}.")
+    return numbers
 
 
 class CIRREvaluator(Evaluator):
@@ -67,17 +71,16 @@ class CIRREvaluator(Evaluator):
         require_images(images)
         lists = {"references": references, "texts": texts, "targets": targets, "subsets": subsets, "pair_ids": pair_ids}
         _require_equal({name: len(values) for name, values in lists.items() if values is not None})
-        _require_indices("references", references, len(images))
-        _require_indices("targets", targets or (), len(images))
-        _require_indices("subsets", [index for subset in subsets or () for index in subset], len(images))
         if names is not None and len(names) != len(images):
             raise ValueError(f"There are {len(names)} names, but {len(images)} images. Pass one name an image.")
-        self.images, self.references, self.texts, self.targets = list(images), list(references), list(texts), targets
+        self.images, self.texts = list(images), list(texts)
+        self.references = _indices("references", references, len(images))
+        self.targets = None if targets is None else _indices("targets", targets, len(images))
         self.subsets = None
         if subsets is not None:
             self.subsets = [
-                [index for index in subset if index != reference]
-                for subset, reference in zip(subsets, references, strict=True)
+                [index for index in _indices("subsets", subset, len(images)) if index != reference]
+                for subset, reference in zip(subsets, self.references, strict=True)
             ]
         self.names, self.pair_ids = names, pair_ids
 
@@ -192,15 +195,17 @@ class FashionIQEvaluator(Evaluator):
         lists = {"references": references, "captions": captions, "targets": targets, "categories": categories}
         _require_equal({name: len(values) for name, values in lists.items()})
         _require_equal({"images": len(images), "image_categories": len(image_categories)})
-        _require_indices("references", references, len(images))
-        _require_indices("targets", targets, len(images))
-        for number, (target, category) in enumerate(zip(targets, categories, strict=True)):
+        for number, both in enumerate(captions):
+            if isinstance(both, str) or len(both) != 2:
+                raise ValueError(f"Query {number} has the captions {both!r}, but a list of two is needed.")
+        self.references = _indices("references", references, len(images))
+        self.targets = _indices("targets", targets, len(images))
+        for number, (target, category) in enumerate(zip(self.targets, categories, strict=True)):
             if image_categories[target] != category:
                 raise ValueError(
                     f"Query {number} is of the category {category!r}, but its target of {image_categories[target]!r}."
                 )
         self.images, self.image_categories = list(images), list(image_categories)
-        self.references, self.targets = list(references), list(targets)
         self.captions, self.categories = [list(both) for both in captions], list(categories)
 
     def measure(self, model: SentenceTransformer) -> dict[str, float]:

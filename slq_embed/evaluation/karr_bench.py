@@ -42,7 +42,7 @@ class KARRBenchEvaluator(Evaluator):
         super().__init__(EvaluatorOptions(**options))
         require_images(images)
         counts = {len(images), len(texts), len(images if categories is None else categories)}
-        if len(counts) > 1 or not images:
+        if len(counts) > 1 or 0 in counts:
             raise ValueError(
                 f"There are {len(images)} images, {len(texts)} texts and "
                 f"{'no' if categories is None else len(categories)} categories, but each image needs one text, and one "

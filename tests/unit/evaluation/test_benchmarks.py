@@ -134,6 +134,20 @@ def test_cirr_refuses_lists_that_do_not_fit(cirr, change, message):
         CIRREvaluator(**cirr[1] | change)
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_indices_and_labels_may_be_arrays_and_tensors(cirr, fashion, kind):
+    model, data = cirr
+    data["subsets"] = [[0, 40, 2, 1, 30], [59, 7, 5, 6, 58]]
+    lists = {name: kind(data[name]) for name in ("references", "targets", "subsets")}
+    assert CIRREvaluator(**data | lists)(model) == CIRREvaluator(**data)(model)
+    model, data = fashion
+    lists = {name: kind(data[name]) for name in ("references", "targets")}
+    assert FashionIQEvaluator(**data | lists)(model) == FashionIQEvaluator(**data)(model)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    assert ZeroShotClassificationEvaluator(images, kind([0, 1, 0]), ["x", "y"]).labels.tolist() == [0, 1, 0]
+    assert len(KARRBenchEvaluator(images, np.array(["a", "b", "c"])).texts) == 3
+
+
 @pytest.fixture
 def fashion():
     """Sixty dresses and sixty shirts on a line, two queries for dresses and one for shirts."""
@@ -173,6 +187,8 @@ def test_fashion_iq_refuses_lists_that_do_not_fit(fashion):
         FashionIQEvaluator(**data | {"targets": [9, 49, 9]})
     with pytest.raises(ValueError, match=r"images: 120, image_categories: 1"):
         FashionIQEvaluator(**data | {"image_categories": ["dress"]})
+    with pytest.raises(ValueError, match="Query 1 has the captions 'no', but a list of two is needed"):
+        FashionIQEvaluator(**data | {"captions": [["new", "old"], "no", ["a", "b"]]})
     with pytest.raises(ValueError, match="references holds 120"):
         FashionIQEvaluator(**data | {"references": [3, 4, 120]})
 
