@@ -18,7 +18,7 @@ def concatenate_pairs(parts: Sequence[ImageTextPairs]) -> ImageTextPairs:
         parts: Pairs with the columns ``image``, ``text`` and ``label``, not streamed.
 
     Raises:
-        ValueError: If there is no set, one is streamed, or one has no labels.
+        ValueError: If there is no set, or one is streamed, has no labels, or has a transform.
     """
     datasets, skipped, first = [], [], 0
     for number, pairs in enumerate(parts):
@@ -26,6 +26,11 @@ def concatenate_pairs(parts: Sequence[ImageTextPairs]) -> ImageTextPairs:
         if not isinstance(rows, Dataset) or "label" not in rows.column_names:
             raise ValueError(
                 f"Set {number} of {len(parts)} is streamed or has no labels. Read it with from_folder or from_dataset."
+            )
+        if rows.format["type"] == "custom":
+            raise ValueError(
+                f"Set {number} of {len(parts)} has a transform, as mine_negatives gives it, which would be lost: its rows "
+                "would be numbers. Concatenate first, and mine then."
             )
         labels = [label + first for label in rows["label"]]
         feature, order = rows.features["label"], rows.column_names
