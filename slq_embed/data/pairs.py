@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
-from slq_embed.data.parts import dataset_of
+from slq_embed.data.storage import dataset_of, stored_image
 from slq_embed.inputs import Skipped, read_image, report
 from slq_embed.inputs.identity import identity
 
@@ -323,7 +323,7 @@ def _good_rows(
         try:
             if verify:
                 read_image(image)
-            return replace(record, image=_stored(image), same=identity(image)), None
+            return replace(record, image=stored_image(image), same=identity(image)), None
         except ValueError as error:
             return record, str(error)
 
@@ -363,13 +363,6 @@ def _caption_problem(caption: Any, number: int) -> str:
     if isinstance(caption, str):
         return f"caption {number} is empty"
     return f"caption {number} is a {type(caption).__name__}, but a str is needed"
-
-
-def _stored(image: Any) -> dict[str, Any]:
-    """As ``datasets`` stores it; a picture is compressed, once for all its captions."""
-    known = isinstance(image, str | Path | bytes | bytearray | Mapping | PILImage.Image)
-    stored: dict[str, Any] = FEATURES["image"].encode_example(image if known else read_image(image))
-    return stored
 
 
 def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image], list[str], list[int]]:

@@ -266,7 +266,7 @@ def test_images_in_memory_may_be_more_than_arrow_takes_at_once(folder, monkeypat
     )
     records = [(name, (folder / name).read_bytes(), ["x", "y"]) for name in ("a.png", "b.png")]
     whole = from_records(records)
-    monkeypatch.setattr("slq_embed.data.parts._PART_BYTES", 1)
+    monkeypatch.setattr("slq_embed.data.storage._PART_BYTES", 1)
     parts = from_records(records)
     assert sizes == [4, 1, 1, 1, 1]
     assert parts.dataset.features == whole.dataset.features
