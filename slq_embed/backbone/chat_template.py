@@ -300,27 +300,22 @@ def _refusal(condition: str, message: str) -> str:
     return f"{{%- if {condition} -%}}{{{{ raise_exception({json.dumps(message)}) }}}}{{%- endif -%}}"
 
 
+def shows_system(processor: Any) -> bool:
+    """Whether a processor's own chat template has a place for a system message."""
+    with suppress(Exception):  # of a template that knows no system role
+        return _render(processor, _TEXT, 0, 0, True).count("\ue000") == 4
+    return False
+
+
 def _render_turn(processor: Any, text: str, images: int, videos: int, system: bool) -> str:
     expected = (_TEXT in text) + system
-
-    def render(text: str, system: bool) -> str:
-        content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "video"}] * videos
-        if text:
-            content.append({"type": "text", "text": text})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]})
-        if tokenizer_of(processor) is processor:  # templates of text models expect strings
-            messages = [{"role": message["role"], "content": message["content"][0]["text"]} for message in messages]
-        return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
     if system:
         with suppress(Exception):  # of a template that knows no system role
-            if (rendered := render(text, True)).count("\ue000") == 2 * expected:
+            if (rendered := _render(processor, text, images, videos, True)).count("\ue000") == 2 * expected:
                 return rendered
         text = f"{_SYSTEM}\n\n{text}"
     try:
-        rendered = render(text, False)
+        rendered = _render(processor, text, images, videos, False)
     except Exception as error:
         raise ValueError(
             f"The chat template of {type(processor).__name__} cannot render a user turn: {error}. "
@@ -332,3 +327,20 @@ def _render_turn(processor: Any, text: str, images: int, videos: int, system: bo
             "Give a processor whose template shows every message as it is."
         )
     return rendered
+
+
+def _render(processor: Any, text: str, images: int, videos: int, system: bool) -> str:
+    content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "video"}] * videos
+    if text:
+        content.append({"type": "text", "text": text})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]})
+    if tokenizer_of(processor) is processor:
+        messages = as_strings(messages)
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def as_strings(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates of text models expect them: each with its one text in place of a list of parts."""
+    return [{"role": message["role"], "content": message["content"][0]["text"]} for message in messages]

@@ -30,8 +30,8 @@ def answer(
         model: The encoder. Its queries take no part.
         question: The question. It follows the retrieved inputs in one user turn.
         retrieved: One text, image, or dict of both, or a list, most relevant first; see
-            :func:`slq_embed.inputs.rows.read_row`.
-        prompt: A system message.
+            :func:`slq_embed.inputs.rows.read_row`. Texts are cut as for embedding, the question is not.
+        prompt: A system message. A chat template without a system role gets it before the user turn's text.
         max_new_tokens: Longest answer, in tokens.
         processor: The backbone's own; as for :func:`slq_embed.generation.build_reranker`.
         **generate_kwargs: For ``generate``, such as ``do_sample=False``; by default the backbone's generation
@@ -48,10 +48,10 @@ def answer(
     inputs = [retrieved] if model.is_singular_input(retrieved) else list(retrieved)
     pieces: list[Row | str] = []
     for index, value in enumerate(inputs):
-        row = read_named(value, f"Retrieved {index} of {len(inputs)}")
+        row = read_named(model, value, f"Retrieved {index} of {len(inputs)}")
         pieces += [row, "\n"] if row.text is not None else [row]
     processor = speaking_processor(model, processor)
-    chat = user_turn(processor, [*pieces, Row(question)], prompt, max_text_chars=model.slq_config.max_text_chars)
+    chat = user_turn(processor, [*pieces, question], prompt, max_text_chars=model.slq_config.max_text_chars)
     with lock_of(model.backbone):
         features = to_features(model, processor, [chat]).to(model.backbone.device)
         tokens = model.backbone.generate(**features, max_new_tokens=max_new_tokens, **generate_kwargs)

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
-from slq_embed.backbone.chat_template import control_strings, is_slq_template, neutralise
-from slq_embed.backbone.families import load_processor
+from slq_embed.backbone.chat_template import as_strings, control_strings, is_slq_template, neutralise, shows_system
+from slq_embed.backbone.families import load_processor, tokenizer_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.inputs.rows import Row, read_row
 
@@ -54,10 +54,11 @@ def _recorded_template(name: str, revision: str | None) -> Any:
         ) from error
 
 
-def read_named(value: Any, name: str) -> Row:
+def read_named(model: SLQEncoder, value: Any, name: str) -> Row:
     """Read and decode one input.
 
     Args:
+        model: The encoder.
         value: The input.
         name: Its name; an error begins with it.
 
@@ -66,6 +67,7 @@ def read_named(value: Any, name: str) -> Row:
     """
     try:
         row = read_row(value)
+        model.transformer.reader.require_readable(row)
         if row.videos:
             raise ValueError(
                 "There is a video, but answers and reranking take texts and images. Pass some of its frames."
@@ -85,12 +87,15 @@ def user_turn(
     Args:
         processor: From :func:`speaking_processor`.
         pieces: Inputs and the words between them, in order. The images of an input precede its text.
-        prompt: A system message.
+        prompt: A system message. Where the chat template knows no system role, it is put before the pieces.
         max_text_chars: Longest text of an input, in characters; the rest is cut.
 
     Returns:
         The conversation.
     """
+    system = bool(prompt) and shows_system(processor)
+    if prompt and not system:
+        pieces = [f"{prompt}\n\n", *pieces]
     content: list[dict[str, Any]] = []
     for piece in pieces:
         if isinstance(piece, Row):
@@ -105,9 +110,8 @@ def user_turn(
         if part["type"] == "text":
             part["text"] = neutralise(part["text"], controls)
     chat = [{"role": "user", "content": content}]
-    if prompt:
-        system = {"type": "text", "text": neutralise(prompt, controls)}
-        chat.insert(0, {"role": "system", "content": [system]})
+    if prompt and system:
+        chat.insert(0, {"role": "system", "content": [{"type": "text", "text": neutralise(prompt, controls)}]})
     return chat
 
 
@@ -123,15 +127,18 @@ def to_features(model: SLQEncoder, processor: ProcessorMixin, chats: list[list[d
         ``input_ids`` and ``attention_mask``, both ``(batch, seq)`` and padded on the left, and the processor's tensors
         of the images.
     """
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    if tokenizer_of(processor) is processor:
+        ids_only = {"padding_side": "left", "return_token_type_ids": False}
+        return processor.apply_chat_template(
+            list(map(as_strings, chats)), padding=True, tokenizer_kwargs=ids_only, **settings
+        )
     return processor.apply_chat_template(
         chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
         processor_kwargs={
             "text_kwargs": {"padding": True, "padding_side": "left"},
             "images_kwargs": model.slq_config.image_kwargs,
             "common_kwargs": {"return_tensors": "pt"},
         },
+        **settings,
     )

@@ -14,7 +14,7 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from torch import nn
 from transformers import ProcessorMixin
 
-from slq_embed.backbone.families import decoder_of
+from slq_embed.backbone.families import decoder_of, tokenizer_of
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoder import SLQEncoder
 from slq_embed.generation.conversation import read_named, speaking_processor, to_features, user_turn
@@ -106,7 +106,7 @@ class SharedCausalLM(InputModule):
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
-        return self.processor.tokenizer
+        return tokenizer_of(self.processor)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Turn pairs into features.
@@ -126,7 +126,7 @@ class SharedCausalLM(InputModule):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise ValueError(f"{name} is a {type(pair).__name__}, but (query, document) is needed.")
             parts = {
-                f"{{{key}}}": read_named(value, f"{name}, {key}")
+                f"{{{key}}}": read_named(model, value, f"{name}, {key}")
                 for key, value in zip(("query", "document"), pair, strict=True)
             }
             pieces: list[Any] = re.split(r"(\{query\}|\{document\})", self.instruction)

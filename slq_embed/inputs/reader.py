@@ -76,10 +76,11 @@ class InputReader:
         for index, value in enumerate(inputs):
             with _naming(index, len(inputs)):
                 rows.append(read_row(value))
-                self._require_readable(rows[-1])
+                self.require_readable(rows[-1])
         return rows
 
-    def _require_readable(self, row: Row) -> None:
+    def require_readable(self, row: Row) -> None:
+        """Raise a ValueError if the backbone cannot read such an input."""
         kind = self._backbone.config.model_type
         if row.media and not self.reads_images:
             raise ValueError(f"There is {'a video' if row.videos else 'an image'}, but a {kind} reads texts only.")

@@ -49,6 +49,14 @@ def test_answers_are_those_of_the_untouched_model(checkpoint, images, kind):
         assert text == untouched.said(content)
 
 
+def test_a_question_is_read_to_its_end(checkpoint):
+    """What was retrieved is cut as for embedding, and the question is not."""
+    untouched, model = Untouched(checkpoint()), load(checkpoint(), max_text_chars=10)
+    question = "what is it, if it is neither a red circle nor a blue square?"
+    text = answer(model, question, ["two green stars"], max_new_tokens=12, do_sample=False)
+    assert text == untouched.said([f"two green \n{question}"])
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_embedding_reranking_and_training_leave_generation_bit_identical(
     checkpoint, images, mixed, pairs, kind, tmp_path
