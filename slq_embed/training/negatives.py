@@ -49,7 +49,7 @@ def mine_negatives(
     """Find the nearest wrong candidates of each anchor.
 
     The candidates are the distinct values of the ``positive`` column. What belongs to the anchor is none of its
-    negatives: candidates of rows with its label or with an equal anchor. For text alone,
+    negatives: candidates of rows with its label or with an equal anchor, and one that is the anchor itself. For text alone,
     ``sentence_transformers.util.mine_hard_negatives`` does the same without labels; it cannot take images. The embeddings
     of all distinct values are held in memory; searches and scores are made for some anchors at a time.
 
@@ -89,15 +89,16 @@ def mine_negatives(
             "as many ranks as negatives."
         )
     dataset = _checked(pairs, anchor, positive)
-    anchors, anchor_of = _distinct(dataset, anchor)
-    candidates, candidate_of = _distinct(dataset, positive)
+    anchors, anchor_of, searching = _distinct(dataset, anchor)
+    candidates, candidate_of, searched = _distinct(dataset, positive)
     labels = anchor_of if "label" not in dataset.column_names else np.asarray(dataset["label"])
     # Before the long work: FAISS may be missing, or have no such type.
     index = FaissIndex(factory, int(model.get_embedding_dimension() or 0), search_parameters)
     encoding: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     queries, bad_anchors = _encode(model, dataset, anchor, anchors, "query", **encoding)
     vectors, bad_candidates = _encode(model, dataset, positive, candidates, "document", **encoding)
-    positives = _positives(anchor_of, candidate_of, labels)
+    itself = [searched.get(value) for value in searching]
+    positives = _positives(anchor_of, candidate_of, labels, itself)
     readable = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     index = _filled(index, vectors, readable)
 
@@ -179,8 +180,8 @@ def _values(dataset: Dataset, column: str, rows: Sequence[int] | NDArray[np.int6
         yield from stored[[int(row) for row in numbers[start : start + _ROWS_A_READ]]][column].to_pylist()
 
 
-def _distinct(dataset: Dataset, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first row of each distinct value, and for each row which of them it holds."""
+def _distinct(dataset: Dataset, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[Any, int]]:
+    """The first row of each distinct value, for each row which of them it holds, and their numbers by what they are."""
     numbers: dict[Any, int] = {}
     first: list[int] = []
     of: list[int] = []
@@ -189,7 +190,7 @@ def _distinct(dataset: Dataset, column: str) -> tuple[NDArray[np.int64], NDArray
         if number == len(first):
             first.append(row)
         of.append(number)
-    return np.array(first, np.int64), np.array(of, np.int64)
+    return np.array(first, np.int64), np.array(of, np.int64), numbers
 
 
 def _encode(
@@ -212,15 +213,18 @@ def _encode(
 
 
 def _positives(
-    anchor_of: NDArray[np.int64], candidate_of: NDArray[np.int64], labels: NDArray[Any]
+    anchor_of: NDArray[np.int64], candidate_of: NDArray[np.int64], labels: NDArray[Any], itself: Sequence[int | None]
 ) -> list[NDArray[np.int64]]:
-    """For each anchor the candidates of all rows that share a label with one of its rows."""
+    """For each anchor the candidates of all rows that share a label with one of its rows, and the candidate that it is itself."""
     by_label: dict[Any, set[int]] = {}
     of_anchor: dict[int, set[Any]] = {}
     for a, c, label in zip(anchor_of.tolist(), candidate_of.tolist(), labels.tolist(), strict=True):
         by_label.setdefault(label, set()).add(c)
         of_anchor.setdefault(a, set()).add(label)
-    own = (set().union(*(by_label[label] for label in of_anchor[a])) for a in range(len(of_anchor)))
+    own = [set().union(*(by_label[label] for label in of_anchor[a])) for a in range(len(of_anchor))]
+    for candidates, same in zip(own, itself, strict=True):
+        if same is not None:
+            candidates.add(same)
     return [np.array(sorted(candidates), np.int64) for candidates in own]
 
 

@@ -65,6 +65,11 @@ def test_the_nearest_candidates_of_other_labels_come_first():
     assert found.report() == "nothing was skipped"
 
 
+def test_an_anchor_is_no_negative_of_its_own():
+    """A text may stand in both columns, as in pairs of paraphrases, and nothing is nearer to it."""
+    assert mined([("d 0", "d 30"), ("d 60", "d 0"), ("d 90", "d 80")])["d 0"] == ["d 80"]
+
+
 def test_ranks_are_those_without_the_anchors_own():
     assert mined(ROWS, range_min=1)["q 0"] == ["d 70"]
     assert mined(ROWS, range_min=1, range_max=3, num_negatives=2)["q 0"] == ["d 70", "d 85"]
