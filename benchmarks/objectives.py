@@ -93,7 +93,7 @@ OBJECTIVES: dict[str, Callable[[Bench], SLQEncoder]] = {
         lambda model: losses.TripletLoss(model, losses.TripletDistanceMetric.COSINE, triplet_margin=0.2),
     ),
     "the trained model as a guide": lambda bench: bench.trained(
-        bench.pairs().remove_columns("label"), lambda model: losses.GISTEmbedLoss(model, guide=bench.paper)
+        bench.pairs().remove_columns("label"), lambda model: losses.GISTEmbedLoss(model, guide=bench.paper.eval())
     ),
     "distillation of margins": lambda bench: bench.trained(bench.scored, losses.MarginMSELoss),
     "distillation of lists": lambda bench: bench.trained(

@@ -207,7 +207,7 @@ class LatentQueryTransformer(InputModule):
                 features = select_rows(features, again)
         if stored:
             features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
-        features["prefix_key"] = keys_to_tensor(keys)
+        features |= {"prefix_key": keys_to_tensor(keys), "prefix_namespace": self.source.namespace}
         if (
             self.training
             and "media" in features
@@ -234,7 +234,7 @@ class LatentQueryTransformer(InputModule):
 
         Where only all positions at once are exact, the features themselves.
         """
-        return features if self.schedule == "all_positions" else self.source.prefix(features, self.training)
+        return features if self.schedule == "all_positions" else self.source.prefix(features)
 
     def query_states(self, prefix: Prefix | Features) -> Tensor:
         """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device."""
@@ -264,7 +264,8 @@ class LatentQueryTransformer(InputModule):
         return scaled(self.queries.to(table.device, table.dtype), self._scale)
 
     def train(self, mode: bool = True) -> LatentQueryTransformer:
-        """Set the mode; leaving training forgets the last step."""
+        """Set the mode. In training, a pass without gradients keeps its prefixes for the next one; leaving it forgets them."""
+        self.source.memory.open = mode
         if not mode:
             self.source.memory.clear()
         super().train(mode)

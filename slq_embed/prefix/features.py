@@ -11,6 +11,7 @@ a row for each input, so that anybody can cut a batch: the cached losses of Sent
 | ``media`` | :class:`MediaFeatures` | pixels, grids and other features of images and videos |
 | ``media_row`` | ``(batch,)`` int64 | which row of ``media`` each row has; -1 for none |
 | ``prefix_key`` | ``(batch, 2)`` int64 | the 128-bit key of each row's prefix |
+| ``prefix_namespace`` | bytes | what begins the keys: models that share them share prefixes |
 | ``prefix_stored`` | ``(batch,)`` bool | true where a prefix is kept: of such a row there is the length and nothing else |
 | ``mm_encoder_outputs`` | dict | the vision tower's features in place of pixels (:mod:`slq_embed.prefix.vision`) |
 | ``token_embeddings`` | ``(batch, Q, H)`` float32 | states of the queries, from the first module |
@@ -31,7 +32,8 @@ Features = dict[str, Any]
 """See the table of this module."""
 
 _BOOKKEEPING = {"input_ids", "attention_mask", "modality", "prefix_key", "task", "media", "media_row", "media_pieces"}
-_BOOKKEEPING |= {"prefix_stored", "prompt_length", "token_embeddings", "sentence_embedding", "log_temperature"}
+_BOOKKEEPING |= {"prefix_namespace", "prefix_stored", "prompt_length", "log_temperature"}
+_BOOKKEEPING |= {"token_embeddings", "sentence_embedding"}
 
 TOKENS_PER_PASS = {"cpu": 2048}
 """Padded tokens that go through the backbone at once. On a CPU more of them leave its caches: 32 images of 208 tokens took

@@ -92,23 +92,26 @@ class PrefixSource:
         """Lengths in tokens of the prefixes that the store has."""
         return {} if self.store is None else self.store._entries.lengths(keys)
 
-    def prefix(self, features: Features, training: bool = False) -> Prefix:
-        """The prefix of a batch.
-
-        Args:
-            features: See :mod:`slq_embed.prefix.features`.
-            training: Whether a training step asks. Then what is computed without autograd is kept for the second pass.
+    def prefix(self, features: Features) -> Prefix:
+        """The prefix of a batch; see :mod:`slq_embed.prefix.features`.
 
         Raises:
-            RuntimeError: If a prefix was in the store when the batch was built and is not there any more.
+            RuntimeError: If the batch was built with another store, or a prefix was there then and is not there any more.
         """
         table = embedding_table(self._backbone)
         # What is kept must be what the backbone itself computes, not what a trainer's autocast makes of it.
         with torch.autocast(table.device.type, enabled=False) if self.store is not None else nullcontext():
-            return self._prefix(features, training, table)
+            return self._prefix(features, table)
 
-    def _prefix(self, features: Features, training: bool, table: Tensor) -> Prefix:
-        if "prefix_key" not in features:
+    def _prefix(self, features: Features, table: Tensor) -> Prefix:
+        namespace = features.get("prefix_namespace")
+        if namespace and namespace != self.namespace:
+            raise RuntimeError(
+                "The batch was built with another prefix store than this model has. Do not attach or detach a store while a model "
+                "trains. The guide of a loss gets the batch of the model that it guides: give it the same backbone and the same "
+                "store (guide.prefix_store = model.prefix_store), or that model none."
+            )
+        if namespace != self.namespace:  # no keys, or those of a model without a store, which do not name its weights
             everything = {index: index for index in range(len(features["input_ids"]))}
             by_index = self.run(features, everything, run_prefix)
             return collate([by_index[index] for index in everything], table.device, table.dtype)
@@ -126,7 +129,7 @@ class PrefixSource:
             rows |= self._kept(self.store, features, missing, run_prefix, pack_row, unpack_row)
         else:
             rows |= self._from_vision(self.store, features, missing)
-        if self.shared or (training and not differentiated):
+        if self.shared or (memory.open and not differentiated):
             memory.keep({key: rows[key] for key in missing})
         return collate([rows[key] for key in keys], table.device, table.dtype)
 
@@ -223,7 +226,6 @@ def _require_inputs(features: Features, indices: Iterable[int]) -> None:
     stored = features.get("prefix_stored")
     if stored is not None and stored[list(indices)].any():
         raise RuntimeError(
-            "A prefix was in the store when its batch was built, and is gone or damaged now. Do not detach the store or "
-            "forget prefixes while a model trains from them. Start again from the last checkpoint: the prefix will be "
-            "computed again."
+            "A prefix was in the store when its batch was built, and is gone or damaged now. Do not forget prefixes "
+            "while a model trains from them. Start again from the last checkpoint: the prefix will be computed again."
         )

@@ -18,6 +18,8 @@ class StepMemory:
         """Most bytes: half of what is free on the device when the first prefix comes."""
         self.nbytes = 0
         self.rows: dict[bytes, PrefixRow] = {}
+        self.open = False
+        """Whether the model was told to train. The guide of a loss never is, and no second pass comes to its rows."""
         self.used = False
         """Whether a pass with gradients has read these rows. GradCache runs a step first without gradients, then with them,
         so the next pass without gradients begins another step."""

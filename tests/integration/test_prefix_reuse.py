@@ -346,7 +346,7 @@ def test_a_store_that_leaves_before_its_batch_is_missed(encoder, images):
     encoder.encode(images)
     features = encoder.preprocess(images)
     encoder.prefix_store = None
-    with pytest.raises(RuntimeError, match="gone or damaged"):
+    with pytest.raises(RuntimeError, match="Do not attach or detach a store while a model trains"):
         encoder(features)
 
 
