@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slq_embed.store.entries import KEY_BYTES
+from slq_embed.store.entries import KEY_BYTES, NO_SPACE
 
 _INHERITED: list[FileLock | None] = []  # a forked child must not release the lock of its parent
 
@@ -57,14 +57,21 @@ class Claims:
         with self._changing():
             claimed = set(keys) - self.elsewhere()
             self._keys |= claimed
-            self._file("keys").write_bytes(b"".join(self._keys))
+            self._write()
         return claimed
 
     def release(self, keys: Iterable[bytes]) -> None:
         """End claims of this owner."""
         with self._changing():
             self._keys -= set(keys)
+            self._write()
+
+    def _write(self) -> None:
+        try:
             self._file("keys").write_bytes(b"".join(self._keys))
+        except OSError as error:
+            if error.errno not in NO_SPACE:  # then others compute the same
+                raise
 
     def elsewhere(self) -> set[bytes]:
         """The keys that other living owners have claimed."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 KEY_BYTES = 16
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a full disk. They end no run: a prefix that cannot be kept is computed again."""
 Precision = Literal["exact", "bfloat16", "int8"]
 Entry = dict[str, Tensor]
 """A packed prefix. Keys and values: ``states`` ``(layers, 2, heads, seq, head_dim)`` and ``position`` ``(2,)`` int64, the

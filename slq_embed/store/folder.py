@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from slq_embed.store.claims import Claims
-from slq_embed.store.entries import Entry, StoreCounts, entry_length
+from slq_embed.store.entries import NO_SPACE, Entry, StoreCounts, entry_length
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class FolderEntries:
         return None
 
     def write(self, entries: Mapping[bytes, Entry], budget: int) -> int:
-        """Keep entries as long as all bytes stay within ``budget``; returns how many did not fit."""
+        """Keep entries as long as all bytes stay within ``budget`` and the disk has room; returns how many did not fit."""
         over = 0
         # A scan takes a twentieth of the time at most; what this store has written since the last one is known.
         left = budget - (self.nbytes if time.monotonic() >= self._next_scan else self._bytes)
@@ -140,7 +140,14 @@ class FolderEntries:
             if len(payload) > left:
                 over += 1
                 continue
-            self._write_file(path, payload)
+            try:
+                self._write_file(path, payload)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                logger.warning("No space is left in %s: prefixes that are not kept are computed again.", self.folder)
+                over, left = over + 1, 0
+                continue
             left -= len(payload)
             self._bytes += len(payload)
         self.full = over > 0

@@ -17,8 +17,8 @@ Level = Literal["keys_values", "vision"]
 class PrefixStore:
     """Keeps what the frozen backbone computed, in memory or in a folder.
 
-    Attach it with ``model.prefix_store = PrefixStore(...)``. A prefix that does not fit the budget is computed again each
-    time. Nothing is removed to make room: an epoch needs every prefix once, so the oldest is as useful as the newest.
+    Attach it with ``model.prefix_store = PrefixStore(...)``. A prefix that does not fit the budget or the disk is computed again
+    each time. Nothing is removed to make room: an epoch needs every prefix once, so the oldest is as useful as the newest.
 
     The key of a prefix covers backbone, precision, image processing, prompt and content. So a store never gives the
     prefix of another input, and models with other queries, losses, seeds and learning rates share it. Processes may share

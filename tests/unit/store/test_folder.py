@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -158,6 +159,30 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.part"))
     fill(store, [0])
     assert kept(store, [0]) == {0}
+
+
+def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, caplog):
+    """What other programs write counts in no budget."""
+    store, write = PrefixStore(tmp_path), Path.write_bytes
+
+    def write_half(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fill(store, [0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_half)
+        entries = store._entries
+        assert entries.claim([key(1), key(2)]) == {key(1), key(2)}
+        fill(store, [1, 2])
+        entries.release([key(1), key(2)])
+        assert entries.full
+    assert caplog.text.count("No space is left in") == 1
+    assert not list(tmp_path.rglob("*.part"))
+    assert kept(store, range(3)) == {0}
+    store.forget([key(0)])
+    fill(store, [1])
+    assert kept(store, range(3)) == {1}
 
 
 def _write_half(folder, half_written):
