@@ -1,21 +1,16 @@
-"""The search index: every kind finds what exact search finds, survives crashes, and refuses what does not belong."""
+"""The search index: every type finds what exact search finds, learns when there is enough, and forgets what was deleted."""
 
 from __future__ import annotations
 
 import random
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
-from slq_embed import SLQEncoder, pretrained
-from slq_embed.index import EmbeddingIndex, faiss_index, faiss_types, image_files, table
-from slq_embed.toy import captions, render, sample_scenes
+from slq_embed.index import EmbeddingIndex, faiss_index, faiss_types, table
 
 KINDS = [
     ("Flat", "", 1.0),
@@ -116,43 +111,6 @@ def test_what_was_deleted_leaves_no_trace(tmp_path):
     assert any(vectors(600)[8].tobytes() in content for content in files)
 
 
-def test_images_texts_and_both_are_searched_by_each_other(tmp_path):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    scenes = sample_scenes(40, "test")
-    for number, scene in enumerate(scenes):
-        render(scene, seed=number).save(tmp_path / f"{number:02}.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    files = image_files(tmp_path)
-    assert len(files) == 41
-    index = EmbeddingIndex(model)
-    (skipped,) = index.add(files, batch_size=8, show_progress_bar=True)
-    assert "broken.png" in skipped.name
-    texts = [captions(scene)[0] for scene in scenes]
-    results = index.search(texts, k=1)
-    assert sum(line[0].metadata["path"].endswith(f"{n:02}.png") for n, line in enumerate(results)) >= 36
-    assert index.search(files[5], k=2)[0].id == str(files[5])
-    assert index.search(render(scenes[5], seed=5), k=1)[0].score == pytest.approx(1, abs=1e-5)
-    assert len(index.search({"image": files[5], "text": "now in blue"}, k=3)) == 3
-    index.add(texts, ids=[f"text {n}" for n in range(40)], metadata=[{"of": n} for n in range(40)])
-    hit = next(hit for hit in index.search(files[5], k=10) if hit.id.startswith("text"))
-    assert hit.metadata == {"of": 5}
-    assert index.search([], k=3) == []
-    with pytest.raises(ValueError, match="one of them ends at index 2"):
-        index.add(texts, ids=["one", "two"])
-    index.add([{"image": files[0], "text": "in red"}], ids=["both"])
-    index.save(tmp_path / "index")
-    again = EmbeddingIndex.load(tmp_path / "index", model)
-    assert [h.id for h in again.search(texts[3])] == [h.id for h in index.search(texts[3])]
-    with pytest.raises(ValueError, match=r"in the index already: \['.*00\.png'\]"):
-        index.add(files[:1])
-    other = model.with_queries(4, seed=9)
-    with pytest.raises(ValueError, match="another model"):
-        EmbeddingIndex.load(tmp_path / "index", other)
-    model.truncate_dim = 16
-    with pytest.raises(ValueError, match=r"dimension 192, but this model's embeddings have 16"):
-        EmbeddingIndex.load(tmp_path / "index", model)
-
-
 def test_ids_and_metadata_are_listed(tmp_path):
     index = EmbeddingIndex(dimension=32, factory="IVF16,Flat")
     index.add_embeddings(vectors(500), names(0, 500), [{"n": n} for n in range(500)])
@@ -165,21 +123,6 @@ def test_ids_and_metadata_are_listed(tmp_path):
         assert (kept.metadata("n7"), kept.metadata("last")) == ({"n": 7}, {})
         with pytest.raises(KeyError, match="no id 'n3'"):
             kept.metadata("n3")
-
-
-def test_file_names_need_not_be_unicode_and_folders_are_no_images(tmp_path):
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "gone.png").symlink_to("nowhere")
-    try:
-        render(sample_scenes(1, "test")[0]).save(tmp_path / "caf\udce9.png")
-    except OSError:
-        pytest.skip("this file system takes Unicode only")
-    (file,) = image_files(tmp_path)
-    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
-    assert index.add([file]) == []
-    (hit,) = index.search(file)
-    assert hit.id.endswith("caf\\udce9.png")
-    assert Path(hit.metadata["path"]) == file
 
 
 def test_types_that_learn_wait_for_enough(monkeypatch):
@@ -263,115 +206,6 @@ def test_any_type_forgets_what_was_deleted(factory):
     assert index.search_embeddings(vectors(2000)[1700:1701], 5)[0][0].id == "n1700"
 
 
-def test_one_thing_is_one_thing_and_names_may_be_of_any_type():
-    pandas = pytest.importorskip("pandas")
-    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
-    index.add("a red circle", [Path("a")], [{"n": 1}])
-    index.add({"text": "two blue stars"}, iter([5]))
-    index.add("a green square", "green", {"n": 2})
-    assert index.metadata("green") == {"n": 2}
-    assert index.delete("green") == 1
-    assert (index.ids(), Path("a") in index, 5 in index) == (["a", "5"], True, True)
-    assert index.delete("5a") == index.delete(np.array([7])) == 0
-    assert index.delete("a") == index.delete(np.array([5])) == 1
-    table = pandas.DataFrame({"text": ["a circle", "two stars", "a square"], "name": ["c", "t", "s"]}).iloc[[2, 0, 1]]
-    index.add(table["text"], table["name"])
-    for id_ in "cts":
-        assert index.metadata(id_)["text"] == table.set_index("name")["text"][id_]
-    assert index.search("two stars", k=np.int64(1))[0].id == "t"
-    index.add_embeddings([], [])
-    assert index.search_embeddings([]) == []
-
-
-def test_another_model_is_refused_whatever_happened_in_between(tmp_path):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    index = EmbeddingIndex(model)
-    index.add_embeddings(model.encode(["a", "b"]), ["a", "b"])
-    index.save(tmp_path)
-    without = EmbeddingIndex.load(tmp_path)
-    without.delete(["b"])
-    without.save(tmp_path)
-    with pytest.raises(ValueError, match="another model"):
-        EmbeddingIndex.load(tmp_path, model.with_queries(4, seed=9))
-    with torch.no_grad():
-        model.queries.add_(0.1)  # trained further
-    for call in (lambda: index.add(["c"]), lambda: index.search("a"), lambda: EmbeddingIndex.load(tmp_path, model)):
-        with pytest.raises(ValueError, match="another model"):
-            call()
-    index.delete(["a", "b"])
-    assert index.add(["c"], ["c"]) == []
-    assert index.search("c")[0].id == "c", "an empty index takes any model"
-
-
-def test_a_search_meanwhile_does_not_forget_the_model(monkeypatch):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    index, searching = EmbeddingIndex(model), threading.Event()
-
-    length = table.IndexTable.__len__
-
-    def slow(self):
-        rows = length(self)
-        if threading.current_thread() is not threading.main_thread():
-            searching.set()
-            time.sleep(0.5)
-        return rows
-
-    monkeypatch.setattr(table.IndexTable, "__len__", slow)
-    other = threading.Thread(target=lambda: index.search("a red circle"))
-    other.start()
-    searching.wait()
-    index.add(["a red circle"])
-    other.join()
-    assert index._identity.digest is not None
-
-
-@pytest.mark.parametrize(
-    ("prompts", "default"), [({"p": "find:"}, "p"), ({"query": "find:", "passage": "keep:"}, None), ({}, None)]
-)
-def test_prompts_are_those_of_the_host(prompts, default):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    model.prompts, model.default_prompt_name = prompts, default
-    index = EmbeddingIndex(model)
-    index.add(["a red circle"])
-    (hit,) = index.search("one red circle")
-    expected = model.encode_query("one red circle") @ model.encode_document("a red circle")
-    assert hit.score == pytest.approx(float(expected), abs=1e-5)
-
-
-def test_others_search_while_inputs_are_awaited():
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    index, other, results = EmbeddingIndex(model), EmbeddingIndex(model), []
-    other.add(["a red circle"], ["it"])
-
-    def slow():
-        yield "two blue stars"
-        thread = threading.Thread(target=lambda: results.append(other.search("a red circle")[0].id), daemon=True)
-        thread.start()
-        thread.join(60)
-        yield "a green square"
-
-    index.add(slow())
-    assert results == ["it"]
-
-
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
-    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
-    forward, sizes = type(model.transformer).forward, []
-
-    def small(self, features, **kwargs):
-        sizes.append(len(features["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(self, features, **kwargs)
-
-    monkeypatch.setattr(type(model.transformer), "forward", small)
-    index = EmbeddingIndex(model)
-    index.add([f"{n} red circles" for n in range(6)], range(6), batch_size=4)
-    assert sorted(index.ids()) == list("012345")
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        index.add(["a"], batch_size=0)
-
-
 def test_threads_share_an_index():
     index = filled(count=1000)
     expected = index.search_embeddings(vectors(20, seed=1), 5)
@@ -395,15 +229,3 @@ def test_the_nearest_may_all_be_deleted():
     order = (query @ vectors(2000).T)[0].argsort()[::-1]
     index.delete([f"n{n}" for n in order[:200]])
     assert [hit.id for hit in index.search_embeddings(query, 3)[0]] == [f"n{n}" for n in order[200:203]]
-
-
-def test_a_dataset_is_indexed_by_its_columns():
-    datasets = pytest.importorskip("datasets")
-    scenes = sample_scenes(6, "test")
-    rows = {"image": [render(scene) for scene in scenes], "text": [captions(scene)[0] for scene in scenes]}
-    dataset = datasets.Dataset.from_dict({**rows, "sku": [f"s{n}" for n in range(6)]})
-    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
-    assert index.add(dataset["image"], ids=dataset["sku"], metadata=dataset.select_columns(["text", "sku"])) == []
-    hits = index.search(rows["text"], k=1)
-    assert sum(line[0].metadata["text"] == text for line, text in zip(hits, rows["text"], strict=True)) >= 5
-    assert hits[0][0].id == hits[0][0].metadata["sku"]
