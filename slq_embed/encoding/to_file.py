@@ -76,7 +76,7 @@ def encode_to_file(
 
     Args:
         model: The encoder.
-        inputs: Texts, images, or both. A list of texts and paths, or of dicts of them, is compared whole with an
+        inputs: Texts, images, or both. A list of texts and paths, also in dicts and chats, is compared whole with an
             earlier run's; of images in memory, or of a dataset, 64 are. Paths are compared, and not what is in the files: after
             a file has changed, begin another ``.npy``.
         path: The file; where an earlier run has left it unfinished, that run is continued.
@@ -174,21 +174,25 @@ def _model_digest(model: SLQEncoder, prompt: str | None, normalize: bool) -> str
 
 
 def _inputs_digest(inputs: Sequence[Any]) -> str:
-    """Of all texts and paths of a list, in dicts too; of anything else, which is slow to read, some inputs' content."""
-    digest = hashlib.sha256()
+    """Of all inputs of a list that can be written down; of anything else, which is slow to read, some inputs' content."""
+    digest, written = hashlib.sha256(), json.JSONEncoder(default=_written)
     sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
     for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
         value = inputs[index]
-        if isinstance(value, PdfPage):
-            value = repr(value)
-        if isinstance(value, str | Path):
-            digest.update(f"{len(str(value))} {value}".encode())
-        elif isinstance(value, Mapping) and all(
-            isinstance(part, str | Path | int | float | None) for part in value.values()
-        ):
-            digest.update(repr([(key, None if part is None else str(part)) for key, part in value.items()]).encode())
-        elif index in sample:
-            with suppress(ValueError):  # it will be skipped and named
-                row = read_row(value)
-                digest.update(f"{index} {row.text} ".encode() + row.media_digest())
+        try:
+            digest.update(f"{written.encode(value)}\n".encode())
+        except TypeError:  # it holds an image in memory
+            if index in sample:
+                with suppress(ValueError):  # it will be skipped and named
+                    row = read_row(value)
+                    digest.update(f"{index} {row.text} ".encode() + row.media_digest())
     return digest.hexdigest()
+
+
+def _written(part: Any) -> Any:
+    """A part of an input that JSON has no form for. A path is not the text that spells it."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    if isinstance(part, Path | PdfPage):
+        return [repr(part)]
+    raise TypeError

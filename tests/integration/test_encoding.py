@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import slq_embed.encoding.to_file as encoded_file
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
+from slq_embed.inputs.pdf import PdfPage
 from tests.checkpoints import FAMILIES
 from tests.forks import forked, needs_fork
 
@@ -184,12 +186,27 @@ def test_every_text_and_path_of_a_list_of_dicts_is_compared(encoder, folder, tmp
             encoder.encode_to_file([*inputs[:number], other, *inputs[number + 1 :]], file)
 
 
-def test_every_path_beside_a_number_is_compared(encoder):
-    """A video has numbers beside its path."""
-    inputs = [{"video": f"{number}.mp4", "fps": 2, "max_frames": 8} for number in range(100)]
-    changed = [*inputs[:1], {**inputs[1], "video": "other.mp4"}, *inputs[2:]]
-    assert encoded_file._inputs_digest(inputs) == encoded_file._inputs_digest([dict(value) for value in inputs])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda number: {"video": f"{number}.mp4", "fps": 2, "max_frames": 8},
+        lambda number: {"images": [Path("a.png"), Path(f"{number}.png")], "text": "which is it?"},
+        lambda number: [{"role": "user", "content": [{"type": "text", "text": f"text {number}"}]}],
+        lambda number: PdfPage(Path("a.pdf"), number + 1),
+    ],
+)
+def test_every_text_and_path_is_compared_wherever_it_stands(make):
+    inputs = [make(number) for number in range(100)]
+    changed = [*inputs[:1], make(1000), *inputs[2:]]
+    assert encoded_file._inputs_digest(inputs) == encoded_file._inputs_digest(copy.deepcopy(inputs))
     assert encoded_file._inputs_digest(inputs) != encoded_file._inputs_digest(changed)
+
+
+def test_a_path_is_not_the_text_that_spells_it(encoder, folder, tmp_path):
+    """Names that were embedded as texts by mistake are not taken for the images."""
+    encoder.encode_to_file([str(path) for path in folder], tmp_path / "e.npy")
+    with pytest.raises(ValueError, match="other inputs"):
+        encoder.encode_to_file(folder, tmp_path / "e.npy")
 
 
 def test_embeddings_in_a_file(encoder, folder, tmp_path):
