@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class IndexRecords:
                 "Clean it with id.encode(errors='ignore').decode()."
             ) from error
         if len(set(ids)) < len(ids):
-            twice = next(id_ for id_ in ids if ids.count(id_) > 1)
+            twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
             raise ValueError(f"The id {twice!r} was given twice. Each embedding needs an id of its own.")
         if known := list(self.rows_of(ids)):
             raise ValueError(f"Ids are in the index already: {known[:5]}. Delete them first, or choose other ids.")
