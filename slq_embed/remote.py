@@ -108,18 +108,20 @@ class RemoteEncoder:
         self,
         inputs: Sequence[tuple[int, Any]],
         count: int,
+        skipped: list[Skipped],
         *,
         task: Literal["query", "document"] | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
         normalize_embeddings: bool = True,
         show_progress_bar: bool = False,
-    ) -> tuple[NDArray[np.float32], list[Skipped]]:
+    ) -> NDArray[np.float32]:
         """Embed inputs; callers use :func:`slq_embed.serving.embed`, which raises an error for what was skipped.
 
         Args:
             inputs: Inputs with their indices; see :func:`slq_embed.inputs.rows.read_row`.
             count: How many rows the result has.
+            skipped: Gets what was skipped, in order.
             task: Which of the prompts that the model was exported with is used; without one, its default prompt.
             prompt: A system message in its place; ``""`` for none.
             batch_size: Inputs a request.
@@ -127,7 +129,7 @@ class RemoteEncoder:
             show_progress_bar: Whether to show one.
 
         Returns:
-            ``(count, H)`` with NaN for what was skipped, and what was skipped.
+            ``(count, H)``, with NaN in the rows of what was skipped.
 
         Raises:
             ConnectionError: If the server does not answer, also when it was asked again.
@@ -138,7 +140,6 @@ class RemoteEncoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
         rows: NDArray[np.float32] | None = None
-        skipped: list[Skipped] = []
         options = self._options(task, prompt)
         starts = range(0, len(inputs), batch_size)
         for start in tqdm(starts, "Batches", disable=not show_progress_bar):
@@ -156,7 +157,7 @@ class RemoteEncoder:
                 if rows is None:
                     raise
                 rows = self._shorten(rows, normalize_embeddings)
-                raise PartlyEmbeddedError(str(error), rows, skipped) from error
+                raise PartlyEmbeddedError(str(error), rows, _in_order(skipped)) from error
             skipped += [Skipped(names[index], reason, index) for index, reason in refused.items()]
             for index, row in found.items():
                 if rows is None:
@@ -169,11 +170,11 @@ class RemoteEncoder:
                 f"The server at {self.base_url} gave no numbers for any input so far ({', '.join(empty)}). Serve a folder of "
                 "slq_embed.saving.export_vllm, with its own chat template."
             )
-        skipped.sort(key=lambda row: row.index or 0)
+        skipped[:] = _in_order(skipped)
         if rows is None:
             rows = np.full((count, self._ask_for_width()), np.nan, np.float32)
         self._width = rows.shape[1]
-        return self._shorten(rows, normalize_embeddings), skipped
+        return self._shorten(rows, normalize_embeddings)
 
     def _shorten(self, rows: NDArray[np.float32], normalize: bool) -> NDArray[np.float32]:
         result = rows[:, : self.truncate_dim]
@@ -295,6 +296,10 @@ def _message(error: urllib.error.HTTPError) -> str:
         return found if isinstance(found, str) else str(found["message"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, http.client.HTTPException):
         return text[:500] or str(error.reason)
+
+
+def _in_order(skipped: list[Skipped]) -> list[Skipped]:
+    return sorted(skipped, key=lambda row: row.index or 0)
 
 
 def _numbers(embedding: str | list[float]) -> NDArray[np.float32]:

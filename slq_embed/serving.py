@@ -150,21 +150,20 @@ def _embed(
     normalize: bool,
     options: dict[str, Any],
 ) -> NDArray[np.float32]:
+    embeddings: NDArray[np.float32]
     if isinstance(model, RemoteEncoder):
-        rows_found, not_read = model.embed(inputs, count, normalize_embeddings=normalize, **options)
-        if skipped := sorted([*skipped, *not_read], key=lambda row: row.index or 0):
-            raise UnreadableInputsError(skipped, rows_found)
-        return rows_found
-    if not isinstance(model, SLQEncoder):
+        embeddings = model.embed(inputs, count, skipped=skipped, normalize_embeddings=normalize, **options)
+    elif isinstance(model, SLQEncoder):
+        batches = stream(model, inputs, normalize_embeddings=normalize, total=len(inputs), **options)
+        rows = collect(batches, count, to_cpu=True, skipped=skipped)
+        if not rows.numel():
+            rows = torch.full((count, int(model.get_embedding_dimension() or 0)), torch.nan)
+        embeddings = rows.numpy()
+    else:
         raise ValueError(
             f"The model is a {type(model).__name__}, but an SLQEncoder or a RemoteEncoder is needed. Load it with "
             "SLQEncoder(folder)."
         )
-    batches = stream(model, inputs, normalize_embeddings=normalize, total=len(inputs), **options)
-    rows = collect(batches, count, to_cpu=True, skipped=skipped)
-    if not rows.numel():
-        rows = torch.full((count, int(model.get_embedding_dimension() or 0)), torch.nan)
-    embeddings: NDArray[np.float32] = rows.numpy()
     if skipped:
         raise UnreadableInputsError(skipped, embeddings)
     return embeddings

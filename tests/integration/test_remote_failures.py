@@ -147,6 +147,17 @@ def test_what_was_embedded_before_a_server_fails_is_not_lost(server, local, trun
     assert isinstance(raised.value.__cause__, RuntimeError)
 
 
+def test_images_that_could_not_be_opened_are_named_when_a_server_fails(server, local, remote, images):
+    answer = json.dumps({"data": [{"index": 0, "embedding": embed(local, ["a"])[0].tolist()}]}).encode()
+    server.failures = [(200, answer), (500, {"error": "broken"})]
+    sources = [images[0], Path("missing.png"), "http://127.0.0.1/photo.png", images[1]]
+    with pytest.raises(
+        PartlyEmbeddedError, match=r"^1 of 4 inputs .* 2 skipped: input 1 \(missing\.png\).*input 2"
+    ) as raised:
+        embed_images(remote, sources, batch_size=1)
+    assert [row.index for row in raised.value.skipped] == [1, 2]
+
+
 def test_a_slow_server_is_told_from_none_and_asked_once(server):
     remote = RemoteEncoder(server.url, timeout_s=1)
     server.wait_s = 2.0
