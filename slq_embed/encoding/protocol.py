@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from slq_embed.backbone.chat_template import replace_queries
 from slq_embed.backbone.families import image_settings
 
 if TYPE_CHECKING:
@@ -38,13 +39,18 @@ def resolve_prompt(
     return model._resolve_prompt(prompt, prompt_name) or None
 
 
+def prefix_template(model: SLQEncoder) -> str:
+    """The chat template without the query tokens: it decides the prefix of an input."""
+    template: Any = model.processor.chat_template
+    return replace_queries(template, model.slq_config.tokens.strings, ())
+
+
 def encoder_digest(model: SLQEncoder) -> str:
     """A digest of all that decides an encoder's embeddings, but for the precision that its backbone computes in."""
     backbone = model.backbone_fingerprint
     config = model.slq_config
-    settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, config.pooling, config.instructions]
-    settings += [config.max_text_chars, model.truncate_dim, config.image_kwargs]
-    settings += [image_settings(model.processor)]
+    settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, backbone.layers_sha256, config.pooling]
+    settings += [prefix_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slq_embed.backbone.chat_template import replace_queries
 from slq_embed.backbone.families import image_settings
+from slq_embed.encoding.protocol import prefix_template
 from slq_embed.encoding.stream import collect, stream
 
 if TYPE_CHECKING:
@@ -82,14 +82,9 @@ def check_query_sets(model: SLQEncoder, query_sets: Mapping[str, SLQEncoder]) ->
             "other instructions": theirs.instructions == ours.instructions,
             "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
             "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
-            "another chat template": _template(encoder) == _template(model),
+            "another chat template": prefix_template(encoder) == prefix_template(model),
             "other image sizes": image_settings(encoder.processor) == image_settings(model.processor),
         }
         for difference, equal in same.items():
             if not equal:
                 raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")
-
-
-def _template(model: SLQEncoder) -> str:
-    template: Any = model.processor.chat_template
-    return replace_queries(template, model.slq_config.tokens.strings, ())

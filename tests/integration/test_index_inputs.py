@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.index import EmbeddingIndex, image_files, table
@@ -105,6 +107,32 @@ def test_another_model_is_refused_whatever_happened_in_between(tmp_path):
     index.delete(["a", "b"])
     assert index.add(["c"], ["c"]) == []
     assert index.search("c")[0].id == "c", "an empty index takes any model"
+
+
+def _other_layers(folder, model):
+    """The same token embeddings and queries, under layers that were trained on."""
+    for file in shutil.copytree(model.slq_config.backbone, folder).glob("*.safetensors"):
+        weights = {name: w * (0.9 if "mlp.up_proj" in name else 1) for name, w in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    return SLQEncoder.from_backbone(folder, num_queries=4, seed=0, device="cpu")
+
+
+def _other_template(folder, model):
+    model.save_pretrained(folder)
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text("utf8").replace("user", "assistant"), "utf8")
+    return SLQEncoder(folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", [_other_layers, _other_template])
+def test_what_changes_embeddings_makes_another_model(encoder, change, tmp_path):
+    index = EmbeddingIndex(encoder)
+    index.add(["a red circle"], ["x"])
+    index.save(tmp_path / "index")
+    other = change(tmp_path / "other", encoder)
+    assert np.abs(other.encode("a red circle") - encoder.encode("a red circle")).max() > 1e-3
+    with pytest.raises(ValueError, match="another model"):
+        EmbeddingIndex.load(tmp_path / "index", other)
 
 
 def test_a_search_meanwhile_does_not_forget_the_model(monkeypatch):
