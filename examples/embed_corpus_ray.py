@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import send_to_device
+from sentence_transformers.util import truncate_embeddings
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.encoding import encoder_digest, resolve_prompt
@@ -134,7 +135,8 @@ class Embed:
         tables = []
         for batch in batches["batch"].to_pylist():
             table, features = pickle.loads(batch)
-            rows = self.encoder(send_to_device(features, self.encoder.device))["sentence_embedding"].float().cpu()
+            rows = self.encoder(send_to_device(features, self.encoder.device))["sentence_embedding"]
+            rows = truncate_embeddings(rows, self.encoder.truncate_dim).float().cpu()
             values = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[1])
             tables.append(table.append_column("embedding", values))
         return pa.concat_tables(tables)

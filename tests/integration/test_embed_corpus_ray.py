@@ -271,6 +271,16 @@ def test_texts_in_bytes_are_read(corpus, example, tmp_path):
     assert json.loads(file.read_text())["id"] == "latin"
 
 
+def test_a_model_that_keeps_fewer_numbers_keeps_them_here(example, tmp_path):
+    model = SLQEncoder(pretrained("slq-tiny"), device="cpu", truncate_dim=64)
+    model.save(tmp_path / "model")
+    texts = pa.table({"id": ["a", "b"], "text": ["a red circle", "two green stars"]})
+    task = example.Preprocess(None, ("id", None, "text"), [], tmp_path, None, tmp_path, model.transformer)
+    found = example.Embed(str(tmp_path / "model"), "float32")(task(texts))
+    expected = model.encode_document(texts["text"].to_pylist())
+    assert np.abs(np.array(found["embedding"].to_pylist()) - expected).max() < 1e-6
+
+
 def test_the_files_are_plain_parquet(done):
     """Lists of one length, which LanceDB takes for vectors, and the columns that were to be kept."""
     folder, _ = done
