@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slq_embed.backbone.chat_template import replace_queries
@@ -39,7 +40,51 @@ def resolve_prompt(
     return model._resolve_prompt(prompt, prompt_name) or None
 
 
-def prefix_template(model: SLQEncoder) -> str:
+def check_query_sets(
+    model: SLQEncoder,
+    query_sets: Mapping[str, SLQEncoder],
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    task: Task | None = None,
+) -> None:
+    """Refuse query sets that would see another prefix than the model that reads the inputs.
+
+    Args:
+        model: The encoder that reads the inputs.
+        query_sets: Encoders by name.
+        prompt: As for :func:`resolve_prompt`.
+        prompt_name: As for :func:`resolve_prompt`.
+        task: As for :func:`resolve_prompt`.
+
+    Raises:
+        ValueError: With the name of the set and what differs; or if there is none.
+    """
+    if not isinstance(query_sets, Mapping) or not query_sets:
+        raise ValueError(
+            f"query_sets is {query_sets!r:.100}, but a dict of encoders by name is needed, of at least one."
+        )
+
+    def prompt_of(encoder: SLQEncoder) -> str | None:
+        return resolve_prompt(encoder, prompt, prompt_name if prompt_name in encoder.prompts else None, task)
+
+    for name, encoder in query_sets.items():
+        theirs, ours = encoder.slq_config, model.slq_config
+        same = {
+            "another backbone; load it with SLQEncoder(folder, backbone=model.backbone)": encoder.backbone
+            is model.backbone,
+            "other instructions": theirs.instructions == ours.instructions,
+            "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
+            "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
+            "another chat template": _template(encoder) == _template(model),
+            "other image sizes": image_settings(encoder.processor) == image_settings(model.processor),
+            "another prompt; pass prompt=, which holds for all": prompt_of(encoder) == prompt_of(model),
+        }
+        for difference, equal in same.items():
+            if not equal:
+                raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")
+
+
+def _template(model: SLQEncoder) -> str:
     """The chat template without the query tokens: it decides the prefix of an input."""
     template: Any = model.processor.chat_template
     return replace_queries(template, model.slq_config.tokens.strings, ())
@@ -50,7 +95,7 @@ def encoder_digest(model: SLQEncoder) -> str:
     backbone = model.backbone_fingerprint
     config = model.slq_config
     settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, backbone.layers_sha256, config.pooling]
-    settings += [prefix_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
+    settings += [_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

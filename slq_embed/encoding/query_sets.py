@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slq_embed.backbone.families import image_settings
-from slq_embed.encoding.protocol import prefix_template
 from slq_embed.encoding.stream import collect, stream
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ def encode_query_sets(
     Raises:
         ValueError: If a query set would see another prefix, an input cannot be read, or an argument does not fit.
     """
-    check_query_sets(model, query_sets)
     for name, only in _OF_THE_HOST.items():
         if (value := options.pop(name, only)) != only:
             raise ValueError(
@@ -62,29 +59,3 @@ def encode_query_sets(
     return {
         name: part.numpy() if convert_to_numpy else list(part) for name, part in zip(query_sets, parts, strict=True)
     }
-
-
-def check_query_sets(model: SLQEncoder, query_sets: Mapping[str, SLQEncoder]) -> None:
-    """Refuse query sets that would see another prefix.
-
-    Raises:
-        ValueError: With the name of the set and what differs; or if there is none.
-    """
-    if not isinstance(query_sets, Mapping) or not query_sets:
-        raise ValueError(
-            f"query_sets is {query_sets!r:.100}, but a dict of encoders by name is needed, of at least one."
-        )
-    for name, encoder in query_sets.items():
-        theirs, ours = encoder.slq_config, model.slq_config
-        same = {
-            "another backbone; load it with SLQEncoder(folder, backbone=model.backbone)": encoder.backbone
-            is model.backbone,
-            "other instructions": theirs.instructions == ours.instructions,
-            "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
-            "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
-            "another chat template": prefix_template(encoder) == prefix_template(model),
-            "other image sizes": image_settings(encoder.processor) == image_settings(model.processor),
-        }
-        for difference, equal in same.items():
-            if not equal:
-                raise ValueError(f"The query set {name!r} cannot share this model's prefixes: it has {difference}.")

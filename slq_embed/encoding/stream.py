@@ -17,7 +17,7 @@ from tqdm.autonotebook import tqdm
 
 from slq_embed.backbone.lock import FairLock, lock_of
 from slq_embed.encoding.batches import Reader, read_features
-from slq_embed.encoding.protocol import Task, resolve_prompt
+from slq_embed.encoding.protocol import Task, check_query_sets, resolve_prompt
 from slq_embed.inputs.rows import Skipped
 from slq_embed.prefix.features import Features, select_rows
 
@@ -72,8 +72,8 @@ def stream(
         task: See :func:`slq_embed.encoding.protocol.resolve_prompt`.
         truncate_dim: How many of an embedding's numbers to keep; by default the model's ``truncate_dim``.
         normalize_embeddings: Whether to normalise what was truncated.
-        query_sets: Encoders on the same backbone that read their inputs alike, in place of the model's own queries.
-            Their embeddings stand side by side, ``(batch, sum of widths)``; each has its own ``truncate_dim``.
+        query_sets: Encoders on the same backbone, by name, in place of the model's own queries. They read inputs as the model
+            does, with the same prompt. Their embeddings stand side by side, ``(batch, sum of widths)``; each has its own ``truncate_dim``.
         strict: Whether an input that cannot be read is an error, or is skipped and listed.
         show_progress_bar: Whether to show one.
         total: Number of inputs, for the progress bar.
@@ -84,15 +84,17 @@ def stream(
 
     Raises:
         ValueError: If ``strict`` and an input cannot be read, ``batch_size`` is below 1, ``truncate_dim`` stands beside
-            ``query_sets``, or there is no such prompt or task.
+            ``query_sets``, a query set would see another prefix, or there is no such prompt or task.
         RuntimeError: If one input alone does not fit into memory.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
-    if query_sets is not None and truncate_dim is not None:
-        raise ValueError(
-            f"truncate_dim is {truncate_dim}, but each of the query_sets has its own. Set it on their encoders."
-        )
+    if query_sets is not None:
+        check_query_sets(model, query_sets, prompt, prompt_name, task)
+        if truncate_dim is not None:
+            raise ValueError(
+                f"truncate_dim is {truncate_dim}, but each of the query_sets has its own. Set it on their encoders."
+            )
     model.require_loaded()
     lock = lock_of(model.backbone)
     reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), processing_kwargs)

@@ -326,8 +326,20 @@ def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_pat
     turned.processor.chat_template = turned.processor.chat_template.replace("user", "reader")
     refused = [(stranger, "another backbone"), (told, "other instructions"), (turned, "another chat template")]
     for other, message in refused:
-        with pytest.raises(ValueError, match=f"'bad' cannot share .* {message}"):
-            encoder.encode(mixed, query_sets={"bad": other})
+        for method in (encoder.encode, lambda *args, **options: list(encoder.encode_stream(*args, **options))):
+            with pytest.raises(ValueError, match=f"'bad' cannot share .* {message}"):
+                method(mixed, query_sets={"bad": other})
+
+
+def test_a_query_set_gets_its_own_prompt_or_is_refused(encoder, mixed):
+    asked = encoder.with_queries(2, seed=1)
+    asked.prompts = {"query": "find it."}
+    for one, other in ((encoder, asked), (asked, encoder)):
+        with pytest.raises(ValueError, match="it has another prompt; pass prompt="):
+            one.encode_query(mixed, query_sets={"bad": other})
+    for method, options in (("encode_query", {"prompt": "find it."}), ("encode_document", {}), ("encode", {})):
+        found = getattr(encoder, method)(mixed, query_sets={"asked": asked}, **options)["asked"]
+        assert np.abs(found - getattr(asked, method)(mixed)).max() < 1e-6
 
 
 def test_workers_read_ahead_beside_a_gpu_only(monkeypatch, caplog):
