@@ -17,7 +17,7 @@ from slq_embed.index.faiss_index import FaissIndex
 from slq_embed.index.filters import condition_of
 from slq_embed.index.folder import read_folder, write_folder
 from slq_embed.index.identity import ModelIdentity, dimension_of
-from slq_embed.index.inputs import Metadata, WaitingInputs, as_json, one_each, with_ids_and_metadata
+from slq_embed.index.inputs import Metadata, WaitingInputs, as_json, id_list, one_each, with_ids_and_metadata
 from slq_embed.index.records import IndexRecords
 from slq_embed.index.table import Hit, IndexTable
 from slq_embed.inputs.rows import Skipped, is_one_input, require_list
@@ -152,7 +152,7 @@ class EmbeddingIndex:
             ValueError: If a shape, an id or metadata does not fit. Then nothing is added.
         """
         one_each(ids, metadata)
-        rows, names = self._table.vectors.normalised(embeddings), [str(id_) for id_ in ids]
+        rows, names = self._table.vectors.normalised(embeddings), list(id_list(ids))
         about = ["{}" for _ in names] if metadata is None else [as_json(entry) for entry in metadata]
         if not len(rows) == len(names) == len(about):
             raise ValueError(
@@ -182,9 +182,8 @@ class EmbeddingIndex:
         Raises:
             ValueError: If the index was loaded, and another process has saved it anew since.
         """
-        several = isinstance(ids, Iterable) and not isinstance(ids, str)
         with self._lock:
-            return self._table.delete(map(str, ids if several else [ids]))
+            return self._table.delete(id_list(ids))
 
     def compact(self) -> None:
         """Remove the bytes of what was deleted: here at once, in a folder with the next save."""

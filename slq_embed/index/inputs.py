@@ -9,6 +9,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from slq_embed.inputs.images import IMAGE_SUFFIXES, shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import is_one_input, require_list
@@ -34,6 +36,13 @@ def default_id(value: Any) -> str:
     # A file's name is bytes, and need not be Unicode.
     named = isinstance(value, Path | PdfPage)
     return str(value).encode("utf8", "backslashreplace").decode() if named else uuid.uuid4().hex
+
+
+def id_list(ids: Any) -> Iterable[str]:
+    """Ids as they are stored: of one id, or of any number of them."""
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()  # else an id would be "tensor(5)"
+    return map(str, ids if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids])
 
 
 def as_json(metadata: Metadata) -> str:
@@ -81,11 +90,11 @@ def with_ids_and_metadata(
         ValueError: If there are more of one than of another, or metadata cannot be stored.
     """
     if is_one_input(inputs):
-        inputs, ids = [inputs], [ids] if isinstance(ids, str) else ids
+        inputs, ids = [inputs], None if ids is None else list(id_list(ids))
         metadata = [metadata] if isinstance(metadata, Mapping) else metadata
     require_list(inputs)
     one_each(ids, metadata)
-    columns = [inputs, *(column for column in (ids, metadata) if column is not None)]
+    columns = [inputs, *([] if ids is None else [id_list(ids)]), *([] if metadata is None else [metadata])]
     for index, row in enumerate(zip_longest(*columns, fillvalue=_MISSING)):
         if any(value is _MISSING for value in row):
             raise ValueError(
@@ -93,7 +102,7 @@ def with_ids_and_metadata(
                 "one dict for each input."
             )
         value, *rest = row
-        id_ = default_id(value) if ids is None else str(rest[0])
+        id_ = default_id(value) if ids is None else rest[0]
         yield value, id_, as_json(default_metadata(value) if metadata is None else rest[-1])
 
 

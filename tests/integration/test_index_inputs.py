@@ -77,6 +77,12 @@ def test_one_thing_is_one_thing_and_names_may_be_of_any_type():
     index.add("a green square", "green", {"n": 2})
     assert index.metadata("green") == {"n": 2}
     assert index.delete("green") == 1
+    index.add("a brown heart", 7)
+    index.add_embeddings(torch.ones(2, 192), torch.tensor([8, 9]))
+    assert index.delete(torch.tensor([7, 8, 9])) == 3
+    with pytest.raises(ValueError, match="one of them ends at index 1"):
+        index.add(["a brown heart", "a grey star"], 7)
+    assert index.delete(7) == 0
     assert (index.ids(), Path("a") in index, 5 in index) == (["a", "5"], True, True)
     assert index.delete("5a") == index.delete(np.array([7])) == 0
     assert index.delete("a") == index.delete(np.array([5])) == 1
