@@ -295,7 +295,7 @@ class SLQEncoder(SentenceTransformer):
     def encode_stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[EncodedBatch]:
         """Encode any number of inputs; yield batches as they come. What cannot be read is skipped and listed.
 
-        Inputs are read 32 batches ahead. The options are those of :func:`slq_embed.encoding.stream.stream`. A ValueError says if
+        Inputs are read up to 32 batches ahead. The options are those of :func:`slq_embed.encoding.stream.stream`. A ValueError says if
         one input came in place of a list.
         """
         require_list(inputs)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 32
 """Batches that are sorted by size together: more pad less, fewer hold less in memory."""
 WINDOW_BYTES = 256 << 20
-"""Bytes of image files after which a window ends."""
+"""Bytes of images after which a window ends: of files, or of pixels that are in memory."""
 _FILES_AT_ONCE = 8  # files that are read at the same time: a network disk answers late
 _SHARED_MEMORY = 2 << 30
 
@@ -78,12 +78,11 @@ def sorted_windows(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterat
     nbytes = 0
     while part := list(islice(waiting, batch_size)):
         if all(isinstance(value, str) for _, value in part):
-            rows = list(map(_read, part))
+            window += map(_read, part)
         else:
             with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-                rows = list(pool.map(_read, part))
-        window += rows
-        nbytes += sum(row.nbytes for _, row in rows if isinstance(row, Row))
+                window += pool.map(_read, part)
+        nbytes += sum(row.nbytes for _, row in window[-len(part) :] if isinstance(row, Row))
         if len(window) >= WINDOW * batch_size or nbytes > WINDOW_BYTES:
             yield _sorted(window, batch_size)
             window, nbytes = [], 0
@@ -92,8 +91,16 @@ def sorted_windows(inputs: Iterable[tuple[int, Any]], batch_size: int) -> Iterat
 
 
 def _sorted(window: Batch, batch_size: int) -> list[Batch]:
+    """The batches of a window, which is emptied: an image that was decoded lives as long as its row."""
     window.sort(key=lambda item: -item[1].size if isinstance(item[1], Row) else 0.0)
-    return [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+    batches = [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+    window.clear()
+    return batches
+
+
+def _taken(batches: list[Batch]) -> Iterator[Batch]:
+    while batches:
+        yield batches.pop(0)
 
 
 @dataclass
@@ -182,9 +189,9 @@ def read_features(
         workers = default_workers(device.type, multiprocessing.current_process().daemon)
     windows = sorted_windows(inputs, batch_size)
     first = next(windows, [])
-    batches = chain(first, chain.from_iterable(windows))
     # A worker pays for images and videos only, and one batch leaves nothing to read ahead.
     workers = min(workers, sum(any(getattr(row, "media", ()) for _, row in batch) for batch in first) - 1)
+    batches = chain.from_iterable(map(_taken, chain([first], windows)))
     if workers < 1:
         for batch in batches:
             with lock:

@@ -65,7 +65,7 @@ def stream(
 
     Args:
         model: The encoder.
-        inputs: Inputs with their indices, any number of them; read 32 batches ahead and sorted by size within those.
+        inputs: Inputs with their indices, any number of them; read up to 32 batches ahead and sorted by size within those.
         batch_size: Inputs a batch. A batch that does not fit into memory is halved.
         prompt: A system message.
         prompt_name: A name among the model's prompts.

@@ -108,7 +108,7 @@ class EmbeddingIndex:
         """Embed inputs and add them. Others may search meanwhile.
 
         Args:
-            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both: one or any number; read 32 batches ahead.
+            inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both: one or any number; read up to 32 batches ahead.
             ids: One for each input. By default a path's id is its name, and any other input gets a random id.
             metadata: One dict for each input, of what JSON can hold; by default the path or the text.
             batch_size: Inputs a batch. A batch that does not fit into memory is halved.

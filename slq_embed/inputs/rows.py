@@ -117,6 +117,13 @@ class Picture:
         image = self.source if self.content is None else self.content
         return pixels(image) if isinstance(image, bytes | Image.Image | np.ndarray | torch.Tensor) else 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the image file, or of the pixels where there is none. Those of a page are not there yet."""
+        if self.content is not None:
+            return len(self.content)
+        return 0 if isinstance(self.source, PdfPage) else 3 * self.pixels
+
     def digest(self) -> bytes:
         """What tells images apart: a digest of the file, which need not be decoded, or of decoded pixels.
 
@@ -162,8 +169,8 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its image files."""
-        return sum(len(picture.content or b"") for picture in self.pictures)
+        """Bytes of its images as they came: of files, or of pixels in memory."""
+        return sum(picture.nbytes for picture in self.pictures)
 
     @property
     def size(self) -> float:

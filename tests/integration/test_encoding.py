@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 import slq_embed.encoding.batches as encoding
 import slq_embed.encoding.to_file as encoded_file
+import slq_embed.inputs.rows as input_rows
 import slq_embed.modules.latent_query_transformer as latent_query_transformer
 import slq_embed.prefix.source as prefix_source
 from slq_embed import PrefixStore, SLQEncoder
@@ -152,6 +154,30 @@ def test_no_worker_is_started_for_nothing(encoder, folder, monkeypatch, workers)
     encoder.encode(folder[:6], batch_size=4)
     encoder.encode(folder, batch_size=4)
     assert started == [1, 2]
+
+
+def test_decoded_images_do_not_pile_up(encoder, folder, monkeypatch):
+    """A file of 200 kB may be an image of 40 MB, and a window holds a thousand files."""
+    decoded, decode = [], input_rows.decode
+
+    def remembered(*arguments):
+        image = decode(*arguments)
+        decoded.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(input_rows, "decode", remembered)
+    stream = encoder.encode_stream(folder, batch_size=2)
+    alive = [sum(image() is not None for image in decoded) for _ in stream]
+    assert len(alive) == 10
+    assert max(alive) <= 4
+
+
+def test_few_images_in_memory_are_read_ahead(encoder, images, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW_BYTES", 3 * images[0].width * images[0].height * 5)
+    read = []
+    stream = encoder.encode_stream((read.append(n) or images[0] for n in range(40)), batch_size=2)
+    next(stream)
+    assert len(read) == 6
 
 
 def test_shorter_embeddings_in_a_stream_and_a_file(encoder, mixed, tmp_path):
