@@ -27,7 +27,7 @@ from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
-from slq_embed.prefix.keys import keys_to_tensor
+from slq_embed.prefix.keys import keys_to_tensor, namespace_number
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries, scaled
 from slq_embed.prefix.source import PrefixSource
 from slq_embed.prefix.vision_check import vision_refusal
@@ -207,7 +207,8 @@ class LatentQueryTransformer(InputModule):
                 features = select_rows(features, again)
         if stored:
             features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
-        features |= {"prefix_key": keys_to_tensor(keys), "prefix_namespace": self.source.namespace}
+        features["prefix_key"] = keys_to_tensor(keys)
+        features["prefix_namespace"] = torch.full((len(keys),), namespace_number(self.source.namespace))
         if (
             self.training
             and "media" in features

@@ -11,7 +11,7 @@ a row for each input, so that anybody can cut a batch: the cached losses of Sent
 | ``media`` | :class:`MediaFeatures` | pixels, grids and other features of images and videos |
 | ``media_row`` | ``(batch,)`` int64 | which row of ``media`` each row has; -1 for none |
 | ``prefix_key`` | ``(batch, 2)`` int64 | the 128-bit key of each row's prefix |
-| ``prefix_namespace`` | bytes | what begins the keys: models that share them share prefixes |
+| ``prefix_namespace`` | ``(batch,)`` int64 | the store and the weights that the keys are of, as a number; 0 without a store |
 | ``prefix_stored`` | ``(batch,)`` bool | true where a prefix is kept: of such a row there is the length and nothing else |
 | ``mm_encoder_outputs`` | dict | the vision tower's features in place of pixels (:mod:`slq_embed.prefix.vision`) |
 | ``token_embeddings`` | ``(batch, Q, H)`` float32 | states of the queries, from the first module |

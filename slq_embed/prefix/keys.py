@@ -26,6 +26,11 @@ def prefix_key(row: Row, text: str, namespace: bytes) -> bytes:
     return hashlib.blake2b(whole, digest_size=KEY_BYTES).digest()
 
 
+def namespace_number(namespace: bytes) -> int:
+    """A namespace as a number of 63 bits, which stands beside the keys in a batch; 0 where there is none."""
+    return int.from_bytes(hashlib.blake2b(namespace, digest_size=8).digest(), "little") >> 1 if namespace else 0
+
+
 def keys_to_tensor(keys: Sequence[bytes]) -> torch.Tensor:
     """Keys as a feature of a batch, ``(batch, 2)`` int64, which losses can cut by rows."""
     return torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.int64).view(-1, 2)

@@ -16,7 +16,7 @@ from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
 from slq_embed.backbone.self_check import Schedule
 from slq_embed.inputs.rows import Row
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
-from slq_embed.prefix.keys import keys_from_tensor
+from slq_embed.prefix.keys import keys_from_tensor, namespace_number
 from slq_embed.prefix.packing import pack_row, pack_vision_row, unpack_row, unpack_vision_row
 from slq_embed.prefix.passes import Prefix, PrefixRow, collate, run_prefix
 from slq_embed.prefix.step_memory import StepMemory
@@ -104,14 +104,16 @@ class PrefixSource:
             return self._prefix(features, table)
 
     def _prefix(self, features: Features, table: Tensor) -> Prefix:
-        namespace = features.get("prefix_namespace")
-        if namespace and namespace != self.namespace:
+        ours, theirs = namespace_number(self.namespace), None
+        if (numbers := features.get("prefix_namespace")) is not None:
+            theirs = int(numbers[0])
+        if theirs and theirs != ours:
             raise RuntimeError(
                 "The batch was built with another prefix store than this model has. Do not attach or detach a store while a model "
                 "trains. The guide of a loss gets the batch of the model that it guides: give it the same backbone and the same "
                 "store (guide.prefix_store = model.prefix_store), or that model none."
             )
-        if namespace != self.namespace:  # no keys, or those of a model without a store, which do not name its weights
+        if theirs != ours:  # no keys, or those of a model without a store, which do not name its weights
             everything = {index: index for index in range(len(features["input_ids"]))}
             by_index = self.run(features, everything, run_prefix)
             return collate([by_index[index] for index in everything], table.device, table.dtype)
