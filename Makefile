@@ -80,10 +80,10 @@ gpu-wheels: $(READY) ## The wheels that `make gpu` takes along to a machine with
 	@size=$$(du -sk .wheels | cut -f1); echo "$$size kB in .wheels"; test $$size -lt $(WHEELS_KB) || \
 		{ echo "More than $(WHEELS_KB) kB, which is as much as goes along to a GPU machine. Take a name off WHEELS." >&2; exit 1; }
 
-test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; eight to fifteen minutes
+test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refuses: servers on 127.0.0.1, on a CPU; ten to twenty minutes
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m "vllm and not slow" tests/vllm
 
-test-vllm-families: $(READY) $(VLLM)/.ready ## All families in vLLM, tiny, on a CPU; eight minutes or more
+test-vllm-families: $(READY) $(VLLM)/.ready ## All families in vLLM, tiny, on a CPU; twenty minutes or more
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm/test_families.py
 
 test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; three to seven minutes
