@@ -323,7 +323,7 @@ def _good_rows(
         try:
             if verify:
                 read_image(image)
-            return replace(record, image=stored_image(image), same=identity(image)), None
+            return replace(record, same=identity(image), image=stored_image(image)), None
         except ValueError as error:
             return record, str(error)
 

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, concatenate_datasets
-from PIL import Image as PILImage
 
 from slq_embed.inputs import read_image
 
+_IMAGE = Image()
 _PART_BYTES = 2**28
 
 
 def stored_image(image: Any) -> dict[str, Any]:
-    """An image as a dict of ``bytes`` and ``path``; a picture is compressed.
+    """An image as a dict of ``bytes`` and ``path``; a picture that is in no file is compressed without loss.
 
     Raises:
         ValueError: If it is no image.
     """
-    known = isinstance(image, str | Path | bytes | bytearray | Mapping | PILImage.Image)
-    stored: dict[str, Any] = Image().encode_example(image if known else read_image(image))
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        image = image["bytes"]  # else datasets takes the file of its path, if there is one in the working directory
+    elif not isinstance(image, str | Path | bytes | bytearray | Mapping) and not _is_its_file(image):
+        image = read_image(image)
+    stored: dict[str, Any] = _IMAGE.encode_example(image)
     return stored
+
+
+def _is_its_file(image: Any) -> bool:
+    """Whether a picture is what is in the file that it was opened from: of such a one, ``datasets`` stores the path alone."""
+    with suppress(ValueError):  # the file is gone
+        return bool(getattr(image, "filename", "")) and read_image(image.filename) == read_image(image)
+    return False
 
 
 def dataset_of(rows: Iterable[dict[str, Any]], features: Features) -> Dataset | None:

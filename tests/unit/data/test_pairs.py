@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image
 
 import slq_embed.data
 from slq_embed.data import (
@@ -24,6 +26,7 @@ from slq_embed.data import (
     from_records,
     retrieval_set,
 )
+from slq_embed.inputs import read_image
 
 
 @pytest.fixture
@@ -247,6 +250,39 @@ def test_rows_with_one_image_have_one_label(folder, monkeypatch):
     assert from_folder(folder).dataset["label"][:] == [0, 0, 1]
     monkeypatch.setattr("slq_embed.data.pairs._REMEMBERED", 1)
     assert [row["label"] for row in from_dataset(said.to_iterable_dataset()).dataset] == [0, 1, 2, 3, 4]
+
+
+def test_embedded_images_are_not_taken_for_files_of_their_name(folder, monkeypatch):
+    """datasets would store the path alone, where there is such a file: another one, such as 0.png of another set."""
+    monkeypatch.chdir(folder)
+    embedded = {"bytes": (folder / "b.png").read_bytes(), "path": "a.png"}
+    rows = from_records([("x", embedded, "one")]).dataset
+    assert np.array_equal(rows[0]["image"], read_image(folder / "b.png"))
+
+
+def test_a_picture_is_stored_as_it_is_now(folder, tmp_path):
+    """datasets would store the name of the file that it was opened from, and drop how a photo is to be turned."""
+    drawn = Image.open(folder / "a.png")
+    drawn.paste("lime", (0, 0, *drawn.size))
+    gone = Image.open(shutil.copy(folder / "a.png", tmp_path / "gone.png"))
+    gone.load()
+    (tmp_path / "gone.png").unlink()
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.radial_gradient("L").crop((0, 0, 40, 20)).save(turned, "JPEG", exif=exif)
+    pictures = [drawn, gone, Image.open(turned)]
+    rows = from_records([(str(number), picture, "one") for number, picture in enumerate(pictures)]).dataset
+    assert all(np.array_equal(row["image"], read_image(picture)) for row, picture in zip(rows, pictures, strict=True))
+    stored = from_records([("a", Image.open(folder / "a.png"), "one")]).dataset.cast_column(
+        "image", ImageFeature(decode=False)
+    )
+    assert stored[0]["image"] == {"bytes": None, "path": str(folder / "a.png")}
+
+
+def test_a_picture_that_cannot_be_read_is_skipped_without_verify(folder):
+    cut = Image.open(io.BytesIO((folder / "a.png").read_bytes()[:-30]))
+    pairs = from_records([("cut", cut, "one"), ("a", folder / "a.png", "one")], verify=False)
+    assert [row.name for row in pairs.skipped] == ["cut"]
 
 
 @pytest.mark.parametrize(
