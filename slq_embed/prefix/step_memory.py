@@ -19,10 +19,13 @@ class StepMemory:
         self.nbytes = 0
         self.rows: dict[bytes, PrefixRow] = {}
         self.open = False
-        """Whether the model was told to train. The guide of a loss never is, and no second pass comes to its rows."""
+        """Whether the model was told to train. No second pass comes to the rows of one that was not, such as the guide of a loss."""
         self.used = False
         """Whether a pass with gradients has read these rows. GradCache runs a step first without gradients, then with them,
         so the next pass without gradients begins another step."""
+
+    def __reduce__(self) -> tuple[type[StepMemory], tuple[()]]:
+        return StepMemory, ()  # a copy of the model, or one in another process, begins without gigabytes of prefixes
 
     def keep(self, rows: Mapping[bytes, PrefixRow]) -> None:
         """Keep rows until one does not fit the budget."""
