@@ -226,8 +226,8 @@ def read_row(value: Any) -> Row:
     if isinstance(value, Row):
         return value
     if isinstance(value, str):
-        if value.lower().endswith(IMAGE_SUFFIXES):
-            _warn_of_a_path(value.lower().rpartition(".")[2])
+        if (ending := value[-5:].lower()).endswith(IMAGE_SUFFIXES):  # a text may be long
+            _warn_of_a_path(ending.rpartition(".")[2])
         return Row(text=_unicode(value))
     if isinstance(value, Mapping):
         return _read_dict(value)
