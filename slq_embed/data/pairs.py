@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import reprlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -323,7 +324,8 @@ def _good_rows(
         try:
             if verify:
                 read_image(image)
-            return replace(record, same=identity(image), image=stored_image(image)), None
+            stored = stored_image(image)
+            return replace(record, image=stored, same=identity(stored)), None
         except ValueError as error:
             return record, str(error)
 
@@ -332,7 +334,7 @@ def _good_rows(
             raise ValueError(f"{name}: {reason}")
         skipped.append(Skipped(name, reason))
 
-    labels: dict[Any, int] = {}
+    labels: OrderedDict[Any, int] = OrderedDict()  # a dict finds its first key slowly, once many were removed
     images = 0
     waiting = iter(records if limit is None else islice(records, limit))
     with ThreadPoolExecutor() as pool:
@@ -352,7 +354,7 @@ def _good_rows(
                 label = labels.setdefault(record.same, images)
                 images += label == images
                 if remembered is not None and len(labels) > remembered:
-                    del labels[next(iter(labels))]
+                    labels.popitem(last=False)
                 for caption in captions:
                     yield {"image": record.image, "text": caption, "label": label}
 
