@@ -11,7 +11,6 @@ from datasets import Dataset, Features, Image, concatenate_datasets
 
 from slq_embed.inputs import read_image
 
-_IMAGE = Image()
 _PART_BYTES = 2**28
 
 
@@ -21,16 +20,21 @@ def stored_image(image: Any) -> dict[str, Any]:
     Raises:
         ValueError: If it is no image.
     """
-    if isinstance(image, Mapping) and image.get("bytes") is not None:
-        image = image["bytes"]  # else datasets takes the file of its path, if there is one in the working directory
-    elif not isinstance(image, str | Path | bytes | bytearray | Mapping) and not _is_its_file(image):
+    if isinstance(image, Mapping):
+        # Beside bytes, a path is only a name. datasets would take the file of that name, if the working directory has one.
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    elif _is_its_file(image):
+        image = Path(image.filename)
+    if isinstance(image, Path):
+        image = str(image.absolute())  # datasets 3.6 knows no pathlib.Path
+    elif not isinstance(image, str | bytes | bytearray):
         image = read_image(image)
-    stored: dict[str, Any] = _IMAGE.encode_example(image)
+    stored: dict[str, Any] = Image().encode_example(image)
     return stored
 
 
 def _is_its_file(image: Any) -> bool:
-    """Whether a picture is what is in the file that it was opened from: of such a one, ``datasets`` stores the path alone."""
+    """Whether a picture is what is in the file that it was opened from: datasets asks for the name only."""
     with suppress(ValueError):  # the file is gone
         return bool(getattr(image, "filename", "")) and read_image(image.filename) == read_image(image)
     return False

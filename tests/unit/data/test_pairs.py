@@ -279,6 +279,14 @@ def test_a_picture_is_stored_as_it_is_now(folder, tmp_path):
     assert stored[0]["image"] == {"bytes": None, "path": str(folder / "a.png")}
 
 
+def test_paths_are_strings_for_datasets(folder, monkeypatch):
+    """Version 3.6 knows no pathlib.Path."""
+    given, encode = [], ImageFeature.encode_example
+    monkeypatch.setattr(ImageFeature, "encode_example", lambda self, value: given.append(value) or encode(self, value))
+    assert from_records([("a", folder / "a.png", "one")]).dataset[0]["image"].size == (16, 16)
+    assert given[0] == str(folder / "a.png")
+
+
 def test_a_picture_that_cannot_be_read_is_skipped_without_verify(folder):
     cut = Image.open(io.BytesIO((folder / "a.png").read_bytes()[:-30]))
     pairs = from_records([("cut", cut, "one"), ("a", folder / "a.png", "one")], verify=False)
