@@ -91,9 +91,9 @@ def _template(model: SLQEncoder) -> str:
 
 
 def encoder_digest(model: SLQEncoder) -> str:
-    """A digest of all that decides an encoder's embeddings, but for the precision that its backbone computes in."""
-    backbone = model.backbone_fingerprint
+    """A digest of all that decides an encoder's embeddings, but for the form and the precision that it was loaded in."""
     config = model.slq_config
+    backbone = config.fingerprint or model.backbone_fingerprint  # in a merged folder, the table holds the queries too
     settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, backbone.layers_sha256, config.pooling]
     settings += [_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
     if config.query_adapter is not None:

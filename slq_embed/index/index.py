@@ -281,8 +281,7 @@ class EmbeddingIndex:
             gpu: As for the class.
 
         Raises:
-            ValueError: If there is no index, a file is damaged, or the index is of another model or dimension. The same
-                model saved in another form, or loaded in float16, counts as another.
+            ValueError: If there is no index, a file is damaged, or the index is of another model or dimension.
         """
         folder = Path(folder).resolve()
         files, about, table = read_folder(folder, gpu=gpu, mmap=mmap)

@@ -141,6 +141,17 @@ def test_what_changes_embeddings_makes_another_model(encoder, change, tmp_path):
         EmbeddingIndex.load(tmp_path / "index", other)
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_is_the_same_in_each_form_and_precision(encoder, form, precision, tmp_path):
+    index = EmbeddingIndex(encoder)
+    index.add(["a red circle", "a blue square"], ["x", "y"])
+    index.save(tmp_path / "index")
+    encoder.save_pretrained(tmp_path / "model", form=form)
+    again = SLQEncoder(tmp_path / "model", device="cpu", model_kwargs={"dtype": precision})
+    assert EmbeddingIndex.load(tmp_path / "index", again).search("a red circle")[0].id == "x"
+
+
 def test_a_search_meanwhile_does_not_forget_the_model(monkeypatch):
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
     index, searching = EmbeddingIndex(model), threading.Event()
