@@ -186,6 +186,11 @@ def train(trainer: SentenceTransformerTrainer) -> None:
         print(f"{path} is left out, because it was not written to its end; it is written anew when the run comes there")
     if checkpoint is not None:
         print(f"going on from {checkpoint}; for a new run, give another --output")
+    if checkpoint is not None and 0 < trainer.args.max_steps <= int(checkpoint.name[11:]):
+        # The trainer would take another step, at a learning rate beyond the end of its schedule, and save it.
+        print(f"all {trainer.args.max_steps} steps are done")
+        trainer._load_from_checkpoint(str(checkpoint))
+        return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if not trainer.state.global_step:
         raise SystemExit(

@@ -97,6 +97,23 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before
     assert f"going on from {output / 'checkpoint-2'};" in printed
 
 
+@pytest.mark.parametrize("steps", [2, 1])
+def test_a_run_that_has_all_its_steps_takes_none_more(run_example, tmp_path, whole_run, steps):
+    """Killed before its model was saved, it saves that of the last checkpoint; also where fewer steps are asked for than it has."""
+    options, whole = whole_run
+    output = shutil.copytree(whole, tmp_path / "killed")
+    shutil.rmtree(output / "model")
+    for _ in range(3):
+        printed = run_example("train", *options, "--output", output, "--steps", steps)
+    assert f"going on from {output / 'checkpoint-2'};" in printed
+    assert f"all {steps} steps are done" in printed
+    assert torch.equal(queries(output), queries(whole))
+    assert (
+        SLQEncoder(output / "model", device="cpu").temperature == SLQEncoder(whole / "model", device="cpu").temperature
+    )
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_run_that_was_killed_at_its_first_checkpoint_begins_anew(run_example, tmp_path, whole_run):
     """With other settings, too: there is nothing that they could spoil."""
     options, whole = whole_run
