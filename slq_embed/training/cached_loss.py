@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from torch import Tensor
 
 from slq_embed.encoder import SLQEncoder
@@ -129,11 +130,22 @@ class CachedSymmetricInfoNCELoss(CachedLossMixin, SymmetricInfoNCELoss):
         Returns:
             A scalar.
         """
-        loss = self._of_embeddings(map(torch.cat, reps), self._step.log_temperature, labels)
+        log_temperature = self._step.log_temperature.clone()
+        if with_backward:
+            weight = self._weight_of(reps[0][0].shape[-1])
+            log_temperature.register_hook(lambda gradient: weight * gradient)
+        loss = self._of_embeddings(map(torch.cat, reps), log_temperature, labels)
         if not with_backward:
             return loss
         loss.backward()
         return loss.detach()
+
+    def _weight_of(self, width: int) -> float:
+        """The weight of embeddings of this width. MatryoshkaLoss wraps ``calculate_loss``, and weighs their gradients only."""
+        wrapped: Any = self.calculate_loss
+        if not isinstance(wrapped, CachedLossDecorator):
+            return 1.0
+        return dict(zip(wrapped.matryoshka_dims, wrapped.matryoshka_weights, strict=True))[width]
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""

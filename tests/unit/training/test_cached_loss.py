@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from slq_embed import SymmetricInfoNCELoss
 from slq_embed.training import CachedSymmetricInfoNCELoss
@@ -63,6 +64,17 @@ def test_hard_negatives_and_several_positives_are_those_of_the_plain_loss(encode
         step(encoder, SymmetricInfoNCELoss(encoder), images, **options)[0],
     ]
     assert all(abs(plain[0] - other) > 1e-3 for other in others)
+
+
+def test_matryoshka_weights_reach_the_temperature_too(encoder, images):
+    def weighted(loss):
+        return MatryoshkaLoss(encoder, loss, matryoshka_dims=[32, 8, 4], matryoshka_weights=[1, 0.5, 3])
+
+    plain = step(encoder, weighted(SymmetricInfoNCELoss(encoder)), images)
+    cached = step(encoder, weighted(CachedSymmetricInfoNCELoss(encoder, mini_batch_size=2)), images)
+    assert cached[0] == pytest.approx(plain[0], rel=1e-5)
+    assert (plain[1] - cached[1]).norm() < 1e-4 * plain[1].norm()
+    assert cached[2] == pytest.approx(plain[2], rel=1e-3)
 
 
 def test_an_evaluation_has_the_same_value_and_no_gradient(encoder, images):
