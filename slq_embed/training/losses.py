@@ -84,14 +84,19 @@ class SymmetricInfoNCELoss(nn.Module):
                     "another one, or other bounds: min_temperature=..., max_temperature=..."
                 )
             start = math.log(initial)
+        self._start = start
         self.model = model
-        self._log_temperature = (model.transformer.require_log_temperature(start),)  # the model owns it
         with torch.no_grad():
             self._log_temperature[0].fill_(start)
         self.bounds = (min_temperature, max_temperature)
         self.gather_across_devices = gather_across_devices
         self.positives = positives
         self._seen_a_batch = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "model" and isinstance(value, SLQEncoder):  # a trainer with model_init sets another one
+            self._log_temperature = (value.transformer.require_log_temperature(self._start),)  # the model owns it
 
     @property
     def temperature(self) -> float:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from sentence_transformers import InputExample, SentenceTransformer
+from sentence_transformers import InputExample, SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer import losses
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, TrainerCallback
@@ -25,7 +25,7 @@ from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from slq_embed.training import CachedSymmetricInfoNCELoss
 from tests.families import llava, others, qwen
 from tests.families.building import write
-from tests.training import toy_pairs, toy_train
+from tests.training import arguments, toy_pairs, toy_train
 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 LOSSES = {
@@ -165,6 +165,21 @@ def test_checkpoints_are_stock_folders(encoder, tmp_path):
         json.loads((checkpoint / "slq_config.json").read_text())["log_temperature"]
         == encoder.transformer.log_temperature.item()
     )
+
+
+@pytest.mark.parametrize("loss", [SymmetricInfoNCELoss, CachedSymmetricInfoNCELoss])
+def test_the_temperature_of_a_model_that_the_trainer_builds_is_trained(checkpoint, uninterrupted, tmp_path, loss):
+    """A search for hyperparameters has model_init: the trainer gives its loss a new model at each run."""
+    trainer = SentenceTransformerTrainer(
+        args=arguments(tmp_path, **RESUMABLE | {"save_strategy": "no"}),
+        model_init=lambda: untrained_model(checkpoint),
+        train_dataset=toy_pairs().dataset,
+        loss=loss,
+    )
+    for _ in range(2):
+        trainer.train()
+        assert torch.allclose(trainer.model.queries, uninterrupted[0].queries, atol=1e-5)
+        assert trainer.model.temperature == pytest.approx(uninterrupted[0].temperature)
 
 
 class KilledError(RuntimeError):
