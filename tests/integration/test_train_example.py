@@ -101,6 +101,8 @@ def test_what_is_missing_is_said_in_a_line(run_example, tmp_path):
         ("--data", "nofolder"): r"There is no folder nofolder\. Give a folder of captioned images with --data",
         ("--data", folder): r"no rows of the split 'train'\. Its splits are: none\..* add --holdout 20\.$",
         ("--data", tmp_path / "empty"): "There is no caption file in .*empty",
+        ("--data", folder, "--test", folder): r"--test is another folder .* a part of --data, give --holdout alone\.",
+        ("--data", folder, "--test", tmp_path, "--holdout", 2): r"--test is another folder",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run_example("train", *options, *output)
