@@ -60,7 +60,8 @@ def read_image(source: Any) -> Image.Image:
 
     Returns:
         An upright RGB image. The first frame of an animation; EXIF rotation applied; transparency laid on white;
-        16-bit grey scaled to 8, and so are float images in 0 to 1; above 16 megapixels reduced; strips beyond 100:1 padded.
+        16-bit grey scaled to 8, and so are float images in 0 to 1; above 16 megapixels reduced (a JPEG file already as it is
+        decoded, so it differs a little from its decoded picture); strips beyond 100:1 padded. What was passed in stays as it is.
 
     Raises:
         ValueError: If the image cannot be decoded or is above 178 megapixels. The message names the file.
@@ -143,7 +144,7 @@ def decode(content: bytes, source: Any) -> Image.Image:
     except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{name} is not an image that can be read: {error}") from error
     with image:
-        return _to_rgb(image, name)
+        return _to_rgb(image, name, draft=True)
 
 
 def _name(content: bytes, source: Any) -> str:
@@ -163,15 +164,15 @@ def pixels(image: bytes | Image.Image | NDArray[Any] | torch.Tensor) -> int:
     return opened.width * opened.height
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, draft: bool = False) -> Image.Image:
     width, height = image.size
     if width * height > MAX_SOURCE_PIXELS or min(width, height) == 0:
         raise ValueError(
             f"{name} has {width} x {height} pixels, but 1 to {MAX_SOURCE_PIXELS // 10**6} megapixels can be read."
         )
     try:
-        if width * height > MAX_DECODED_PIXELS:
-            # JPEG decodes straight to a smaller size; other formats are reduced after decoding.
+        if draft and width * height > MAX_DECODED_PIXELS:
+            # JPEG decodes straight to a smaller size; other formats are reduced after decoding. A caller's image would stay small.
             image.draft("RGB", (width // 2, height // 2))
         image = _opaque_rgb(_upright(image))
     except Exception as error:  # a damaged file makes a decoder raise any error
@@ -200,14 +201,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _opaque_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         # A float image may hold 0-1, or 0-255 as it is.
         scale = 65535.0 if values.max() > 255 else 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
         return Image.fromarray((values.clip(0, scale) * (255 / scale)).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

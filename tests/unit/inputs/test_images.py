@@ -58,6 +58,12 @@ def test_a_transparent_palette_is_laid_on_white():
     assert read_image(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (0, 0, 200)), ("L", 200)])
+def test_a_transparent_colour_is_white(mode, colour, tmp_path):
+    solid(mode, colour).save(tmp_path / "key.png", transparency=colour)
+    assert read_image(tmp_path / "key.png").getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_every_exif_orientation_is_undone(orientation, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
@@ -125,6 +131,15 @@ def test_a_huge_image_is_reduced(monkeypatch):
     assert read.width * read.height <= 10_000
     assert read.width / read.height == pytest.approx(4 / 3, rel=0.05)
     assert MAX_DECODED_PIXELS == 16_000_000
+
+
+def test_what_a_caller_has_opened_keeps_its_size(monkeypatch, tmp_path):
+    monkeypatch.setattr("slq_embed.inputs.images.MAX_DECODED_PIXELS", 10_000)
+    solid("RGB", (9, 9, 9), size=(400, 300)).save(tmp_path / "photo.jpg")
+    opened = Image.open(tmp_path / "photo.jpg")
+    assert read_image(opened).size == (100, 75)
+    assert opened.size == (400, 300)
+    assert np.asarray(opened).shape == (300, 400, 3)
 
 
 def test_a_decompression_bomb_is_refused_before_decoding(tmp_path):
