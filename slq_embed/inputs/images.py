@@ -71,7 +71,7 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, "a PIL image")
     if isinstance(source, PdfPage):
-        return source.render()
+        return _to_rgb(source.render(), repr(str(source)))
     content = read_file(source)
     if content is None:
         raise ValueError(

@@ -49,6 +49,7 @@ class PdfPage:
         pdfium = _pdfium()
         with _PDFIUM, _opened(pdfium, self.path) as document:
             try:
+                document.init_forms()  # before the page: else what was filled into a form is not drawn
                 page = document[self.number - 1]
                 width, height = page.get_size()
                 scale = self.dpi / _POINTS_PER_INCH

@@ -45,6 +45,27 @@ def test_a_large_page_is_rendered_smaller(file, monkeypatch):
     assert PdfPage(file, 1, 600).render().size == (100, 50)
 
 
+def test_what_was_filled_into_a_form_is_on_the_page(tmp_path):
+    # A page with one field, whose appearance is a red square. PDFium needs no table of where the objects are.
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] >> >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 100 50] /Annots [4 0 R] >>",
+        "<< /Type /Annot /Subtype /Widget /FT /Tx /T (name) /F 4 /Rect [0 0 50 50] /AP << /N 5 0 R >> /P 3 0 R >>",
+        "<< /Type /XObject /Subtype /Form /BBox [0 0 50 50] /Length 24 >> stream\n1 0 0 rg 0 0 50 50 re f \nendstream",
+    ]
+    body = "".join(f"{number} 0 obj {content} endobj\n" for number, content in enumerate(objects, start=1))
+    (tmp_path / "form.pdf").write_text(f"%PDF-1.7\n{body}trailer << /Root 1 0 R >>\n%%EOF")
+    (page,) = read_pdf(tmp_path / "form.pdf", dpi=72)
+    assert page.render().getpixel((25, 25)) == (255, 0, 0)
+    assert page.render().getpixel((75, 25)) == (255, 255, 255)
+
+
+def test_a_strip_is_padded_like_any_image(tmp_path):
+    Image.new("RGB", (2000, 4)).save(tmp_path / "strip.pdf", resolution=72)
+    assert read_image(read_pdf(tmp_path / "strip.pdf", dpi=72)[0]).size == (2000, 20)
+
+
 def test_pages_are_searched_by_their_names(encoder, file):
     encoder.prefix_store = None
     index = EmbeddingIndex(encoder)
