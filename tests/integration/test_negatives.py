@@ -92,6 +92,18 @@ def test_images_can_search_texts(trained, pairs):
         assert not own[row["label"]] & {row[f"negative_{n}"] for n in (1, 2, 3)}
 
 
+def test_inputs_of_several_images_search(trained):
+    pictures = [[render(scene), render(SCENES[0])] for scene in SCENES[:6]]
+    columns = Features({"query": {"images": [Image()], "text": Value("string")}, "text": Value("string")})
+    queries = [{"images": several, "text": "now in red"} for several in pictures]
+    texts = [captions(scene)[0] for scene in SCENES[:6]]
+    rows = Dataset.from_dict({"query": queries, "text": texts}, features=columns)
+    found = mine_negatives(trained, rows, anchor="query", positive="text", num_negatives=1, duplicate_score=None)
+    order = trained.similarity(trained.encode(queries), trained.encode(texts)).argsort(descending=True).tolist()
+    expected = [next(texts[n] for n in row if n != number) for number, row in enumerate(order)]
+    assert list(found.dataset["negative_1"]) == expected
+
+
 @pytest.mark.parametrize("options", [{}, {"relative_margin": 0.05}, {"absolute_margin": 0.1, "range_max": 8}])
 def test_texts_get_the_negatives_that_the_host_finds(trained, options):
     texts = Dataset.from_dict(
