@@ -169,8 +169,8 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its images as they came: of files, or of pixels in memory."""
-        return sum(picture.nbytes for picture in self.pictures)
+        """Bytes of its media as they came: of image files, or of pixels in memory."""
+        return sum(part.nbytes for part in self.media)
 
     @property
     def size(self) -> float:

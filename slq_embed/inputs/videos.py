@@ -96,6 +96,11 @@ class Video:
         """Width times height times frames; of a file, which is not opened, those of 16 frames of 480 x 360."""
         return 16 * 480 * 360 if self.is_file else self.frames.size // 3
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its frames in memory; those of a file are not there yet."""
+        return 0 if self.is_file else self.frames.nbytes
+
     def digest(self) -> bytes:
         """What tells videos apart: a digest of the file or of the frames, and of what is read of them.
 

@@ -172,10 +172,13 @@ def test_decoded_images_do_not_pile_up(encoder, folder, monkeypatch):
     assert max(alive) <= 4
 
 
-def test_few_images_in_memory_are_read_ahead(encoder, images, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW_BYTES", 3 * images[0].width * images[0].height * 5)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_few_images_in_memory_are_read_ahead(encoder, images, monkeypatch, kind):
+    image = images[0]
+    value = image if kind == "image" else {"video": [image, image], "max_frames": 1}
+    monkeypatch.setattr(encoding, "WINDOW_BYTES", 3 * image.width * image.height * (5 if kind == "image" else 10))
     read = []
-    stream = encoder.encode_stream((read.append(n) or images[0] for n in range(40)), batch_size=2)
+    stream = encoder.encode_stream((read.append(n) or value for n in range(40)), batch_size=2)
     next(stream)
     assert len(read) == 6
 
