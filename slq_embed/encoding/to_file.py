@@ -185,7 +185,7 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
             if index in sample:
                 with suppress(ValueError):  # it will be skipped and named
                     row = read_row(value)
-                    digest.update(f"{index} {row.text} ".encode() + row.media_digest())
+                    digest.update(f"{index} {row.messages()} ".encode() + row.media_digest())
     return digest.hexdigest()
 
 

@@ -200,6 +200,13 @@ def test_inputs_without_names_are_told_apart(encoder, images, tmp_path):
     for other in ([images[1], *inputs[1:]], [*images, {"text": "in red", "image": images[0]}]):
         with pytest.raises(ValueError, match="other inputs"):
             encoder.encode_to_file(other, file)
+    chat = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": [{"type": "image", "image": images[0]}]},
+    ]
+    encoder.encode_to_file([chat], tmp_path / "chat.npy")
+    with pytest.raises(ValueError, match="other inputs"):
+        encoder.encode_to_file([[{**chat[0], "content": "Look away."}, chat[1]]], tmp_path / "chat.npy")
 
 
 def test_every_text_and_path_of_a_list_of_dicts_is_compared(encoder, folder, tmp_path):
