@@ -25,7 +25,7 @@ class PrefixRow:
 
     Args:
         layers: For each layer its keys and values, each ``(heads, seq, head_dim)``, or nothing.
-        last_position: The largest position of its tokens.
+        last_position: The position of its last token.
         axes: How many axes positions have: 3 where the backbone has time, height and width, else 1.
         states: States of fixed size, by name; see :data:`slq_embed.prefix.cache.States`.
     """
@@ -53,7 +53,7 @@ class Prefix:
     Args:
         layers: For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing.
         attention_mask: ``(batch, seq)``, 1 for real tokens.
-        last_position: ``(batch,)``, the largest position of each row's real tokens.
+        last_position: ``(batch,)``, the position of each row's last token.
         axes: As in :class:`PrefixRow`.
         states: States of fixed size, ``(batch, ...)``, by name.
     """
@@ -130,10 +130,14 @@ def continue_positions(last_position: Tensor, count: int, axes: int) -> Tensor:
     return positions if axes == 1 else positions.expand(axes, -1, -1)
 
 
-def last_positions(positions: Tensor, attention_mask: Tensor) -> Tensor:
-    """The largest position over a row's real tokens and all axes, ``(batch,)``."""
-    highest = positions.amax(dim=0) if positions.ndim == 3 else positions
-    return highest.masked_fill(attention_mask == 0, 0).amax(dim=-1)
+def last_positions(positions: Tensor) -> Tensor:
+    """The position of each row's last token, ``(batch,)``: queries stand where text would go on.
+
+    It need not be the row's largest: the text after a long video of Qwen2-VL has positions below those of the video's last
+    frames.
+    """
+    last = positions[..., -1]  # of a real token: batches are padded on the left
+    return last.amax(dim=0) if positions.ndim == 3 else last
 
 
 @torch.no_grad()
@@ -151,7 +155,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
     # Read before the decoder starts: afterwards, these numbers would have to wait for a GPU to finish it.
-    last = last_positions(positions, mask).tolist()
+    last = last_positions(positions).tolist()
     starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
     cache = BackboneCache(decoder.config, stop=True)
     with suppress(PrefixReadyError):
@@ -249,7 +253,7 @@ def run_all_positions(
     mask = features["attention_mask"]
     batch, count = len(mask), len(queries)
     axes = 3 if positions.ndim == 3 else 1
-    continued = continue_positions(last_positions(positions, mask), count, axes)
+    continued = continue_positions(last_positions(positions), count, axes)
     if ids is None:
         embeddings = decoder.get_input_embeddings()(features["input_ids"])
         tokens = {"inputs_embeds": torch.cat([embeddings, queries.expand(batch, -1, -1)], dim=1)}

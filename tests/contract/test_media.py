@@ -134,6 +134,19 @@ def test_plain_sentence_transformers_gives_the_same(encoder, images, tmp_path):
     assert np.abs(SLQEncoder(tmp_path, device="cpu").encode(inputs) - ours).max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_after_a_long_video_queries_stand_where_text_would(checkpoint, tmp_path, kind):
+    """Its last frames have larger positions than the text behind it."""
+    encoder = SLQEncoder.from_backbone(checkpoint(kind), num_queries=3, seed=0, device="cpu")
+    encoder.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    inputs = [{"video": timed(np.concatenate([FRAMES] * 6), fps=1.0)}, {"video": timed(FRAMES, fps=0.1), "text": "a"}]
+    expected = np.concatenate([stock.encode([one]) for one in inputs])
+    assert np.abs(encoder.encode(inputs) - expected).max() < 1e-5
+    encoder.prefix_store = PrefixStore()
+    assert np.abs(encoder.encode(inputs) - expected).max() < 1e-5
+
+
 def test_cached_losses_cut_them(encoder, images):
     """A chunk has the media of its rows, whatever they are."""
     inputs = several(images) + videos(encoder, images)
