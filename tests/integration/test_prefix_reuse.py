@@ -167,7 +167,7 @@ def test_undecoded_images_are_decoded_only_to_be_computed(checkpoint, tmp_path, 
     encoder.prefix_store = PrefixStore()
     decoded = []
     monkeypatch.setattr(
-        "slq_embed.inputs.images._to_rgb", lambda image, name: decoded.append(name) or image.convert("RGB")
+        "slq_embed.inputs.images._to_rgb", lambda image, name, draft: decoded.append(name) or image.convert("RGB")
     )
     toy_train(encoder, pairs, tmp_path, num_train_epochs=3, max_steps=-1)
     assert len(decoded) == 8
