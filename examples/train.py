@@ -57,8 +57,12 @@ def load(folder: Path, holdout: int, limit: int | None) -> tuple[ImageTextPairs,
 
 def read(args: argparse.Namespace) -> tuple[ImageTextPairs, ImageTextPairs | None]:
     """Pairs to train on, and pairs to measure on if there are any."""
-    if args.test is not None and (args.holdout or args.data is not None and args.test.resolve() == args.data.resolve()):
-        raise SystemExit("--test is another folder to measure on. To measure on a part of --data, give --holdout alone.")
+    if args.test is not None and (
+        args.holdout or (args.data is not None and args.test.resolve() == args.data.resolve())
+    ):
+        raise SystemExit(
+            "--test is another folder to measure on. To measure on a part of --data, give --holdout alone."
+        )
     test = None if args.test is None else from_folder(args.test)
     if args.stream is not None:
         return stream(args.stream, *args.columns, args.buffer, args.seed), test
