@@ -92,9 +92,9 @@ def _template(model: SLQEncoder) -> str:
 
 def encoder_digest(model: SLQEncoder) -> str:
     """A digest of all that decides an encoder's embeddings, but for the form and the precision that it was loaded in."""
-    config = model.slq_config
-    backbone = config.fingerprint or model.backbone_fingerprint  # in a merged folder, the table holds the queries too
-    settings: list[Any] = [backbone.config_sha256, backbone.table_sha256, backbone.layers_sha256, config.pooling]
+    backbone, config = model.backbone_fingerprint, model.slq_config
+    # Without the token embeddings, which hold the queries in a merged folder.
+    settings: list[Any] = [backbone.config_sha256, backbone.layers_sha256, config.pooling]
     settings += [_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
