@@ -37,6 +37,7 @@ from sentence_transformers.util import truncate_embeddings
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.encoding import encoder_digest, resolve_prompt
+from slq_embed.inputs.images import IMAGE_SUFFIXES
 
 try:
     import ray
@@ -45,7 +46,7 @@ try:
 except ImportError:  # --help works without it
     ray = None
 
-IMAGES = ["avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpeg", "jpg", "png", "tif", "tiff", "webp"]
+IMAGES = [suffix[1:] for suffix in IMAGE_SUFFIXES]
 
 
 @dataclass

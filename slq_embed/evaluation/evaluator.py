@@ -72,7 +72,9 @@ def _append(path: Path, row: dict[str, float]) -> None:
         with path.open(newline="", encoding="utf8") as file:
             rows = list(csv.DictReader(file))
     rows.append(row)
-    with path.open("w", newline="", encoding="utf8") as file:
+    whole = path.with_name(f"{path.name}.part")
+    with whole.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)))
         writer.writeheader()
         writer.writerows(rows)
+    whole.replace(path)  # at once: earlier rows are not lost where this is killed

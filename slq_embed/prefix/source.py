@@ -104,9 +104,8 @@ class PrefixSource:
             return self._prefix(features, table)
 
     def _prefix(self, features: Features, table: Tensor) -> Prefix:
-        ours, theirs = namespace_number(self.namespace), None
-        if (numbers := features.get("prefix_namespace")) is not None:
-            theirs = int(numbers[0])
+        numbers, ours = features.get("prefix_namespace"), namespace_number(self.namespace)
+        theirs = None if numbers is None else int(numbers[0])
         if theirs and theirs != ours:
             raise RuntimeError(
                 "The batch was built with another prefix store than this model has. Do not attach or detach a store while a model "

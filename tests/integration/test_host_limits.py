@@ -13,7 +13,10 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from slq_embed import SLQEncoder, pretrained
+from slq_embed.generation import answer, build_reranker
 from slq_embed.toy import render, sample_scenes
+from tests.families import FAMILIES
+from tests.families.building import write
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,31 @@ def test_unusual_images_are_read_otherwise_by_plain_sentence_transformers(both, 
 def test_losses_over_layers_need_the_hosts_own_transformer(encoder, build):
     with pytest.raises(AssertionError):
         build(encoder, MultipleNegativesRankingLoss(encoder))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of a processor, with NumPy 2
+@pytest.mark.parametrize("family", ["phi4_multimodal", "paligemma", "llama4"])
+def test_processors_that_stand_in_the_way_of_reranking(tmp_path, images, family):
+    backbone = write(tmp_path, FAMILIES[family][1]())
+    encoder = SLQEncoder.from_backbone(backbone, num_queries=2, seed=0, device="cpu")
+    reranker = build_reranker(encoder, true_token="a", false_token="b")
+    sizes = [(50, 40), (64, 120), (200, 32), (64, 64)]
+    pairs = [("a", images[0].resize(size)) for size in sizes]
+    if family == "phi4_multimodal":
+        alone = np.array([reranker.predict(pair) for pair in pairs])
+        assert np.abs(reranker.predict(pairs, batch_size=1) - alone).max() < 1e-5
+        assert np.abs(reranker.predict(pairs) - alone).max() > 1e-3
+    elif family == "paligemma":
+        with pytest.raises(ValueError, match="to match target batch_size"):
+            reranker.predict(pairs[0])
+        assert isinstance(answer(encoder, "what?", images[0], max_new_tokens=2), str)
+        with pytest.raises(ValueError, match="`images` are expected"):
+            answer(encoder, "what?", "a text")
+    else:
+        assert np.isfinite(reranker.predict(("a", "b")))
+        with pytest.raises(RuntimeError, match="Float but found BFloat16"):
+            reranker.predict(pairs[0])
 
 
 @pytest.mark.slow
