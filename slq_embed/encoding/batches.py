@@ -132,8 +132,6 @@ class Reader(Dataset[Any]):
                 except (ValueError, OSError, RuntimeError) as error:
                     reason = str(error).removeprefix("Input 0 of 1: ")
                     skipped.append(Skipped(input_name(index, row), reason, index))
-            if len(readable) == len(rows):
-                raise
             rows, features = readable, self._preprocess([row for _, row in readable])
         return [index for index, _ in rows], features, skipped
 

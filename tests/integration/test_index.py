@@ -162,6 +162,23 @@ def test_a_gpu_is_asked_for_no_more_than_it_finds(monkeypatch):
     assert index.search_embeddings(vectors(1, seed=7), 1)[0][0].id != "new"
 
 
+def test_a_gpu_that_was_asked_for_is_not_left_out_without_a_word(monkeypatch):
+    def no_gpu_form(*_):
+        raise RuntimeError("no GPU form")
+
+    monkeypatch.setattr(faiss_index, "has_gpu", lambda: False)
+    with pytest.raises(ValueError, match="gpu=True needs faiss-gpu and a GPU"):
+        EmbeddingIndex(dimension=32, gpu=True)
+    monkeypatch.setattr(faiss_index, "has_gpu", lambda: True)
+    monkeypatch.setattr(faiss_index, "copy_to_gpu", no_gpu_form)
+    asked, by_default = EmbeddingIndex(dimension=32, gpu=True), EmbeddingIndex(dimension=32)
+    for index in (asked, by_default):
+        index.add_embeddings(vectors(2), ["a", "b"])
+    with pytest.raises(RuntimeError, match="no GPU form"):
+        asked.search_embeddings(vectors(1), 1)
+    assert by_default.search_embeddings(vectors(2)[:1], 1)[0][0].id == "a"
+
+
 @pytest.mark.parametrize(
     ("factory", "parameters", "few"), [("IVF16,Flat", "nprobe=16", 600), ("PQ8x4", "", 10), ("SQ8", "", 1)]
 )

@@ -30,6 +30,17 @@ def test_a_mapped_index_can_change_and_be_saved_in_place(tmp_path):
     assert len(EmbeddingIndex.load(tmp_path)) == 1000
 
 
+def test_search_parameters_that_faiss_does_not_write_come_back(tmp_path, monkeypatch):
+    """FAISS keeps nprobe in its file, and forgets max_codes."""
+    monkeypatch.setattr("slq_embed.index.faiss_types.LEAST_TO_LEARN_FROM", 500)
+    filled("IVF16,Flat", "nprobe=4,max_codes=100", count=1000).save(tmp_path)
+    index = EmbeddingIndex.load(tmp_path)
+    for change in (lambda: None, lambda: index.add_embeddings(vectors(1, seed=3), ["new"])):  # mapped, then in memory
+        change()
+        clusters = faiss.downcast_index(index._table.vectors._index)
+        assert (clusters.nprobe, clusters.max_codes) == (4, 100)
+
+
 def test_the_format_stays(tmp_path):
     """What an earlier version saved is read by these names, and what is saved now by an earlier version."""
     filled("IVF16,Flat", "nprobe=4", count=500).save(tmp_path)

@@ -376,6 +376,9 @@ def test_sets_without_labels_are_refused():
     unlabelled = ImageTextPairs(Dataset.from_dict({"image": ["a"], "text": ["b"]}))
     with pytest.raises(ValueError, match="Set 0 of 1 is streamed or has no labels"):
         concatenate_pairs([unlabelled])
+    labelled = Dataset.from_dict({"image": ["a"], "text": ["b"], "label": [0]})
+    with pytest.raises(ValueError, match="Set 1 of 2 is streamed or has no labels"):
+        concatenate_pairs([ImageTextPairs(labelled), ImageTextPairs(labelled.to_iterable_dataset())])
     mined = ImageTextPairs(Dataset.from_dict({"anchor": [0], "label": [0]}).with_transform(lambda rows: rows))
     with pytest.raises(ValueError, match=r"Set 0 of 2 has a transform, as mine_negatives gives it.* mine then\."):
         concatenate_pairs([mined, mined])
