@@ -140,6 +140,7 @@ class RemoteEncoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but at least 1 is needed.")
         rows: NDArray[np.float32] | None = None
+        widths: set[int] = set()
         options = self._options(task, prompt)
         starts = range(0, len(inputs), batch_size)
         for start in tqdm(starts, "Batches", disable=not show_progress_bar):
@@ -153,6 +154,12 @@ class RemoteEncoder:
                     skipped.append(Skipped(names[index], str(error), index))
             try:
                 found, refused = self._ask(chats, options)
+                widths |= {len(row) for row in found.values()}
+                if len(widths) > 1:  # numpy would spread a single number over a row
+                    raise RuntimeError(
+                        f"The server at {self.base_url} gave embeddings of {' and '.join(map(str, sorted(widths)))} numbers, but "
+                        "those of one model have equally many. Check what it serves."
+                    )
             except (OSError, RuntimeError) as error:
                 if rows is None:
                     raise

@@ -215,6 +215,21 @@ def test_too_few_embeddings_are_an_error(server, remote):
         embed(remote, ["a", "b"])
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_embeddings_of_another_width_are_an_error(server, local, remote, width):
+    of_a = embed(local, ["a"])[0].tolist()
+    message = rf"gave embeddings of {width} and 32 numbers, but those of one model .* Check what it serves"
+    server.failures = [(200, {"data": [{"index": 0, "embedding": of_a}, {"index": 1, "embedding": of_a[:width]}]})]
+    with pytest.raises(RuntimeError, match=message) as raised:
+        embed(remote, ["a", "b"])
+    assert not isinstance(raised.value, PartlyEmbeddedError)
+    server.failures = [(200, {"data": [{"index": 0, "embedding": row}]}) for row in (of_a, of_a[:width])]
+    with pytest.raises(PartlyEmbeddedError, match=message) as raised:
+        embed(remote, ["a", "b"], batch_size=1)
+    assert np.abs(raised.value.embeddings[0] - of_a).max() < 1e-6
+    assert np.isnan(raised.value.embeddings[1]).all()
+
+
 def test_what_is_refused_is_named_by_its_file_as_for_a_local_model(server, remote, tmp_path):
     inputs = [{"image": tmp_path / "missing.png"}, "b" * (LONGEST + 1)]
     with pytest.raises(UnreadableInputsError, match=r"input 0 \(.*missing\.png\): .*; input 1 \(bbb.*\): the server"):
