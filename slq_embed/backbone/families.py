@@ -230,10 +230,10 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def image_settings(processor: Any) -> dict[str, Any] | None:
-    """The settings of a processor's image part, or None where only text is read."""
-    part = getattr(processor, "image_processor", None)
-    return None if part is None else part.to_dict()
+def media_settings(processor: Any) -> list[dict[str, Any] | None]:
+    """The settings of a processor's image part and of its video part; None for a part that it lacks."""
+    parts = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
+    return [None if part is None else part.to_dict() for part in parts]
 
 
 def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from slq_embed.backbone.families import decoder_of, embedding_table, image_settings
+from slq_embed.backbone.families import decoder_of, embedding_table, media_settings
 from slq_embed.backbone.quantization import is_quantized, packing_of, parts_of
 from slq_embed.backbone.query_tokens import OWN_TOKEN
 
@@ -130,7 +130,7 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
     settings = [
         str(embedding_table(backbone).dtype),
         str(backbone.config._attn_implementation),
-        image_settings(processor),
+        media_settings(processor)[0],
         dict(image_kwargs),
     ]
     return hashlib.sha256(_json(settings)).digest()
@@ -138,7 +138,7 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
 
 def video_digest(processor: ProcessorMixin, video_kwargs: Mapping[str, Any]) -> bytes:
     """A digest of what decides the prefix of a video in addition to :func:`settings_digest`."""
-    return hashlib.sha256(_json([processor.video_processor.to_dict(), dict(video_kwargs)])).digest()
+    return hashlib.sha256(_json([media_settings(processor)[1], dict(video_kwargs)])).digest()
 
 
 def tokenizer_digest(tokenizer: Any) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slq_embed.backbone.chat_template import replace_queries
-from slq_embed.backbone.families import image_settings
+from slq_embed.backbone.families import media_settings
 
 if TYPE_CHECKING:
     from slq_embed.encoder import SLQEncoder
@@ -76,7 +76,7 @@ def check_query_sets(
             "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
             "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
             "another chat template": _template(encoder) == _template(model),
-            "other image sizes": image_settings(encoder.processor) == image_settings(model.processor),
+            "other image or video sizes": media_settings(encoder.processor) == media_settings(model.processor),
             "another prompt; pass prompt=, which holds for all": prompt_of(encoder) == prompt_of(model),
         }
         for difference, equal in same.items():
@@ -95,7 +95,7 @@ def encoder_digest(model: SLQEncoder) -> str:
     backbone, config = model.backbone_fingerprint, model.slq_config
     # Without the token embeddings, which hold the queries in a merged folder.
     settings: list[Any] = [backbone.config_sha256, backbone.layers_sha256, config.pooling]
-    settings += [_template(model), model.truncate_dim, config.image_kwargs, image_settings(model.processor)]
+    settings += [_template(model), model.truncate_dim, config.image_kwargs, media_settings(model.processor)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

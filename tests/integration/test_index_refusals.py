@@ -72,6 +72,24 @@ def model():
     return SLQEncoder(pretrained("slq-tiny"), device="cpu")
 
 
+@pytest.mark.parametrize("part", ["image", "video"])
+def test_another_size_of_images_or_videos_is_another_model(checkpoint, encoder, part, tmp_path):
+    """Else embeddings of both sizes would stand in one index, or in one file."""
+    index = EmbeddingIndex(encoder)
+    index.add(["a"], ["a"])
+    encoder.encode_to_file(["a"], tmp_path / "a.npy")
+    other = SLQEncoder.from_backbone(
+        checkpoint(), num_queries=4, seed=0, device="cpu", max_pixels=1024 if part == "image" else None
+    )
+    if part == "video":
+        other.processor.video_processor.size["longest_edge"] = 2048
+    index.model = other
+    with pytest.raises(ValueError, match="made with another model"):
+        index.search("a")
+    with pytest.raises(ValueError, match="begun with another model"):
+        other.encode_to_file(["a"], tmp_path / "a.npy")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
