@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, Value
-from PIL import Image as PILImage
 
 from slq_embed.data.storage import dataset_of, stored_image
 from slq_embed.inputs import Skipped, read_image, report
@@ -367,14 +366,15 @@ def _caption_problem(caption: Any, number: int) -> str:
     return f"caption {number} is a {type(caption).__name__}, but a str is needed"
 
 
-def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image], list[str], list[int]]:
+def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[dict[str, Any]], list[str], list[int]]:
     """Split pairs into distinct images, all texts, and for each text the index of its image.
 
     Args:
         pairs: The pairs, or their dataset: it has the columns ``image``, ``text`` and ``label``.
 
     Returns:
-        Arguments for :class:`slq_embed.evaluation.ImageTextRetrievalEvaluator`.
+        Arguments for :class:`slq_embed.evaluation.ImageTextRetrievalEvaluator`. The images are undecoded, as dicts of ``bytes``
+        and ``path``: thousands of decoded ones would fill the memory.
 
     Raises:
         ValueError: If the pairs are streamed, or are no pairs.
@@ -392,5 +392,5 @@ def retrieval_set(pairs: ImageTextPairs | Dataset) -> tuple[list[PILImage.Image]
         )
     labels = np.asarray(dataset["label"])
     _, first_rows, image_of = np.unique(labels, return_index=True, return_inverse=True)
-    images = [read_image(row["image"]) for row in dataset.select(first_rows)]
-    return images, list(dataset["text"]), image_of.tolist()
+    images = dataset.select(first_rows).cast_column("image", Image(decode=False))["image"]
+    return list(images), list(dataset["text"]), image_of.tolist()

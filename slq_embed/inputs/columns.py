@@ -14,20 +14,28 @@ _FIRST = 4
 
 
 def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
-    """Refuse columns that hold no texts, images or both.
+    """Refuse columns that hold no texts, images or both, and labels that are strings.
 
     Args:
         dataset: A dataset. One with a transform passes: its features are not those of the values.
-        columns: The columns to encode; by default all but labels.
+        columns: The columns to encode; by default all but labels, which are looked at too.
 
     Raises:
-        ValueError: If a column holds numbers or lists of texts; or strings, if it is named for images or these name image files.
+        ValueError: If a column to encode holds numbers or lists of texts; or strings, if it is named for images or these name image files.
+            Or if labels are strings.
     """
     if dataset.format["type"] == "custom":
         return
-    for name in [name for name in dataset.column_names if name not in LABELS] if columns is None else columns:
+    for name in dataset.column_names if columns is None else columns:
         feature = dataset.features[name]
         kind = str(getattr(feature, "dtype", None))
+        if columns is None and name in LABELS:
+            if kind in _TEXTS:
+                raise ValueError(
+                    f"The column {name!r} holds strings, but labels are numbers: losses get them as a tensor. Number them with "
+                    f"dataset.class_encode_column({name!r}). If these are texts to embed, rename the column."
+                )
+            continue
         if kind in _TEXTS and (name in ("image", "images") or _names_images(dataset, name)):
             raise ValueError(
                 f"The column {name!r} holds strings. A str is always a text, so the model would learn the paths and not "

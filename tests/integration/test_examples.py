@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder
 from slq_embed.data import from_folder, retrieval_set
+from slq_embed.inputs import read_image
 from tests.scripts import EXAMPLES, ROOT, run_script
 
 PHOTOS = Path(os.environ.get("SLQ_DATA", ROOT.parent / "shared" / "data"))
@@ -69,7 +70,7 @@ def test_flickr8k_is_read():
     pairs = from_folder(PHOTOS / "flickr8k", split="val", limit=40)
     images, texts, image_of = retrieval_set(pairs)
     assert (len(images), len(texts), max(image_of)) == (40, 200, 39)
-    assert images[0].size == (224, 224)
+    assert read_image(images[0]).size == (224, 224)
 
 
 @pytest.mark.slow

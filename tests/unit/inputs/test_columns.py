@@ -67,6 +67,14 @@ def test_a_column_of_numbers_is_named(encoder, reader):
         READERS[reader](encoder, NUMBERS)
 
 
+@pytest.mark.parametrize("reader", ["sampler", "plan", "trainer"])
+def test_labels_that_are_strings_are_named(encoder, reader):
+    classes = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "label": ["cats", "dogs"]})
+    with pytest.raises(ValueError, match=r"'label' holds strings, but labels are numbers.*class_encode_column\('label'\)"):
+        READERS[reader](encoder, classes)
+    require_inputs(classes.class_encode_column("label"))
+
+
 def test_texts_images_and_labels_pass():
     require_inputs(toy_pairs(2).dataset)
     require_inputs(PATHS.remove_columns("image").add_column("score", [0.5, 0.5]))
