@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ from slq_embed.saving.weights import (
 
 ARCHITECTURE_PREFIX = "SLQ"
 """What a merged folder writes before the name of the backbone's architecture."""
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
@@ -66,10 +68,12 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     """Write everything of a :class:`slq_embed.SLQEncoder` but the model card, in the form that its ``slq_config`` names.
 
     Raises:
-        ValueError: If the form does not fit the backbone, or the folder is the backbone's own.
+        ValueError: If the form does not fit the backbone, or the folder is the backbone's own or a file.
     """
     slq_config = model.slq_config
     _require_own_modules(model, slq_config)
+    if folder.is_file():
+        raise ValueError(f"A model is saved as a folder, but {folder} is a file. Give another path, or remove the file.")
     folder.mkdir(parents=True, exist_ok=True)
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())
@@ -255,10 +259,13 @@ def _write_merged(
             state[name] = merged  # the table, and a head tied to it
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        # transformers would leave the one that it does not write: of a save in one file, or in several.
-        (folder / name).unlink(missing_ok=True)
-    backbone.save_pretrained(folder, state_dict=state)
+    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        backbone.save_pretrained(unfinished, state_dict=state)
+        # Only now, so that a save that fails leaves the earlier weights. They may be in another number of files.
+        for old in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+            old.unlink()
+        for new in Path(unfinished).iterdir():
+            new.replace(folder / new.name)
     with edited_json(folder / "config.json") as config:
         # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all
         # tokens without a word; under a name of our own it refuses, and the plugin vllm-slq serves it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partialmethod
+from pathlib import Path
 
 import pytest
 import transformers
@@ -46,6 +47,30 @@ def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, se
     if not trusted or LOADS_ADAPTERS:
         stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=trusted)
         assert furthest(stock.encode(mixed), expected) < 1e-5
+
+
+def test_a_save_that_fails_leaves_the_earlier_one(checkpoint, mixed, tmp_path, monkeypatch):
+    first = trained(build(checkpoint, form="merged"))
+    first.save_pretrained(tmp_path)
+    before, save = files(tmp_path), PreTrainedModel.save_pretrained
+
+    def fail(self, folder, **options):
+        save(self, folder, **options)
+        (Path(folder) / "model.safetensors").write_bytes(b"a part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        trained(build(checkpoint, form="merged"), 2).save_pretrained(tmp_path)
+    assert files(tmp_path) == before
+    assert furthest(SLQEncoder(tmp_path, device="cpu").encode(mixed), first.encode(mixed)) < 1e-5
+
+
+def test_a_file_is_no_folder_to_save_in(encoder, tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(ValueError, match=r"saved as a folder, but .*model is a file\. Give another path"):
+        encoder.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
 
 
 @pytest.mark.parametrize("before", ["in several files", "in one file"])
