@@ -225,6 +225,13 @@ def require_same_run(args: argparse.Namespace) -> None:
         )
 
 
+def positive(text: str) -> int:
+    """A whole number of an option, which must be at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}, but at least 1 is needed")
+    return number
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -238,7 +245,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--buffer",
-        type=int,
+        type=positive,
         default=1000,
         help="mix so many streamed pairs at a time: as many images are in memory (default: %(default)s)",
     )
@@ -249,18 +256,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         help="measure on so many last images, where the file has no split (default: %(default)s)",
     )
-    add("--limit", type=int, help="train on so many images only")
+    add("--limit", type=positive, help="train on so many images only")
     add("--backbone", help="hub name or folder; by default the embedded mllm-tiny")
-    add("--queries", type=int, default=16, help="latent queries (default: %(default)s)")
+    add("--queries", type=positive, default=16, help="latent queries (default: %(default)s)")
     add("--projection", action="store_true", help="train a projection head, too")
     add("--query-adapter", action="store_true", help="train an adapter at the queries, too")
-    add("--steps", type=int, default=600, help="steps to train (default: %(default)s)")
-    add("--batch", type=int, default=64, help="pairs a step, over all processes (default: %(default)s)")
-    add("--chunk", type=int, default=32, help="rows that are differentiated at a time (default: %(default)s)")
+    add("--steps", type=positive, default=600, help="steps to train (default: %(default)s)")
+    add("--batch", type=positive, default=64, help="pairs a step, over all processes (default: %(default)s)")
+    add("--chunk", type=positive, default=32, help="rows that are differentiated at a time (default: %(default)s)")
     add("--learning-rate", type=float, default=2e-2, help="of the queries (default: %(default)s)")
     add("--prefixes", type=Path, help="folder to keep prefixes in, which all processes share")
-    add("--eval-steps", type=int, help="measure after so many steps, too")
-    add("--save-steps", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
+    add("--eval-steps", type=positive, help="measure after so many steps, too")
+    add("--save-steps", type=positive, default=200, help="steps between checkpoints (default: %(default)s)")
     add("--report-to", default="none", help="who gets the loss: tensorboard, trackio, ... (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the queries and the order (default: %(default)s)")
     add(

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset, Image, Value, concatenate_datasets
 from evaluate import BENCHMARKS, PAPER, load_data, table
 from sentence_transformers import SentenceTransformerTrainer
-from train import build_trainer, train
+from train import build_trainer, positive, train
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.data import from_karpathy, load_mmeb_train
@@ -239,6 +239,13 @@ def count(rows: Rows) -> int:
     return sum(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
 
 
+def together(rows: Rows) -> Dataset:
+    """The pairs of all sets; of several without their labels, which each set counts from 0."""
+    if isinstance(rows, Dataset):
+        return rows
+    return concatenate_datasets([part.remove_columns("label") for part in rows.values()])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -258,19 +265,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=Path("output/recipe"),
         help="folder of checkpoints and model (default: %(default)s)",
     )
-    add("--limit", type=int, help="read so many images only (MMEB: rows of each set)")
-    add("--queries", type=int, help="latent queries; by default the recipe's")
-    add("--batch", type=int, help="pairs a step, over all processes; by default the recipe's")
+    add("--limit", type=positive, help="read so many images only (MMEB: rows of each set)")
+    add("--queries", type=positive, help="latent queries; by default the recipe's")
+    add("--batch", type=positive, help="pairs a step, over all processes; by default the recipe's")
     add(
         "--chunk",
-        type=int,
+        type=positive,
         default=32,
         help="rows that are differentiated at a time: only memory and time depend on it (default: %(default)s)",
     )
-    add("--epochs", type=int, help="passes over the data; by default the recipe's")
-    add("--steps", type=int, help="stop after so many steps")
+    add("--epochs", type=positive, help="passes over the data; by default the recipe's")
+    add("--steps", type=positive, help="stop after so many steps")
     add("--learning-rate", type=float, help="of the queries; by default the recipe's")
-    add("--max-pixels", type=int, help="largest image, for families that keep the resolution")
+    add("--max-pixels", type=positive, help="largest image, for families that keep the resolution")
     add(
         "--form",
         default="adapter",
@@ -278,7 +285,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="how to save; see docs/guides/save-load-serve.md (default: %(default)s)",
     )
     add("--prefixes", type=Path, help="folder to keep prefixes in, if that is faster by measurement")
-    add("--save-steps", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
+    add("--save-steps", type=positive, default=100, help="steps between checkpoints (default: %(default)s)")
     add(
         "--workers",
         type=int,
@@ -287,9 +294,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the queries and the order (default: %(default)s)")
     add("--dry-run", action="store_true", help="random weights and synthetic pairs: time, memory, hours to finish")
-    add("--layers", type=int, help="dry run: layers of each tower; by default 2 on a CPU, all on a GPU")
+    add("--layers", type=positive, help="dry run: layers of each tower; by default 2 on a CPU, all on a GPU")
     add("--dry-steps", type=int, default=3, help="dry run: steps to measure; 0 only counts (default: %(default)s)")
-    add("--dry-batch", type=int, help="dry run: pairs of a measured step; by default 4 on a CPU, 64 on a GPU")
+    add("--dry-batch", type=positive, help="dry run: pairs of a measured step; by default 4 on a CPU, 64 on a GPU")
     add("--card", action="append", help="dry run: NAME,GB,TFLOPS of a card to estimate for; may come several times")
     add(
         "--utilisation",
@@ -298,7 +305,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="dry run: assumed share of the card's peak (default: %(default)s)",
     )
     add("--json", type=Path, help="dry run: file to write the results to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.utilisation <= 1:
+        parser.error(f"argument --utilisation: {args.utilisation}, but a share above 0 and up to 1 is needed")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -316,9 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, evaluator = read(args, data)
     model = build_model(args, data, backbone.name)
     if args.prefixes is not None:
-        plan = plan_prefixes(
-            model, rows if isinstance(rows, Dataset) else rows[MMEB_SETS[0]], args.epochs, folder=args.prefixes
-        )
+        plan = plan_prefixes(model, together(rows), args.epochs, folder=args.prefixes)
         print(plan)
         model.prefix_store = plan.store()
     trainer = trainer_of(args, model, rows)

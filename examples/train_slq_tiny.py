@@ -81,7 +81,7 @@ def near_twins(batches: int, size: int, rng: Random) -> list[Scene]:
             scene for first in things for second in (None, *things) for scene in scenes_of.get((first, second), [])
         ]
         alone = [scene for scene in shared if scene.second is None]
-        part = rng.sample(alone, min(8, len(alone)))
+        part = rng.sample(alone, min(8, size, len(alone)))
         scenes += part + rng.sample([scene for scene in shared if scene.second is not None], size - len(part))
     return scenes
 

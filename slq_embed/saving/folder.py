@@ -73,7 +73,9 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     slq_config = model.slq_config
     _require_own_modules(model, slq_config)
     if folder.is_file():
-        raise ValueError(f"A model is saved as a folder, but {folder} is a file. Give another path, or remove the file.")
+        raise ValueError(
+            f"A model is saved as a folder, but {folder} is a file. Give another path, or remove the file."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
@@ -71,6 +73,12 @@ def test_flickr8k_is_read():
     images, texts, image_of = retrieval_set(pairs)
     assert (len(images), len(texts), max(image_of)) == (40, 200, 39)
     assert read_image(images[0]).size == (224, 224)
+
+
+@pytest.mark.parametrize("size", [4, 64])
+def test_toy_batches_have_the_size_that_was_asked_for(monkeypatch, size):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    assert len(importlib.import_module("train_slq_tiny").near_twins(3, size, Random(0))) == 3 * size
 
 
 @pytest.mark.slow

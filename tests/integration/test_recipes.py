@@ -95,6 +95,31 @@ def test_mmeb_trains_on_its_twenty_sets(run_example, script, tmp_path):
     assert model.slq_config.instructions["composed"] == "{text}"
 
 
+def test_a_store_is_planned_for_all_sets(script, tmp_path, monkeypatch):
+    recipe = script("train_recipe")
+    monkeypatch.setattr(recipe, "MMEB_SETS", ("ImageNet_1K", "CIRR"))
+    monkeypatch.setattr(recipe, "plan_prefixes", lambda model, rows, *more, **options: exit(f"plan of {len(rows)}"))
+    for name in recipe.MMEB_SETS:
+        published.mmeb_train(tmp_path, name, count=3, negatives=name == "CIRR")
+    options = ["--data", "mmeb", *map(str, TINY), "--path", str(tmp_path), "--prefixes", str(tmp_path / "kept")]
+    with pytest.raises(SystemExit, match="plan of 4"):
+        recipe.main([*options, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "needed"),
+    [
+        ("train", "--steps", "-1", "-1, but at least 1 is needed"),
+        ("train_recipe", "--batch", "0", "0, but at least 1 is needed"),
+        ("train_recipe", "--utilisation", "0", "0.0, but a share above 0 and up to 1 is needed"),
+    ],
+)
+def test_a_number_that_an_option_cannot_have_is_named(script, capsys, name, option, value, needed):
+    with pytest.raises(SystemExit):
+        script(name).parse([*(["--data", "coco", "--backbone", "x"] if name == "train_recipe" else []), option, value])
+    assert f"argument {option}: {needed}" in capsys.readouterr().err
+
+
 def test_equal_targets_of_mmeb_are_no_negatives(script, tmp_path, monkeypatch):
     recipe = script("train_recipe")
     monkeypatch.setattr(recipe, "MMEB_SETS", ("ImageNet_1K",))

@@ -70,7 +70,9 @@ def test_a_column_of_numbers_is_named(encoder, reader):
 @pytest.mark.parametrize("reader", ["sampler", "plan", "trainer"])
 def test_labels_that_are_strings_are_named(encoder, reader):
     classes = Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"], "label": ["cats", "dogs"]})
-    with pytest.raises(ValueError, match=r"'label' holds strings, but labels are numbers.*class_encode_column\('label'\)"):
+    with pytest.raises(
+        ValueError, match=r"'label' holds strings, but labels are numbers.*class_encode_column\('label'\)"
+    ):
         READERS[reader](encoder, classes)
     require_inputs(classes.class_encode_column("label"))
 
