@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from langchain_core.stores import InMemoryByteStore
 from PIL import Image
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.serving import UnreadableInputsError, shared_encoder
@@ -187,6 +188,20 @@ def test_prompts_are_the_saved_ones_unless_given(prompted, gallery):
     assert close(with_prompts.embed_query(text), model.encode(text, prompt=""))
     assert close(with_prompts.embed_documents([text])[0], model.encode(text, prompt="Doc."))
     assert close(with_prompts.embed_image([image])[0], model.encode(image, prompt="Pic."))
+
+
+def test_a_cache_of_both_gives_a_query_the_vector_of_a_document(prompted, gallery):
+    """The README says so: with prompts, queries need a store of their own."""
+    cached = pytest.importorskip("langchain_classic.embeddings").CacheBackedEmbeddings.from_bytes_store
+    embeddings, text = SLQEmbeddings(model=prompted, device="cpu"), gallery.texts[0]
+    assert not close(embeddings.embed_query(text), embeddings.embed_documents([text])[0])
+    for store, expected in (
+        (True, embeddings.embed_documents([text])[0]),
+        (InMemoryByteStore(), embeddings.embed_query(text)),
+    ):
+        cache = cached(embeddings, InMemoryByteStore(), query_embedding_cache=store, key_encoder="sha256")
+        cache.embed_documents([text])
+        assert close(cache.embed_query(text), expected)
 
 
 def test_settings_reach_the_model(embeddings, gallery, monkeypatch, capfd):
