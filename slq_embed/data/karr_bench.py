@@ -23,12 +23,12 @@ class KARRBenchSet:
     Args:
         images: Images, undecoded.
         texts: The query text of each image.
-        categories: The category of each pair; ``None`` where there is no such column.
+        categories: The category of each pair, ``None`` where it has none; ``None`` where there is no such column.
     """
 
     images: Sequence[Any]
     texts: Sequence[str]
-    categories: Sequence[str] | None
+    categories: Sequence[str | None] | None
 
 
 def load_karr_bench(folder: str | Path, *, split: str = "train", limit: int | None = None) -> KARRBenchSet:

@@ -24,7 +24,8 @@ class KARRBenchEvaluator(Evaluator):
     Args:
         images: Images.
         texts: The query text of each image.
-        categories: The category of each pair, such as ``"functional"``; ``None`` where they are not known.
+        categories: The category of each pair, such as ``"functional"``. ``None`` where they are not known; a pair whose category
+            is ``None`` counts in the overall metrics only.
         **options: See :class:`~slq_embed.evaluation.EvaluatorOptions`.
 
     Raises:
@@ -37,7 +38,11 @@ class KARRBenchEvaluator(Evaluator):
     kind, metric = "karr_bench", "mean_recall"
 
     def __init__(
-        self, images: Sequence[Any], texts: Sequence[str], categories: Sequence[str] | None = None, **options: Any
+        self,
+        images: Sequence[Any],
+        texts: Sequence[str],
+        categories: Sequence[str | None] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
         require_images(images)
@@ -49,7 +54,7 @@ class KARRBenchEvaluator(Evaluator):
                 "category or none at all."
             )
         self.images, self.texts = list(images), list(texts)
-        self.categories = None if categories is None else [_slug(category) for category in categories]
+        self.categories = None if categories is None else [_slug(category or "") for category in categories]
 
     def measure(self, model: SentenceTransformer) -> dict[str, float]:
         """Encode all images and texts, and measure.
@@ -63,7 +68,7 @@ class KARRBenchEvaluator(Evaluator):
         each = both_ways(model, self.images, self.texts, torch.arange(len(self.texts)), self.options)
         metrics = {name: float(values.mean()) for name, values in each.items()}
         metrics["mean_recall"] = mean_recall(metrics)
-        for category in dict.fromkeys(self.categories or ()):
+        for category in filter(None, dict.fromkeys(self.categories or ())):
             rows = torch.from_numpy(np.asarray(self.categories) == category)
             for way in ("text_to_image", "image_to_text"):
                 for k in RECALL_AT:
@@ -72,7 +77,7 @@ class KARRBenchEvaluator(Evaluator):
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
-        return {"pairs": len(self.texts), "categories": len(set(self.categories or ()))}
+        return {"pairs": len(self.texts), "categories": len(set(filter(None, self.categories or ())))}
 
 
 def _slug(category: str) -> str:

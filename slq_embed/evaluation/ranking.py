@@ -23,7 +23,8 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best candidates of each query by dot product.
 
-    Candidates with equal scores rank in their order. A score that is no number (NaN) never ranks. Scores are computed
+    Candidates with equal scores rank in their order. Equal candidates may get scores that differ in the last bit: a matrix product
+    rounds by the shape of the block and the place in it. A score that is no number (NaN) never ranks. Scores are computed
     block by block: memory grows with the block and with ``k``, not with queries times candidates.
 
     Args:

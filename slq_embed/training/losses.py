@@ -26,7 +26,8 @@ class SymmetricInfoNCELoss(nn.Module):
 
     ``loss = (CE(S / tau) + CE(S.T / tau)) / 2`` with cosine similarities ``S``. The parameter is ``log(tau)``: at
     the learning rates of latent queries (2e-2), ``tau`` itself would cross its whole range in a few steps.
-    The parameter is part of the model, and so of its checkpoints.
+    The parameter is part of the model, and so of its checkpoints. Several such losses of one model, as for several training sets,
+    train this one parameter: the last loss that is made sets where it starts.
 
     Columns after the second are hard negatives, such as :func:`slq_embed.training.mine_negatives` finds. A row of the
     first column is compared with its own ones, not with those of other rows: among these may be its positives.

@@ -57,6 +57,11 @@ def test_karr_bench_as_a_whole_and_by_category(tmp_path):
     assert (tmp_path / "karr_bench_karr_results.csv").read_text().count("\n") == 2
     whole = KARRBenchEvaluator([image(n) for n in range(12)], [f"query {n}" for n in range(12)])
     assert set(whole(CannedModel(rows))) == {name[5:] for name in metrics if "tool" not in name and "func" not in name}
+    some = KARRBenchEvaluator(whole.images, whole.texts, [None, *categories[1:8], *[None] * 4], name="karr")
+    expected = {name: value for name, value in metrics.items() if "functional" not in name}
+    expected |= {"karr_tool_appliance_text_to_image_recall@1": 5 / 7, "karr_tool_appliance_image_to_text_recall@5": 1}
+    assert some(CannedModel(rows)) == pytest.approx(expected)
+    assert some.get_config_dict() == {"pairs": 12, "categories": 1}
 
 
 @pytest.mark.parametrize(("texts", "categories"), [(["a"], None), (["a", "b"], ["x"]), ([], None)])

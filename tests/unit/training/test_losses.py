@@ -79,6 +79,7 @@ def test_the_temperature_starts_at_007_is_clamped_and_lives_in_the_model(encoder
     assert SymmetricInfoNCELoss(encoder).temperature == pytest.approx(0.01), "trained to the bound, it trains on"
     assert encoder.transformer.log_temperature.grad != 0, "a clamped temperature must be able to come back"
     assert SymmetricInfoNCELoss(encoder, 0.2).temperature == pytest.approx(0.2)
+    assert loss.temperature == pytest.approx(0.2), "all losses of a model share it"
     assert SymmetricInfoNCELoss(encoder).temperature == pytest.approx(0.2)
     for outside in (5, 0.0):
         with pytest.raises(ValueError, match=f"temperature is {outside}"):
