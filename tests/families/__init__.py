@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         qwen.minicpmv4_6,
         qwen.minicpmv4_7,
     ),
-    "sliding windows": (others.gemma3_text, cohere.cohere2_vision, cohere.aya_vision),
+    "sliding windows": (others.gemma3_text, cohere.cohere2_vision, cohere.aya_vision, cohere.cohere2_moe),
     "images in both directions": (others.gemma3, others.paligemma, others.paligemma2, others.molmo2),
     "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
     "latent": (qwen.kimi_k25,),

@@ -1,10 +1,11 @@
-"""Aya Vision and Cohere 2 Vision: a decoder most of whose layers see a window."""
+"""Aya Vision, Cohere 2 Vision, and Cohere 2 with experts for texts: a decoder most of whose layers see a window."""
 
 from __future__ import annotations
 
 import transformers
 
 from tests.families.building import SIGLIP, SQUARE, Parts, config, ids, template, text, tokenizer_with
+from tests.families.others import text_only
 
 LAYERS = {
     "num_hidden_layers": 4,
@@ -61,3 +62,8 @@ def cohere2_vision() -> Parts:
         **ids(tokenizer, image_token_id="<|IMG_PATCH|>"),
     )
     return Parts(built, processor)
+
+
+def cohere2_moe() -> Parts:
+    kinds = ["dense"] + ["sparse"] * 3
+    return text_only("cohere2_moe", **LAYERS, head_dim=8, num_experts=4, mlp_layer_types=kinds)

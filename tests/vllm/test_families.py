@@ -36,7 +36,7 @@ MOST_USED = ("qwen2_vl", "qwen2_5_vl", "internvl3", "llama", "lfm2_vl", "cohere2
 OTHERS = (
     *("qwen3_vl", "internvl3_5", "llava", "llava_next", "granite_vision", "granite4_vision", "idefics3", "smolvlm"),
     *("qwen3_vl_moe", "pixtral", "mistral3", "glm4v", "glm4v_moe", "glm_ocr", "gemma3n", "llama4"),
-    *("qwen3", "gemma", "gemma3_text", "smollm3"),
+    *("qwen3", "gemma", "gemma3_text", "smollm3", "cohere2_moe"),
 )
 HALF = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
 """Linear attention, which vLLM computes on a CPU in bfloat16 only."""

@@ -31,7 +31,7 @@ def agree(model_config: ModelConfig) -> None:
 
 def _see_as_far(text: Any) -> None:
     # vLLM's Cohere 2 sees as many tokens before a token as the window is long, transformers one less.
-    if text.model_type == "cohere2":
+    if text.model_type in ("cohere2", "cohere2_moe"):
         window = vars(text).setdefault(_WINDOW, text.sliding_window)  # settings may come here twice
         text.sliding_window = window - 1
 
