@@ -44,8 +44,9 @@ def test_each_variant_is_what_it_would_be_alone(encoder, tmp_path, monkeypatch, 
         )
     assert torch.equal(before, encoder.queries)
     assert (encoder.prefix_store is not None) == stored
-    # Without a store, each of the six steps runs its eight rows once for all; the evaluation, 16 rows once.
-    assert rows == {"run_prefix": 16 if stored else 6 * 8 + 16}
+    # Without a store, each of the six steps runs its eight rows once for all; the evaluation, 16 rows once. With one, the evaluation
+    # runs its eight images alone: they are undecoded, and so have other keys than those of the training.
+    assert rows == {"run_prefix": 16 + 8 if stored else 6 * 8 + 16}
     for settings_of, variant in zip(VARIANTS, result.variants, strict=True):
         alone = SLQEncoder.from_backbone(
             encoder.backbone,
