@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
 
 from slq_embed import SLQEncoder, pretrained
+from slq_embed.modules import LatentQueryTransformer
+from slq_embed.saving.checkpoints import CheckpointState
 
 NOT_LOADED = "a/backbone-that-takes-minutes-to-load"
 
@@ -126,3 +129,37 @@ def test_a_folder_or_a_hub_model_without_a_record_is_a_backbone(checkpoint, tmp_
     )
     with pytest.raises(ValueError, match=r"^org/x is no saved SLQ model.*from_backbone\('org/x'\)"):
         SLQEncoder("org/x")
+
+
+def test_a_folder_without_weights_is_there_but_holds_no_backbone(checkpoint, tmp_path):
+    for file in checkpoint().iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    with pytest.raises(OSError, match="model.safetensors") as caught:
+        SLQEncoder.from_backbone(tmp_path)
+    assert "There is no folder" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_no_slq_model_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="is no saved SLQ model: it has no slq_config.json"):
+        CheckpointState(checkpoint())
+
+
+def test_a_module_gets_queries_of_its_backbones_width_and_is_not_saved_alone(encoder, tmp_path):
+    with pytest.raises(ValueError, match=r"have shape \(4, 16\), but \(number of queries, 32\) is needed"):
+        LatentQueryTransformer(encoder.backbone, encoder.processor, torch.zeros(4, 16), ["<|slq_0|>"])
+    with pytest.raises(RuntimeError, match=r"is saved by SLQEncoder\.save_pretrained"):
+        encoder.transformer.save(str(tmp_path))
+
+
+def test_a_backbone_on_several_devices_has_no_merged_form(encoder, tmp_path):
+    encoder.backbone.hf_device_map = {"": "cpu"}
+    with pytest.raises(ValueError, match=r"needs the whole backbone on one device\. Save the adapter form"):
+        encoder.save_pretrained(tmp_path, form="merged")
+    encoder.save_pretrained(tmp_path)
+
+
+def test_what_a_chat_template_refuses_is_a_bad_input(encoder):
+    encoder.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"^Input 0 \(a\): roles must alternate$"):
+        encoder.encode("a")

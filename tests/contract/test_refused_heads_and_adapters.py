@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slq_embed import QueryAdapter, SLQEncoder
+from slq_embed.saving.assembly import QuerySet
 from tests.parts import SMALL, build, files, structure, trained
 
 
@@ -67,6 +69,16 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoint, adapter, message):
             make()
     assert structure(plain.backbone) == before
     assert np.array_equal(plain.encode("a"), expected)
+
+
+@pytest.mark.parametrize("part", [{"query_adapter": True}, {"deep_queries": True}])
+def test_queries_with_a_token_type_take_no_parts_that_act_in_the_layers(encoder, part):
+    """As PaliGemma's. One class of its own loads such a model, and another one loads these parts."""
+    slq_config = replace(encoder.slq_config, query_token_type=1, query_adapter=None)
+    QuerySet(4, projection=8).record(slq_config, 32)
+    assert slq_config.projection == 8
+    with pytest.raises(ValueError, match="have a token type of their own.* Use a projection head"):
+        QuerySet(4, **part).record(slq_config, 32)
 
 
 def test_a_merged_folder_without_the_weights_of_its_adapter_is_refused(encoder, tmp_path):

@@ -209,6 +209,13 @@ def test_what_is_no_embedding_is_as_good_as_no_numbers(server, remote, embedding
         embed(remote, ["a"])
 
 
+def test_batches_of_nothing_are_refused(server, remote):
+    server.batches.clear()
+    with pytest.raises(ValueError, match="batch_size is 0, but at least 1"):
+        embed(remote, ["a"], batch_size=0)
+    assert not server.batches
+
+
 def test_too_few_embeddings_are_an_error(server, remote):
     server.failures = [(200, {"data": [{"index": 0, "embedding": [0.5, 0.5]}]})]
     with pytest.raises(RuntimeError, match="gave 1 embeddings for 2 inputs"):

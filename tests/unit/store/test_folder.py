@@ -185,6 +185,16 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch, caplog):
     assert kept(store, range(3)) == {1}
 
 
+def test_another_error_of_the_disk_is_raised(tmp_path, monkeypatch):
+    def refuse(path, content):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    entries = PrefixStore(tmp_path)._entries
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(PermissionError):
+        entries.claim([key(1)])
+
+
 def _write_half(folder, half_written):
     """Stop between writing and renaming."""
     Path.replace = lambda *args: (half_written.set(), time.sleep(600))  # type: ignore[assignment]
