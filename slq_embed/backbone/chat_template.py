@@ -43,9 +43,13 @@ _BODY = """\
 {%- elif part['type'] == 'text' -%}
 {%- if message['role'] == 'system' -%}{%- set slq.system = (slq.system or '') + part['text'] -%}
 {%- else -%}{%- set slq.text = (slq.text or '') + part['text'] -%}{%- endif -%}
+{%- else -%}{{ raise_exception("A message has a part that is no text, image or video. Encode chats in a batch of their own.") }}
 {%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}
 """
-"""What is read of the messages. Of several system messages the last one counts: a chat's own comes after the host's prompt."""
+"""What is read of the messages. Of several system messages the last one counts: a chat's own comes after the host's prompt.
+
+Another part is refused, not left out: the host makes one of a chat that stands beside other inputs.
+"""
 _BODY_END = _BODY.splitlines(keepends=True)[-1]
 _PROMPTS = re.compile(r"{%- set slq\.system = {.*}\.get\(slq_task.*? else slq\.system -%}")  # JSON holds no line break
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jinja2 import TemplateError
 from packaging.version import Version
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -132,6 +133,18 @@ def test_plain_sentence_transformers_gives_the_same(encoder, images, tmp_path):
     spelled = {"images": inputs[2]["image"], "text": inputs[2]["text"]}
     assert np.abs(encoder.encode([spelled])[0] - ours[2]).max() < 1e-6
     assert np.abs(SLQEncoder(tmp_path, device="cpu").encode(inputs) - ours).max() < 1e-6
+
+
+def test_a_chat_beside_other_inputs_is_read_or_refused(encoder, images, tmp_path):
+    """Plain Sentence Transformers hides such a chat in a part of another, where no template looks for it."""
+    encoder.save_pretrained(tmp_path)
+    stock = SentenceTransformer(str(tmp_path), device="cpu")
+    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "a"}]}]
+    (alone, _) = encoder.encode([chat, "b"])
+    assert np.abs(alone - stock.encode([chat, chat])).max() < 1e-5
+    for other in ("b", images[1], {"image": images[1], "text": "b"}):
+        with pytest.raises(TemplateError, match="Encode chats in a batch of their own"):
+            stock.encode([chat, other])
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
