@@ -25,6 +25,8 @@ UNKNOWN_FPS = 24.0
 _DECODERS = {"torchcodec": "torchcodec", "av": "pyav"}
 """Packages that decode, best first, and how transformers names them. Plain Sentence Transformers uses the first only."""
 
+_COUNT = "Install torchcodec, which counts them (pip install torchcodec), or pass frames."
+
 Sampled = tuple[Any, dict[str, Any]]
 """Frames, ``(frames, H, W, 3)`` or ``(frames, 3, H, W)`` in uint8, and their metadata in the form of transformers."""
 
@@ -158,12 +160,21 @@ class Video:
             )
 
         def choose(metadata: VideoMetadata, **kwargs: Any) -> NDArray[np.int64]:
+            if not metadata.total_num_frames:
+                raise ValueError(f"it does not say how many frames it has, as WebM and MKV files do not. {_COUNT}")
             return self._choose(metadata, processor, options)
 
         try:
             frames, metadata = load_video(str(self.source), backend=backend, sample_indices_fn=choose)
+            # PyAV gives the chosen frames that it finds, and no error where they end early.
+            if len(frames) != len(metadata.frames_indices):
+                raise ValueError(f"it has fewer frames than it says: it was cut off, or trimmed. {_COUNT}")
         except ImportError:
             raise
+        except IndexError as error:  # of PyAV's list of streams
+            raise ValueError(
+                f"The video {str(self.source)!r} cannot be read: it has no pictures, such as an audio file."
+            ) from error
         except Exception as error:  # a damaged file makes a decoder raise any error
             raise ValueError(f"The video {str(self.source)!r} cannot be read: {error}") from error
         found = dict(metadata)
@@ -187,6 +198,11 @@ class Video:
         if settings.get("do_sample_frames"):
             try:
                 indices = np.asarray(processor.sample_frames(metadata=metadata, **settings))
+            except ZeroDivisionError as error:
+                raise ValueError(
+                    f"A video of {metadata.total_num_frames} frames is too short for fps={settings.get('fps')}: none would be read. "
+                    "Pass a larger fps, or none."
+                ) from error
             except Exception as error:
                 raise ValueError(
                     f"No frames can be chosen from a video of {metadata.total_num_frames} frames: {error}"

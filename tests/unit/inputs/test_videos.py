@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from importlib.util import find_spec
 
 import numpy as np
@@ -90,6 +91,12 @@ def test_a_processor_that_cannot_choose_is_quoted(internvl):
         chosen(internvl)
 
 
+def test_a_video_that_is_too_short_for_a_rate_is_refused(internvl, qwen3):
+    assert len(chosen(qwen3, fps=0.1, **timed(10.0))) == 4, "this processor reads four at least"
+    with pytest.raises(ValueError, match=r"A video of 40 frames is too short for fps=0.1: none would be read"):
+        chosen(internvl, fps=0.1, **timed(10.0))
+
+
 @pytest.mark.parametrize(
     ("video", "message"),
     [
@@ -135,25 +142,58 @@ def test_without_a_decoder_the_error_says_what_to_install(tmp_path, qwen3, monke
         Video(tmp_path / "a.mp4").sample(qwen3, {})
 
 
+@pytest.mark.parametrize(
+    ("stated", "there", "message"),
+    [
+        (40, 40, None),
+        (0, 40, "it does not say how many frames it has"),
+        (40, 20, "it has fewer frames than it says: it was cut off"),
+    ],
+)
+def test_a_file_with_another_number_of_frames_than_it_says_is_refused(
+    tmp_path, qwen3, monkeypatch, stated, there, message
+):
+    """PyAV takes the number as the file states it, and leaves out what is not there."""
+
+    def load_video(path, backend, sample_indices_fn):
+        metadata = transformers.video_utils.VideoMetadata(stated, fps=10.0)
+        metadata.frames_indices = sample_indices_fn(metadata=metadata)
+        return FRAMES[[n for n in metadata.frames_indices if n < there]], metadata
+
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    monkeypatch.setattr(videos, "find_spec", lambda name: name == "av")
+    monkeypatch.setattr(videos, "load_video", load_video)
+    if message is None:
+        assert len(Video(tmp_path / "a.mp4").sample(qwen3, {})[0]) == 8
+    else:
+        with pytest.raises(ValueError, match=rf"a.mp4' cannot be read: {message}.*Install torchcodec"):
+            Video(tmp_path / "a.mp4").sample(qwen3, {})
+
+
 @pytest.mark.skipif(find_spec("av") is None, reason="needs av (PyAV)")
 def test_a_file_is_decoded_and_its_own_rate_is_known(tmp_path, qwen3, monkeypatch):
     import av
 
     monkeypatch.setattr(videos, "_DECODERS", {"av": "pyav"})
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-        for value in range(40):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 48, 3), 6 * value, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    for name in ("a.mp4", "a.mkv"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+            for value in range(40):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 48, 3), 6 * value, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
     for options in ({}, {"fps": 5}, {"max_frames": 3}):
         frames, metadata = Video(tmp_path / "a.mp4", **options).sample(qwen3, {})
         assert metadata["frames_indices"] == chosen(qwen3, **options, **timed(10.0))
         assert frames[:, 0, 0, 0].tolist() == pytest.approx([6 * n for n in metadata["frames_indices"]], abs=8)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match=r"The video '.*bad.mp4' cannot be read"):
-        Video(tmp_path / "bad.mp4").sample(qwen3, {})
+    for name, reason in (("bad.mp4", ""), ("a.mkv", "it does not say how many"), ("sound.mp4", "it has no pictures")):
+        with pytest.raises(ValueError, match=rf"The video '.*{name}' cannot be read: {reason}"):
+            Video(tmp_path / name).sample(qwen3, {})
 
 
 @pytest.mark.parametrize("name", ["missing.mp4", "x" * 5000])
