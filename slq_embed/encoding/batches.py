@@ -143,15 +143,14 @@ class Reader(Dataset[Any]):
 
 
 @cache
-def default_workers(kind: str, daemon: bool) -> int:
+def default_workers(kind: str) -> int:
     """Processes that read ahead: up to 8 beside a GPU; none beside a CPU that computes, which they would slow down.
 
     Args:
         kind: Type of the device.
-        daemon: Whether this process may have no children, as in ``SentenceTransformer.start_multi_process_pool``.
     """
     shared = Path("/dev/shm")
-    if kind == "cpu" or daemon or sys.platform != "linux" or not shared.is_dir():
+    if kind == "cpu" or sys.platform != "linux" or not shared.is_dir():
         return 0
     if shutil.disk_usage(shared).free < _SHARED_MEMORY:
         logger.warning("Images are read in the main process: workers need 2 GB in %s (docker: --shm-size).", shared)
@@ -183,8 +182,10 @@ def read_features(
     """
     device = reader.model.device
     workers = reader.model.num_workers
-    if workers is None:
-        workers = default_workers(device.type, multiprocessing.current_process().daemon)
+    if multiprocessing.current_process().daemon:  # may have no children, as in the host's start_multi_process_pool
+        workers = 0
+    elif workers is None:
+        workers = default_workers(device.type)
     windows = sorted_windows(inputs, batch_size)
     first = next(windows, [])
     # A worker pays for images and videos only, and one batch leaves nothing to read ahead.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import time
 import weakref
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_no_worker_is_started_for_nothing(encoder, folder, monkeypatch, workers)
     started = []
     loader = encoding.DataLoader
     monkeypatch.setattr(encoding, "DataLoader", lambda *a, **k: started.append(k["num_workers"]) or loader(*a, **k))
-    monkeypatch.setattr(encoding, "default_workers", lambda kind, daemon: 2)
+    monkeypatch.setattr(encoding, "default_workers", lambda kind: 2)
     encoder.num_workers = workers
     encoder.encode(folder[0])
     encoder.encode(folder[:4], batch_size=4)
@@ -154,6 +155,16 @@ def test_no_worker_is_started_for_nothing(encoder, folder, monkeypatch, workers)
     encoder.encode(folder[:6], batch_size=4)
     encoder.encode(folder, batch_size=4)
     assert started == [1, 2]
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_process_that_may_have_no_children_starts_none(encoder, folder, monkeypatch, workers):
+    """Such are the processes of the host's pool, of multiprocessing.Pool and of some task queues."""
+    monkeypatch.setattr(encoding, "default_workers", lambda kind: 2)
+    expected = encoder.encode(folder)
+    encoder.num_workers = workers
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert np.abs(encoder.encode(folder, batch_size=4) - expected).max() < 1e-5
 
 
 def test_decoded_images_do_not_pile_up(encoder, folder, monkeypatch):
@@ -379,11 +390,10 @@ def test_a_query_set_gets_its_own_prompt_or_is_refused(encoder, mixed):
 
 
 def test_workers_read_ahead_beside_a_gpu_only(monkeypatch, caplog):
-    assert encoding.default_workers("cpu", False) == 0
+    assert encoding.default_workers("cpu") == 0
     monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 8 << 30}))
-    assert encoding.default_workers.__wrapped__("cuda", False) == 8
-    assert encoding.default_workers.__wrapped__("cuda", True) == 0
+    assert encoding.default_workers.__wrapped__("cuda") == 8
     monkeypatch.setattr(encoding.shutil, "disk_usage", lambda path: type("U", (), {"free": 64 << 20}))
-    assert encoding.default_workers.__wrapped__("cuda", False) == 0
+    assert encoding.default_workers.__wrapped__("cuda") == 0
     assert "--shm-size" in caplog.text
