@@ -21,7 +21,7 @@ from slq_embed.encoding.protocol import resolve_prompt
 from slq_embed.encoding.query_sets import encode_query_sets
 from slq_embed.encoding.stream import EncodedBatch, collect, stream
 from slq_embed.encoding.to_file import EncodedFile, encode_to_file
-from slq_embed.inputs.rows import require_list
+from slq_embed.inputs.rows import read_row, require_list
 from slq_embed.modules.initialisation import Initialisation
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
@@ -276,9 +276,11 @@ class SLQEncoder(SentenceTransformer):
             ValueError: If an input cannot be read, or a query set does not fit.
         """
         self.require_loaded()
+        if singular := self.is_singular_input(inputs):
+            read_row(inputs)  # else a pool would wait for ever for what cannot be sent, such as a generator
         if query_sets is None:
             return super().encode(inputs, *args, **kwargs)
-        rows = [inputs] if (singular := self.is_singular_input(inputs)) else list(inputs)
+        rows = [inputs] if singular else list(inputs)
         results = encode_query_sets(self, rows, query_sets, *args, **kwargs)
         return {name: found[0] for name, found in results.items()} if singular else results
 

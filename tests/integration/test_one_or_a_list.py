@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import queue
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,14 @@ def test_one_input_is_not_taken_apart(model, way, value, tmp_path):
     with pytest.raises(ValueError, match=r"(inputs|sources) is a .*, but a list is needed. Pass a list.*: \[value\]"):
         way(model, value, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_no_process_can_be_sent_is_refused_before_a_pool_waits_for_it(model):
+    pool = {"input": queue.Queue(), "output": queue.Queue(), "processes": []}
+    for where in ({}, {"pool": pool}):
+        with pytest.raises(ValueError, match=r"An input is a generator.*Several inputs are a list"):
+            model.encode((text for text in ("a", "b")), **where)
+    assert pool["input"].empty()
 
 
 def test_the_same_values_are_one_input_everywhere(model):
