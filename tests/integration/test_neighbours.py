@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from slq_embed import pretrained
+from slq_embed import SLQEncoder, pretrained
 from slq_embed.toy import captions, render, sample_scenes
 
 MODEL = pretrained("slq-tiny")
@@ -84,3 +85,51 @@ def test_haystack(pictures):
         store.write_documents(components[name].run(documents=documents)["documents"])
         assert sum(first(store, text) == text for text in TEXTS) >= 11, name
     assert Path(documents[0].meta["file_path"]).is_file()
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory) -> str:
+    model = SLQEncoder(MODEL, device="cpu")
+    model.prompts = {"query": "find this", "document": "keep this"}
+    model.save_pretrained(folder := str(tmp_path_factory.mktemp("prompted")))
+    return folder
+
+
+def vectors_of(tool: str, folder: str) -> tuple[list[float], list[float]]:
+    """The vectors of one text, as a query and as a document."""
+    if tool == "chroma":
+        pytest.importorskip("chromadb")
+        from chromadb.utils.embedding_functions import SentenceTransformerEmbeddingFunction
+
+        function = SentenceTransformerEmbeddingFunction(model_name=folder)
+        return function.embed_query(TEXTS[:1])[0], function(TEXTS[:1])[0]
+    if tool == "lancedb":
+        pytest.importorskip("lancedb")
+        from lancedb.embeddings import get_registry
+
+        function = get_registry().get("sentence-transformers").create(name=folder)
+        return function.compute_query_embeddings(TEXTS[0])[0], function.compute_source_embeddings(TEXTS[0])[0]
+    pytest.importorskip("haystack_integrations.components.embedders.sentence_transformers")
+    from haystack import Document
+    from haystack.utils import ComponentDevice
+    from haystack_integrations.components.embedders import sentence_transformers as embedders
+
+    names = [{"prompt_name": name} if tool == "haystack, told" else {} for name in ("query", "document")]
+    cpu = {"model": folder, "device": ComponentDevice.from_str("cpu"), "progress_bar": False}
+    query = embedders.SentenceTransformersTextEmbedder(**cpu, encode_kwargs=names[0])
+    document = embedders.SentenceTransformersDocumentEmbedder(**cpu, encode_kwargs=names[1])
+    query.warm_up()
+    document.warm_up()
+    return query.run(text=TEXTS[0])["embedding"], document.run([Document(content=TEXTS[0])])["documents"][0].embedding
+
+
+@pytest.mark.parametrize("tool", ["chroma", "lancedb", "haystack", "haystack, told"])
+def test_saved_prompts_of_queries_and_documents_are_used_only_where_they_are_named(prompted, tool):
+    given, model = vectors_of(tool, prompted), SLQEncoder(prompted, device="cpu")
+    if tool == "haystack, told":
+        expected = model.encode_query(TEXTS[0]), model.encode_document(TEXTS[0])
+    else:
+        expected = model.encode(TEXTS[0]), model.encode(TEXTS[0])
+        assert np.abs(np.asarray(given[0]) - model.encode_query(TEXTS[0])).max() > 0.01
+    for vector, other in zip(given, expected, strict=True):
+        assert np.abs(np.asarray(vector) - other).max() < 1e-6
