@@ -25,7 +25,8 @@ UNKNOWN_FPS = 24.0
 _DECODERS = {"torchcodec": "torchcodec", "av": "pyav"}
 """Packages that decode, best first, and how transformers names them. Plain Sentence Transformers uses the first only."""
 
-_COUNT = "Install torchcodec, which counts them (pip install torchcodec), or pass frames."
+_NO_FFMPEG = "Could not load libtorchcodec"
+_COUNT = "Install torchcodec, which counts them (pip install torchcodec, and FFmpeg), or pass frames."
 
 Sampled = tuple[Any, dict[str, Any]]
 """Frames, ``(frames, H, W, 3)`` or ``(frames, 3, H, W)`` in uint8, and their metadata in the form of transformers."""
@@ -152,13 +153,21 @@ class Video:
         return self.frames[chosen], dict(metadata)
 
     def _decode(self, processor: Any, options: Mapping[str, Any]) -> Sampled:
-        backend = next((name for package, name in _DECODERS.items() if find_spec(package) is not None), None)
-        if backend is None:
-            raise ImportError(
-                "A video file needs a decoder, and none is installed. Install torchcodec, which plain Sentence "
-                "Transformers needs as well (pip install torchcodec), or PyAV (pip install av); or pass frames."
-            )
+        found = ""
+        for package, backend in _DECODERS.items():
+            if find_spec(package) is not None:
+                try:
+                    return self._decode_by(backend, processor, options)
+                except RuntimeError as error:
+                    if not str(error).startswith(_NO_FFMPEG):
+                        raise
+                    found = " torchcodec is installed, but FFmpeg is not, or they do not fit."
+        raise ImportError(
+            f"A video file needs a decoder, and there is none.{found} Install torchcodec, which plain Sentence Transformers "
+            "needs as well (pip install torchcodec, and FFmpeg), or PyAV (pip install av); or pass frames."
+        )
 
+    def _decode_by(self, backend: str, processor: Any, options: Mapping[str, Any]) -> Sampled:
         def choose(metadata: VideoMetadata, **kwargs: Any) -> NDArray[np.int64]:
             if not metadata.total_num_frames:
                 raise ValueError(f"it does not say how many frames it has, as WebM and MKV files do not. {_COUNT}")
@@ -176,6 +185,8 @@ class Video:
                 f"The video {str(self.source)!r} cannot be read: it has no pictures, such as an audio file."
             ) from error
         except Exception as error:  # a damaged file makes a decoder raise any error
+            if str(error).startswith(_NO_FFMPEG):  # nothing is wrong with the file
+                raise
             raise ValueError(f"The video {str(self.source)!r} cannot be read: {error}") from error
         found = dict(metadata)
         found["frames_indices"] = np.asarray(found["frames_indices"]).tolist()

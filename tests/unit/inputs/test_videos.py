@@ -138,7 +138,27 @@ def test_digests_tell_videos_apart(tmp_path):
 def test_without_a_decoder_the_error_says_what_to_install(tmp_path, qwen3, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"video")
     monkeypatch.setattr(videos, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"none is installed. Install torchcodec.*pip install av"):
+    with pytest.raises(ImportError, match=r"there is none. Install torchcodec.*pip install av"):
+        Video(tmp_path / "a.mp4").sample(qwen3, {})
+
+
+def test_torchcodec_without_ffmpeg_is_passed_over(tmp_path, qwen3, monkeypatch):
+    """pip installs it without FFmpeg. Else each video would count as damaged, and be skipped."""
+    installed = ["torchcodec", "av"]
+
+    def load_video(path, backend, sample_indices_fn):
+        if backend == "torchcodec":
+            raise RuntimeError("Could not load libtorchcodec. Likely causes:\n 1. FFmpeg is not properly installed.")
+        metadata = transformers.video_utils.VideoMetadata(40, fps=10.0)
+        metadata.frames_indices = sample_indices_fn(metadata=metadata)
+        return FRAMES[metadata.frames_indices], metadata
+
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    monkeypatch.setattr(videos, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(videos, "load_video", load_video)
+    assert len(Video(tmp_path / "a.mp4").sample(qwen3, {})[0]) == 8
+    installed.remove("av")
+    with pytest.raises(ImportError, match=r"there is none. torchcodec is installed, but FFmpeg is not.*pip install av"):
         Video(tmp_path / "a.mp4").sample(qwen3, {})
 
 
@@ -161,7 +181,7 @@ def test_a_file_with_another_number_of_frames_than_it_says_is_refused(
         return FRAMES[[n for n in metadata.frames_indices if n < there]], metadata
 
     (tmp_path / "a.mp4").write_bytes(b"video")
-    monkeypatch.setattr(videos, "find_spec", lambda name: name == "av")
+    monkeypatch.setattr(videos, "find_spec", lambda name: name == "av" or None)
     monkeypatch.setattr(videos, "load_video", load_video)
     if message is None:
         assert len(Video(tmp_path / "a.mp4").sample(qwen3, {})[0]) == 8
