@@ -10,7 +10,8 @@ put the last one there. A piece that failed (a test, too) keeps what it had as N
 left. A piece is begun while 0.7 of its seconds are left of --minutes, and stopped at their end, with all that it has started. What a
 machine lacks is skipped by name.
 
-Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, come before the machine's own packages.
+Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, come before the machine's own packages; if this Python
+takes them not all, none of them does.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def training(shape: str, batch: int, seconds: int, *more: str) -> Piece:
     script = "benchmarks/training.py"
     command = (script, *TRUE, "--shape", shape, "--batch", str(batch), *PHOTOS, *more)
     name = "-".join(["training", shape, *(option.strip("-") for option in more)])
-    rehearsal = (script, *SMALL, "--rounds", "1", "--batch", "2", "--methods", "encode", "prefix", *more)
+    methods = ("encode", "lora") if "--checkpointing" in more else ("encode", "prefix")
+    rehearsal = (script, *SMALL, "--rounds", "1", "--batch", "2", "--methods", *methods, *more)
     return Piece(name, seconds, command, rehearsal)
 
 
@@ -84,16 +86,19 @@ def recipe(backbone: str, batch: int) -> Piece:
     return Piece(name, 450, command, (*small, "--dry-batch", "2"), needs="datasets")
 
 
+# A line for each test, and the stack of one that hangs, also in the log of a run that is stopped. A warning of a package is no failure.
+TESTS = ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-rs", "-p", "no:cacheprovider", "tests/gpu")
+TESTS += ("-o", "faulthandler_timeout=120", "-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
 ENCODING, QUALITY = "benchmarks/encoding.py", ("benchmarks/quality.py", "--quick")
 PIECES = (
-    Piece("tests", 400, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs", "tests/gpu"), needs="pytest"),
+    Piece("tests", 400, TESTS, needs="pytest"),
     training("qwen3-vl-2b", 32, 300),
     Piece("encoding-qwen3-vl-2b", 450, (ENCODING, *TRUE, "--shape", "qwen3-vl-2b", "--images", "512", "--texts", "1024")),
     training("qwen3-vl-4b", 16, 350),
     recipe("qwen3-vl-4b", 1024),
-    Piece("compiled-qwen3-vl-2b", 450, ("benchmarks/compiled.py", *TRUE, "--shape", "qwen3-vl-2b"), ("benchmarks/compiled.py", *SMALL)),
     training("internvl3-1b", 32, 300),
     training("internvl3-8b", 8, 400),
+    Piece("compiled-qwen3-vl-2b", 450, ("benchmarks/compiled.py", *TRUE, "--shape", "qwen3-vl-2b"), ("benchmarks/compiled.py", *SMALL)),
     Piece("encoding-qwen3-vl-4b", 450, (ENCODING, *TRUE, "--shape", "qwen3-vl-4b", "--images", "256", "--texts", "512")),
     training("qwen3-vl-2b", 32, 300, "--checkpointing"),
     Piece("quantization", 480, ("benchmarks/quantization.py", "--device", "cuda"), ("benchmarks/quantization.py", "--quick"), "torchao"),
@@ -103,17 +108,20 @@ PIECES = (
 )  # fmt: skip
 
 
-def environment(folder: Path, rehearse: bool) -> dict[str, str]:
-    """Of a piece: the project, and on a GPU machine the wheels that were carried along."""
+def environment(folder: Path) -> dict[str, str]:
+    """Of a piece: the project, and the wheels that were carried along."""
     paths = [
         str(ROOT),
         *(str(ROOT / "integrations" / name) for name in ("langchain-slq", "llama-index-embeddings-slq")),
     ]
-    if not rehearse and (wheels := sorted(map(str, WHEELS.glob("*.whl")))):
+    if wheels := sorted(map(str, WHEELS.glob("*.whl"))):
         # Not compiled: most of Transformers is never imported.
         options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(folder)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
-        paths.append(str(folder))
+        done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=False)
+        if done.returncode:
+            print(f"without {WHEELS}, which pip refuses: the machine's own packages alone", flush=True)
+        else:
+            paths.append(str(folder))
     paths += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -137,18 +145,21 @@ def stopped_after(limit: float, command: list[str], log: Path, settings: dict[st
 def run(piece: Piece, output: Path, limit: float, rehearse: bool, settings: dict[str, str]) -> str:
     """Run a piece; returns what became of it in a line."""
     command = piece.rehearsal if rehearse else piece.command
-    results, partial, log = (output / f"{piece.name}.{kind}" for kind in ("json", "partial.json", "log"))
+    kinds = ("json", "partial.json", "running.json", "log")
+    results, partial, running, log = (output / f"{piece.name}.{kind}" for kind in kinds)
     json_of_its_own = command[0] != "-m"
     arguments = [sys.executable, *command]
     arguments += [piece.folder, str(output / piece.name)] if piece.folder else []
-    arguments += ["--json", str(results)] if json_of_its_own else []
-    started = time.monotonic()
-    code = stopped_after(limit, arguments, log, settings)
+    arguments += ["--json", str(running)] if json_of_its_own else []
+    started, code = time.monotonic(), None
+    try:
+        code = stopped_after(limit, arguments, log, settings)
+    finally:  # also where this script is ended: results that are not whole must not pass for whole ones
+        if running.exists():
+            running.replace(results if code == 0 else partial)
     seconds = time.monotonic() - started
     tail = log.read_text("utf8", errors="replace").splitlines()[-3:]
     if code != 0:
-        if results.exists():
-            results.replace(partial)
         return f"{'stopped' if code is None else 'FAILED'} after {seconds:.0f} s: {' | '.join(tail)}"
     partial.unlink(missing_ok=True)
     if not json_of_its_own:
@@ -199,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         output.mkdir()
         for folder in (KEPT, args.output):
             unpack(folder / archive.name, output)
-        settings = environment(wheels, args.rehearse)
+        settings = environment(wheels)
         for piece in in_order(output, args.only):
             left = end - time.monotonic()
             if (output / f"{piece.name}.json").exists():
@@ -209,8 +220,11 @@ def main(argv: list[str] | None = None) -> None:
             elif left < BEGUN_WITH * piece.seconds:
                 line = f"not begun, {left:.0f} s are left and it may take {piece.seconds}; run the same command again"
             else:
-                line = run(piece, output, min(left, piece.seconds), args.rehearse, settings)
-                pack(output, archive)
+                limit = left if args.rehearse else min(left, piece.seconds)  # a busy CPU may take longer than a GPU
+                try:
+                    line = run(piece, output, limit, args.rehearse, settings)
+                finally:
+                    pack(output, archive)
             print(f"{piece.name}: {line}", flush=True)
     print(f"logs and results: {archive}")
 

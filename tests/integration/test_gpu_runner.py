@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import tarfile
+import time
 import zipfile
 
 import psutil
@@ -106,6 +107,32 @@ def test_what_a_stopped_piece_has_started_does_not_run_on(run, files):
     child = int(files()["slow.log"])
     gone, _ = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=1)
     assert gone or not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_is_ended_from_outside_keeps_its_results_as_partial(run, files, monkeypatch):
+    popen = importlib.import_module("gpu").subprocess.Popen
+    wait, seen = popen.wait, []
+
+    def ended(process: object, limit: float | None = None) -> int:
+        if not seen and limit is not None:
+            seen.append(limit)
+            time.sleep(1)
+            raise SystemExit("ended from outside")
+        return wait(process, limit)
+
+    monkeypatch.setattr(popen, "wait", ended)
+    with pytest.raises(SystemExit, match="from outside"):
+        run("--only", "slow")
+    assert files()["slow.partial.json"] == '{"first": 1}'
+    assert not {"slow.json", "slow.running.json"} & set(files())
+
+
+def test_wheels_that_pip_refuses_are_left_out(run, piece, files, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "peft-99-cp27-none-any.whl").touch()
+    piece("import sys; print(*sys.path, sep='\\n')")
+    assert run()[0] == f"without {tmp_path / 'wheels'}, which pip refuses: the machine's own packages alone"
+    assert not [line for line in files()["piece.log"].splitlines() if line.endswith("/wheels")]
 
 
 def test_another_machine_goes_on_from_the_archive_in_the_checkout(run, files, tmp_path):
