@@ -100,15 +100,24 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def rounds_of(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, device: str, warm_up: bool = True
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    warm_up: bool = True,
+    after: Callable[[dict[str, list[float]]], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of rounds in which every call takes its turn; a first round warms up and is not counted."""
+    """Seconds of rounds in which every call takes its turn; a first round warms up and is not counted.
+
+    ``after`` gets the seconds so far after each round: a run that is stopped keeps them.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-int(warm_up), rounds):
         for name, call in calls.items():
             seconds = timed(call, device)
             if turn >= 0:
                 times[name].append(seconds)
+        if after is not None and turn >= 0:
+            after(times)
     return times
 
 

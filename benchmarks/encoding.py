@@ -11,6 +11,7 @@ time the GPU is busy and the language model's share of the measured matrix rate.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import tempfile
 import threading
@@ -29,6 +30,8 @@ from common import (
     noise_image,
     parser,
     quiet,
+    recorded,
+    release,
     rounds_of,
     timed,
     to_device,
@@ -109,10 +112,12 @@ def busy_share(run: Callable[[], Any]) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run()
-    over.set()
-    watcher.join()
-    return float(np.mean(samples[2:-2])) / 100
+    try:
+        run()
+    finally:
+        over.set()
+        watcher.join()
+    return statistics.fmean(samples[2:-2] or samples) / 100
 
 
 def main() -> None:
@@ -130,7 +135,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        build_folder(folder / "backbone", args.shape, args.dtype, args.max_pixels)
+        build_folder(folder / "backbone", args.shape, args.dtype, args.max_pixels, args.device)
+        release(args.device)
         options: dict[str, Any] = {"device": args.device}
         kwargs = {"model_kwargs": {"dtype": dtype}}
         encoder = SLQEncoder.from_backbone(folder / "backbone", num_queries=QUERIES, seed=0, dtype=dtype, **options)
@@ -163,18 +169,27 @@ def main() -> None:
         }
         calls |= {f"slq_images_{count}_workers": with_workers(count) for count in args.workers or []}
         difference = float(np.abs(calls["slq_images"]() - calls["stock_paths"]()).max())
-        taken = rounds_of(calls, args.rounds, args.device)
+        errors: dict[str, str] = {}
         result = machine(args) | {
             "images": args.images,
             "texts": args.texts,
             "batch": args.batch,
             "max_pixels": args.max_pixels,
+            "largest_difference": difference,
+            "errors": errors,
         }
-        if args.device != "cpu":
-            result["gpu_busy"] = busy_share(calls["slq_images"])
-            result["matrix_rate"], result["prefill_rate"] = matrix_rate(dtype), prefill_rate(ours)
+
+        def keep(times: dict[str, list[float]]) -> None:
+            result.update(seconds=medians(times), all_seconds=times)
+            write(args.json, result)
+
+        taken = rounds_of(calls, args.rounds, args.device, after=keep)
+        if args.device != "cpu":  # what fails here is written down, and is not worth another run of the rounds
+            with recorded(errors, "share of time"):
+                result["gpu_busy"] = busy_share(calls["slq_images"])
+            with recorded(errors, "rates"):
+                result["matrix_rate"], result["prefill_rate"] = matrix_rate(dtype), prefill_rate(ours)
     seconds = medians(taken)
-    result |= {"seconds": seconds, "all_seconds": taken, "largest_difference": difference}
     print(
         f"{result['machine']}; {args.shape}, {args.dtype}, {args.images} images, {args.texts} texts, batch {args.batch}"
     )
@@ -184,11 +199,11 @@ def main() -> None:
         against = seconds["stock_texts" if name.endswith("texts") else "stock_paths"]
         spread = f"{min(taken[name]):.2f}..{max(taken[name]):.2f}"
         print(f"{name:>22} {value:8.2f} s ({spread}) {count / value:8.2f} a second, {against / value:5.2f} x stock")
-    if args.device != "cpu":
+    if "gpu_busy" in result:
+        print(f"GPU busy {result['gpu_busy']:.0%}")
+    if "matrix_rate" in result:
         share = result["prefill_rate"] / result["matrix_rate"]
-        print(
-            f"GPU busy {result['gpu_busy']:.0%}; prefill at {share:.0%} of {result['matrix_rate'] / 1e12:.0f} Tflop/s"
-        )
+        print(f"prefill at {share:.0%} of {result['matrix_rate'] / 1e12:.0f} Tflop/s")
     write(args.json, result)
 
 

@@ -198,7 +198,9 @@ def measure_peaks(
         return []
 
     with ThreadPoolExecutor(at_once) as pool:
-        for method, peaks in zip(args.methods, pool.map(measure, args.methods), strict=True):
+        # On a GPU in this thread: another one has workspaces of its own, which would count.
+        found = (pool.map if on_cpu else map)(measure, args.methods)
+        for method, peaks in zip(args.methods, found, strict=True):
             if peaks:
                 yield method, peaks
 
@@ -221,29 +223,32 @@ def main() -> None:
     errors: dict[str, str] = {}
     backbone = build_backbone(args.shape, args.device, args.dtype)
     steps = build_steps(args, backbone, errors)
+    batches = [2] if args.quick else [args.batch, args.batch // 2]
+    result = machine(args) | {
+        "batch": args.batch,
+        "image_size": args.image_size,
+        "memory_batch": batches[0],
+        "peak_bytes_above_weights": {},
+        "errors": errors,
+    }
+
+    def keep(times: dict[str, list[float]]) -> None:
+        result.update(seconds_per_step=medians(times), all_seconds=times)
+        write(args.json, result)
+
     if args.quick:
         ours = {method: step for method, step in steps.items() if method in OURS}
         others = {method: step for method, step in steps.items() if method not in OURS}
         times = rounds_of(ours, args.rounds, args.device) | rounds_of(others, 1, args.device, warm_up=False)
         del ours, others
     else:
-        times = rounds_of(steps, args.rounds, args.device)
+        times = rounds_of(steps, args.rounds, args.device, after=keep)
+    keep(times)
     del steps
     if args.device == "cpu":
         backbone = None  # the processes that follow need its memory
     release(args.device)
     seconds = medians(times)
-    batches = [2] if args.quick else [args.batch, args.batch // 2]
-    result = machine(args) | {
-        "batch": args.batch,
-        "image_size": args.image_size,
-        "seconds_per_step": seconds,
-        "all_seconds": times,
-        "memory_batch": batches[0],
-        "peak_bytes_above_weights": {},
-        "errors": errors,
-    }
-    write(args.json, result)
     peaks = {}
     for method, found in measure_peaks(args, batches, backbone, errors):
         peaks[method] = found

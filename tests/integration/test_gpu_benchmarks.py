@@ -178,3 +178,19 @@ def test_all_layers_are_compiled(script):
             value = layer(value)
     assert value.tolist() == [190, 190]
     assert len(graphs) == 20
+
+
+def test_the_rounds_so_far_are_written(script, monkeypatch, result):
+    """A run that is stopped within its rounds keeps those before."""
+    training, rounds = script("training", "--rounds", 2, "--batch", 2, "--methods", "encode"), []
+
+    def timed(call, device):
+        rounds.append(call)
+        if len(rounds) > 2:  # the first one warms up
+            raise KeyboardInterrupt
+        return 5.0
+
+    monkeypatch.setattr(importlib.import_module("common"), "timed", timed)
+    with pytest.raises(KeyboardInterrupt):
+        training.main()
+    assert result()["all_seconds"] == {"encode": [5.0]}
