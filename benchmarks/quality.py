@@ -89,9 +89,12 @@ def run(options: dict[str, Any], prefixes: Path | None) -> dict[str, Any]:
         done = 0
         for share in options["stops"]:
             goal = round(share * options["steps"])
-            started = time.perf_counter()
-            peaks += [peak_above_weights(partial(list, islice(step, goal - done)), options["device"], times=1)]
-            seconds, done = seconds + time.perf_counter() - started, goal
+            steps = partial(list, islice(step, goal - done))
+
+            def until_stop(steps: Any = steps) -> None:
+                peaks.append(peak_above_weights(steps, options["device"], times=1))
+
+            seconds, done = seconds + timed(until_stop, options["device"]), goal
             stops[str(share)] = recalls(retriever, world, "validation")
     after = world.knowledge(backbone, processor)
     kept = [one == other for one, other in zip(before.answers, after.answers, strict=True)]
