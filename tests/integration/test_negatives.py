@@ -243,3 +243,5 @@ def test_rows_that_a_teacher_cannot_read_are_named(backbone, tmp_path, caplog):
         teacher_scores(judge, rows.select([1]))
     with pytest.raises(ValueError, match=r"has the columns \['text', 'image'\], but an anchor, a positive"):
         teacher_scores(judge, rows.remove_columns("negative"))
+    with pytest.raises(ValueError, match="The rows are streamed, but a teacher scores a Dataset that can be counted"):
+        teacher_scores(judge, rows.to_iterable_dataset())

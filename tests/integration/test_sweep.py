@@ -103,6 +103,13 @@ def test_variants_that_are_no_dicts_are_refused(encoder, tmp_path, variants):
         sweep(encoder, arguments(tmp_path), toy_pairs().dataset, variants)
 
 
+def test_a_sweep_in_several_processes_is_refused(encoder, tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="A sweep trains in one process, but there are 2. Start it without a launcher"):
+        sweep(encoder, args, toy_pairs().dataset, VARIANTS)
+
+
 def test_a_setting_that_nothing_takes_is_named(encoder, tmp_path):
     with pytest.raises(
         TypeError, match=r"The variant \{'lr': 0.1\} does not fit: .*'lr'.* one of deep_queries, init, learning_rate"

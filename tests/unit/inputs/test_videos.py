@@ -107,6 +107,8 @@ def test_a_video_that_is_too_short_for_a_rate_is_refused(internvl, qwen3):
         ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], r"different sizes \(4x4x3, 4x5x3\)"),
         ([Image.new("RGB", (4, 4)), 5], r"Frame 1 of a video of 2: An image is a int"),
         ("gone.mp4", "no video file 'gone.mp4'"),
+        ({"array": 5, "video_metadata": None}, "A video is a int, but a path, a list of frames, or an array"),
+        ({"array": [], "video_metadata": None}, "A video has no frames"),
     ],
 )
 def test_what_is_no_video_is_refused(video, message):
