@@ -282,7 +282,6 @@ def _write_merged(
     save_file({"queries": _plain(queries)}, folder / QUERIES_NAME)
     if slq_config.query_adapter is not None:
         # In a folder of its own: beside the weights, transformers would take it for an adapter of another model.
-        (folder / MERGED_ADAPTER).mkdir(exist_ok=True)
         _write_lora(folder / MERGED_ADAPTER, slq_config, decoder_of(backbone), weights, {})
 
 

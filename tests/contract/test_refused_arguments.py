@@ -135,13 +135,13 @@ def test_a_folder_without_weights_is_there_but_holds_no_backbone(checkpoint, tmp
     for file in checkpoint().iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path)
-    with pytest.raises(OSError, match="model.safetensors") as caught:
+    with pytest.raises(OSError, match=r"model\.safetensors") as caught:
         SLQEncoder.from_backbone(tmp_path)
     assert "There is no folder" not in str(caught.value)
 
 
 def test_a_checkpoint_that_is_no_slq_model_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="is no saved SLQ model: it has no slq_config.json"):
+    with pytest.raises(ValueError, match=r"is no saved SLQ model: it has no slq_config\.json"):
         CheckpointState(checkpoint())
 
 

@@ -77,7 +77,7 @@ def test_queries_with_a_token_type_take_no_parts_that_act_in_the_layers(encoder,
     slq_config = replace(encoder.slq_config, query_token_type=1, query_adapter=None)
     QuerySet(4, projection=8).record(slq_config, 32)
     assert slq_config.projection == 8
-    with pytest.raises(ValueError, match="have a token type of their own.* Use a projection head"):
+    with pytest.raises(ValueError, match=r"have a token type of their own.* Use a projection head"):
         QuerySet(4, **part).record(slq_config, 32)
 
 

@@ -95,6 +95,31 @@ def test_one_thing_is_one_thing_and_names_may_be_of_any_type():
     assert index.search_embeddings([]) == []
 
 
+def test_what_is_given_no_id_or_metadata_gets_its_own(tmp_path):
+    """A path names itself. The id of another input is random: the same text can come twice."""
+    file = tmp_path / "a.png"
+    render(sample_scenes(1, "test")[0]).save(file)
+    index = EmbeddingIndex(SLQEncoder(pretrained("slq-tiny"), device="cpu"))
+    index.add(file)
+    for text in ["a red circle", ["a red circle"]]:
+        index.add(text)
+    index.add({"image": file, "text": "but in blue"})
+    path, *others = index.ids()
+    assert path == str(file)
+    assert (len(set(others)), {len(id_) for id_ in others}) == (3, {32})
+    known = [{"path": str(file)}, {"text": "a red circle"}, {"text": "a red circle"}]
+    assert [index.metadata(id_) for id_ in index.ids()] == [*known, {"image": str(file), "text": "but in blue"}]
+
+
+def test_a_filter_is_read_before_the_queries_are_embedded(monkeypatch):
+    model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
+    index = EmbeddingIndex(model)
+    index.add("a red circle")
+    monkeypatch.setattr(model.transformer, "forward", lambda *_: pytest.fail("it was embedded"))
+    with pytest.raises(ValueError, match=r"\$near"):
+        index.search("a red circle", where={"year": {"$near": 1}})
+
+
 def test_another_model_is_refused_whatever_happened_in_between(tmp_path):
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
     index = EmbeddingIndex(model)

@@ -166,7 +166,9 @@ def test_a_damaged_save_is_named(tmp_path):
         EmbeddingIndex.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"format_version": "1", "version": "v"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "{}", '{"format_version": "1", "version": "v"}', '{"format_version": 1, "version": 5}']
+)
 def test_a_file_of_another_program_is_no_index(tmp_path, content):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match="is not of a search index"):

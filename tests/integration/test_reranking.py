@@ -93,7 +93,9 @@ def test_bad_input_is_named(encoder, images, tmp_path):
         reranker.predict([("a", "b"), ("a", "b", "c")])
     with pytest.raises(ValueError, match=r"Retrieved 1 of 2: An input is a NoneType"):
         answer(encoder, "what is it?", [images[0], None])
-    with pytest.raises(ValueError, match="Retrieved 0 of 1: There is a video, but answers and reranking take texts and"):
+    with pytest.raises(
+        ValueError, match="Retrieved 0 of 1: There is a video, but answers and reranking take texts and"
+    ):
         answer(encoder, "what is it?", [{"video": images[:2], "fps": 1}])
     with pytest.raises(ValueError, match="The question is a list"):
         answer(encoder, ["what is it?"])

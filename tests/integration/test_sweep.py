@@ -106,7 +106,9 @@ def test_variants_that_are_no_dicts_are_refused(encoder, tmp_path, variants):
 def test_a_sweep_in_several_processes_is_refused(encoder, tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setattr(type(args), "world_size", 2)
-    with pytest.raises(ValueError, match="A sweep trains in one process, but there are 2. Start it without a launcher"):
+    with pytest.raises(
+        ValueError, match=r"A sweep trains in one process, but there are 2\. Start it without a launcher"
+    ):
         sweep(encoder, args, toy_pairs().dataset, VARIANTS)
 
 

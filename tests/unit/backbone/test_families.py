@@ -25,7 +25,7 @@ def with_table(layer: nn.Module) -> Any:
 
 
 def test_input_embeddings_that_are_no_table_are_refused():
-    with pytest.raises(ValueError, match="are a Sequential, but a plain table is needed.* without adapters"):
+    with pytest.raises(ValueError, match=r"are a Sequential, but a plain table is needed.* without adapters"):
         embedding_table(with_table(nn.Sequential(nn.Embedding(8, 4))))
 
 
@@ -35,7 +35,7 @@ def test_a_layer_that_does_more_than_scale_rows_is_refused():
 
 
 def test_a_decoder_without_a_list_of_layers_is_refused():
-    with pytest.raises(ValueError, match="A Linear has no list of layers.* with a projection head"):
+    with pytest.raises(ValueError, match=r"A Linear has no list of layers.* with a projection head"):
         language_layers(SimpleNamespace(get_decoder=lambda: nn.Linear(2, 2)))
 
 

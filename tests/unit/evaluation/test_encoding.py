@@ -43,6 +43,8 @@ def test_each_distinct_input_is_encoded_once(model, inputs, monkeypatch):
     assert torch.unique(rows, dim=0).shape[0] == 4
     others = [{**({"image": inputs[1]} if image else {}), "text": text} for image in (0, 1) for text in ("new", "old")]
     assert torch.unique(embed(model, others, "query", EvaluatorOptions(), "queries"), dim=0).shape[0] == 4
+    several = [{"images": list(images), "text": "both"} for images in (inputs[1:3], inputs[2:0:-1])]
+    assert torch.unique(embed(model, several, "query", EvaluatorOptions(), "queries"), dim=0).shape[0] == 2
 
 
 def test_a_plain_sentence_transformer_gets_decoded_images_some_batches_at_a_time(model, inputs, monkeypatch):
