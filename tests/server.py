@@ -30,6 +30,8 @@ def parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Server(ThreadingHTTPServer):
+    daemon_threads = False  # else one that a client gave up on may compute on, beside the tests that follow
+
     def __init__(self, folder: Path, key: str | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.key = SLQEncoder(folder, device="cpu"), key
