@@ -145,6 +145,17 @@ def test_a_checkpoint_that_is_no_slq_model_is_refused(checkpoint):
         CheckpointState(checkpoint())
 
 
+def test_a_checkpoint_of_a_loss_without_a_temperature_is_loaded(encoder, tmp_path):
+    """As those of the host's losses."""
+    encoder.save_pretrained(tmp_path)
+    expected = encoder.queries.detach().clone()
+    with torch.no_grad():
+        encoder.queries.zero_()
+    encoder.load_state_dict(CheckpointState(tmp_path))
+    assert torch.equal(encoder.queries, expected)
+    assert encoder.temperature is None
+
+
 def test_a_module_gets_queries_of_its_backbones_width_and_is_not_saved_alone(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"have shape \(4, 16\), but \(number of queries, 32\) is needed"):
         LatentQueryTransformer(encoder.backbone, encoder.processor, torch.zeros(4, 16), ["<|slq_0|>"])

@@ -52,6 +52,7 @@ FILTERS: list[tuple[dict[str, Any], Any]] = [
     ({"$or": [{"number": 5}, {"kind": "page", "share": {"$lt": 0.1}}]}, lambda m: m["number"] == 5 or (m["kind"] == "page" and m["share"] < 0.1)),
     ({"$and": [{"number": {"$gt": 5}}, {"$or": [{"number": {"$lt": 9}}, {"rare": True}]}]}, lambda m: m["number"] > 5 and (m["number"] < 9 or m.get("rare") is True)),
     ({"$or": []}, lambda m: False),
+    ({"$and": []}, lambda m: True),
     ({"number": {"$in": list(range(300, 5000))}}, lambda m: m["number"] >= 300),
     ({"number": {"$nin": list(range(300, 5000))}}, lambda m: m["number"] < 300),
     ({"$or": [{"number": n} for n in range(3000)]}, lambda m: True),

@@ -10,6 +10,7 @@ from slq_embed import PrefixStore, SLQEncoder, SymmetricInfoNCELoss
 from slq_embed.data import retrieval_set
 from slq_embed.evaluation import ImageTextRetrievalEvaluator
 from slq_embed.training import sweep
+from slq_embed.training.sweep import Sweep, Variant
 from tests.integration.test_prefix_reuse import counting
 from tests.training import arguments, toy_pairs, toy_train
 
@@ -101,6 +102,12 @@ def test_a_sweep_of_nothing_is_refused(encoder, tmp_path):
 def test_variants_that_are_no_dicts_are_refused(encoder, tmp_path, variants):
     with pytest.raises(ValueError, match=r"variants is .*, but a list of dicts is needed"):
         sweep(encoder, arguments(tmp_path), toy_pairs().dataset, variants)
+
+
+@pytest.mark.parametrize(("greater_is_better", "best"), [(True, 0.9), (False, 0.1)])
+def test_the_best_of_a_metric_may_be_its_least(encoder, greater_is_better, best):
+    variants = [Variant({}, encoder, metrics={"m": value}) for value in (0.5, 0.1, 0.9)]
+    assert Sweep(variants, "m", greater_is_better).best.metrics["m"] == best
 
 
 def test_a_sweep_in_several_processes_is_refused(encoder, tmp_path, monkeypatch):
