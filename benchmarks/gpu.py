@@ -10,8 +10,8 @@ put the last one there. A piece that failed (a test, too) keeps what it had as N
 left. A piece is begun while 0.7 of its seconds are left of --minutes, and stopped at their end, with all that it has started. What a
 machine lacks is skipped by name.
 
-Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, come before the machine's own packages; if this Python
-takes them not all, none of them does.
+Wheels in .wheels, which `make gpu-wheels` gathers where there is a registry, come before the machine's own packages. If pip refuses
+one of them, none is used.
 """
 
 from __future__ import annotations

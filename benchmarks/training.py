@@ -240,10 +240,10 @@ def main() -> None:
         ours = {method: step for method, step in steps.items() if method in OURS}
         others = {method: step for method, step in steps.items() if method not in OURS}
         times = rounds_of(ours, args.rounds, args.device) | rounds_of(others, 1, args.device, warm_up=False)
+        keep(times)
         del ours, others
     else:
         times = rounds_of(steps, args.rounds, args.device, after=keep)
-    keep(times)
     del steps
     if args.device == "cpu":
         backbone = None  # the processes that follow need its memory

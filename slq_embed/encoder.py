@@ -70,7 +70,8 @@ class SLQEncoder(SentenceTransformer):
     default_huggingface_organization = None  # the host's would be put before a folder's name that is not there
     slq_config: SLQConfig  # what saving records
     num_workers: int | None = None
-    """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU. A process of a pool starts none."""
+    """Processes that decode and preprocess while the model runs; by default up to 8 beside a GPU, 0 beside a CPU. A process of a
+    pool starts none."""
     config: PretrainedConfig | None = None  # a copy of the backbone's: the trainer writes into it
     failed_checkpoint: str | None = None  # one that the trainer was to reload and has not reloaded
 

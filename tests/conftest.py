@@ -59,6 +59,11 @@ def mixed(images) -> list:
     ]
 
 
+if hasattr(os, "register_at_fork"):
+    # Garbage of the parent stays in a child: what has threads, such as a database, would wait there for threads that only the parent has.
+    os.register_at_fork(after_in_child=gc.freeze)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: a full garbage collection, of which each training does one, need not look at it again."""
     gc.collect()

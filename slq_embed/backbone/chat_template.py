@@ -43,7 +43,7 @@ _BODY = """\
 {%- elif part['type'] == 'text' -%}
 {%- if message['role'] == 'system' -%}{%- set slq.system = (slq.system or '') + part['text'] -%}
 {%- else -%}{%- set slq.text = (slq.text or '') + part['text'] -%}{%- endif -%}
-{%- else -%}{{ raise_exception("A message has a part that is no text, image or video. Encode chats in a batch of their own.") }}
+{%- else -%}{{ raise_exception("A message has a part that is no text, image or video. If you passed chats beside other inputs, encode the chats in a call of their own.") }}
 {%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}
 """
 """What is read of the messages. Of several system messages the last one counts: a chat's own comes after the host's prompt.

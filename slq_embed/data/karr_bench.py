@@ -23,7 +23,7 @@ class KARRBenchSet:
     Args:
         images: Images, undecoded.
         texts: The query text of each image.
-        categories: The category of each pair, ``None`` where it has none; ``None`` where there is no such column.
+        categories: The category of each pair, or ``None`` for a pair without one. Without such a column, ``None`` in place of the list.
     """
 
     images: Sequence[Any]

@@ -76,7 +76,7 @@ def check_query_sets(
             "another max_text_chars": theirs.max_text_chars == ours.max_text_chars,
             "other image_kwargs": theirs.image_kwargs == ours.image_kwargs,
             "another chat template": _template(encoder) == _template(model),
-            "other image or video sizes": media_settings(encoder.processor) == media_settings(model.processor),
+            "other image or video sizes": _media(encoder) == _media(model),
             "another prompt; pass prompt=, which holds for all": prompt_of(encoder) == prompt_of(model),
         }
         for difference, equal in same.items():
@@ -90,12 +90,18 @@ def _template(model: SLQEncoder) -> str:
     return replace_queries(template, model.slq_config.tokens.strings, ())
 
 
+def _media(model: SLQEncoder) -> list[Any]:
+    """The settings of the processor's parts that the model uses."""
+    image, video = media_settings(model.processor)
+    return [image, video] if model.transformer.reader.reads_videos else [image]
+
+
 def encoder_digest(model: SLQEncoder) -> str:
     """A digest of all that decides an encoder's embeddings, but for the form and the precision that it was loaded in."""
     backbone, config = model.backbone_fingerprint, model.slq_config
     # Without the token embeddings, which hold the queries in a merged folder.
     settings: list[Any] = [backbone.config_sha256, backbone.layers_sha256, config.pooling]
-    settings += [_template(model), model.truncate_dim, config.image_kwargs, media_settings(model.processor)]
+    settings += [_template(model), model.truncate_dim, config.image_kwargs, *_media(model)]
     if config.query_adapter is not None:
         settings.append(float(config.query_adapter.scaled_by))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

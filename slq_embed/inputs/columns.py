@@ -32,7 +32,7 @@ def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
         if columns is None and name in LABELS:
             if kind in _TEXTS:
                 raise ValueError(
-                    f"The column {name!r} holds strings, but labels are numbers: losses get them as a tensor. Number them with "
+                    f"The column {name!r} holds strings, but labels are numbers, because losses get a tensor. Number them with "
                     f"dataset.class_encode_column({name!r}). If these are texts to embed, rename the column."
                 )
             continue

@@ -182,7 +182,7 @@ class Video:
             raise
         except IndexError as error:  # of PyAV's list of streams
             raise ValueError(
-                f"The video {str(self.source)!r} cannot be read: it has no pictures, such as an audio file."
+                f"The video {str(self.source)!r} cannot be read: it has no pictures. Is it an audio file?"
             ) from error
         except Exception as error:  # a damaged file makes a decoder raise any error
             if str(error).startswith(_NO_FFMPEG):  # nothing is wrong with the file
@@ -212,12 +212,13 @@ class Video:
             except ZeroDivisionError as error:
                 raise ValueError(
                     f"A video of {metadata.total_num_frames} frames is too short for fps={settings.get('fps')}: none would be read. "
-                    "Pass a larger fps, or none."
+                    "Pass a larger fps, or its frames as images."
                 ) from error
             except Exception as error:
                 raise ValueError(
                     f"No frames can be chosen from a video of {metadata.total_num_frames} frames: {error}"
                 ) from error
+            indices = indices[indices < metadata.total_num_frames]  # Qwen2-VL's rounding may add one past the end
         return _spread(indices, self.max_frames)
 
 

@@ -60,6 +60,7 @@ from slq_embed.saving.weights import (
 ARCHITECTURE_PREFIX = "SLQ"
 """What a merged folder writes before the name of the backbone's architecture."""
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_UNFINISHED = ".unfinished-"
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
@@ -261,7 +262,9 @@ def _write_merged(
             state[name] = merged  # the table, and a head tied to it
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
-    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+    for left in folder.glob(f"{_UNFINISHED}*"):  # by a save that was killed
+        shutil.rmtree(left)
+    with TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as unfinished:
         backbone.save_pretrained(unfinished, state_dict=state)
         # Only now, so that a save that fails leaves the earlier weights. They may be in another number of files.
         for old in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):

@@ -143,7 +143,7 @@ def test_a_chat_beside_other_inputs_is_read_or_refused(encoder, images, tmp_path
     (alone, _) = encoder.encode([chat, "b"])
     assert np.abs(alone - stock.encode([chat, chat])).max() < 1e-5
     for other in ("b", images[1], {"image": images[1], "text": "b"}):
-        with pytest.raises(TemplateError, match="Encode chats in a batch of their own"):
+        with pytest.raises(TemplateError, match="encode the chats in a call of their own"):
             stock.encode([chat, other])
 
 

@@ -53,6 +53,8 @@ def test_a_save_that_fails_leaves_the_earlier_one(checkpoint, mixed, tmp_path, m
     first = trained(build(checkpoint, form="merged"))
     first.save_pretrained(tmp_path)
     before, save = files(tmp_path), PreTrainedModel.save_pretrained
+    (tmp_path / ".unfinished-x").mkdir()
+    (tmp_path / ".unfinished-x" / "model.safetensors").write_bytes(b"of a save that was killed")
 
     def fail(self, folder, **options):
         save(self, folder, **options)

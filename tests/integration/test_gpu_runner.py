@@ -7,6 +7,8 @@ import json
 import tarfile
 import time
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -113,10 +115,12 @@ def test_what_is_ended_from_outside_keeps_its_results_as_partial(run, files, mon
     popen = importlib.import_module("gpu").subprocess.Popen
     wait, seen = popen.wait, []
 
-    def ended(process: object, limit: float | None = None) -> int:
+    def ended(process: Any, limit: float | None = None) -> int:
         if not seen and limit is not None:
             seen.append(limit)
-            time.sleep(1)
+            written, end = Path(process.args[-1]), time.monotonic() + 60
+            while not (written.exists() and written.stat().st_size) and time.monotonic() < end:
+                time.sleep(0.1)
             raise SystemExit("ended from outside")
         return wait(process, limit)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slq_embed import SLQEncoder, pretrained
+from slq_embed.encoding.protocol import encoder_digest
 from slq_embed.index import EmbeddingIndex, image_files
 from slq_embed.index.records import IndexRecords
 from tests.integration.test_index import filled, names, vectors
@@ -88,6 +89,13 @@ def test_another_size_of_images_or_videos_is_another_model(checkpoint, encoder, 
         index.search("a")
     with pytest.raises(ValueError, match="begun with another model"):
         other.encode_to_file(["a"], tmp_path / "a.npy")
+
+
+def test_sizes_of_videos_matter_to_a_model_that_reads_videos_only(encoder, monkeypatch):
+    monkeypatch.setattr(type(encoder.transformer.reader), "reads_videos", False)
+    before = encoder_digest(encoder)
+    encoder.processor.video_processor.size["longest_edge"] = 2048
+    assert encoder_digest(encoder) == before
 
 
 @pytest.mark.parametrize(

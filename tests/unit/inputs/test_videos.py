@@ -91,6 +91,14 @@ def test_a_processor_that_cannot_choose_is_quoted(internvl):
         chosen(internvl)
 
 
+def test_no_frame_past_the_end_is_chosen(qwen2):
+    """Qwen2-VL's processor rounds: it asks for frame 367 of 367, the 31st of 30."""
+    (video,) = read_row({"video": np.zeros((367, 2, 2, 3), np.uint8), "fps": 2}).videos
+    frames, metadata = video.sample(qwen2, {})
+    assert len(frames) == len(metadata["frames_indices"]) == 30
+    assert max(metadata["frames_indices"]) == 354
+
+
 def test_a_video_that_is_too_short_for_a_rate_is_refused(internvl, qwen3):
     assert len(chosen(qwen3, fps=0.1, **timed(10.0))) == 4, "this processor reads four at least"
     with pytest.raises(ValueError, match=r"A video of 40 frames is too short for fps=0.1: none would be read"):
