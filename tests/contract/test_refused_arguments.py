@@ -172,5 +172,5 @@ def test_a_backbone_on_several_devices_has_no_merged_form(encoder, tmp_path):
 
 def test_what_a_chat_template_refuses_is_a_bad_input(encoder):
     encoder.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"^Input 0 \(a\): roles must alternate$"):
+    with pytest.raises(ValueError, match="roles must alternate"):
         encoder.encode("a")
