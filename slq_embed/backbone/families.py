@@ -230,10 +230,10 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
-def media_settings(processor: Any) -> list[dict[str, Any] | None]:
-    """The settings of a processor's image part and of its video part; None for a part that it lacks."""
-    parts = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
-    return [None if part is None else part.to_dict() for part in parts]
+def media_settings(processor: Any, kind: str) -> dict[str, Any] | None:
+    """The settings of a processor's part for a kind, ``"image"`` or ``"video"``, or None where it has no such part."""
+    part = getattr(processor, f"{kind}_processor", None)
+    return None if part is None else part.to_dict()
 
 
 def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:

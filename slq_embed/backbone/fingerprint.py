@@ -130,7 +130,7 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
     settings = [
         str(embedding_table(backbone).dtype),
         str(backbone.config._attn_implementation),
-        media_settings(processor)[0],
+        media_settings(processor, "image"),
         dict(image_kwargs),
     ]
     return hashlib.sha256(_json(settings)).digest()
@@ -138,7 +138,7 @@ def settings_digest(backbone: PreTrainedModel, processor: ProcessorMixin, image_
 
 def video_digest(processor: ProcessorMixin, video_kwargs: Mapping[str, Any]) -> bytes:
     """A digest of what decides the prefix of a video in addition to :func:`settings_digest`."""
-    return hashlib.sha256(_json([media_settings(processor)[1], dict(video_kwargs)])).digest()
+    return hashlib.sha256(_json([media_settings(processor, "video"), dict(video_kwargs)])).digest()
 
 
 def tokenizer_digest(tokenizer: Any) -> bytes:

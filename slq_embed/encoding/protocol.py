@@ -92,8 +92,8 @@ def _template(model: SLQEncoder) -> str:
 
 def _media(model: SLQEncoder) -> list[Any]:
     """The settings of the processor's parts that the model uses."""
-    image, video = media_settings(model.processor)
-    return [image, video] if model.transformer.reader.reads_videos else [image]
+    kinds = ("image", "video") if model.transformer.reader.reads_videos else ("image",)
+    return [media_settings(model.processor, kind) for kind in kinds]
 
 
 def encoder_digest(model: SLQEncoder) -> str:

@@ -158,9 +158,7 @@ class Video:
             if find_spec(package) is not None:
                 try:
                     return self._decode_by(backend, processor, options)
-                except RuntimeError as error:
-                    if not str(error).startswith(_NO_FFMPEG):
-                        raise
+                except RuntimeError:  # of FFmpeg: what else a decoder raises is a ValueError by now
                     found = " torchcodec is installed, but FFmpeg is not, or they do not fit."
         raise ImportError(
             f"A video file needs a decoder, and there is none.{found} Install torchcodec, which plain Sentence Transformers "

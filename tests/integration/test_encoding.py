@@ -378,16 +378,6 @@ def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_pat
                 method(mixed, query_sets={"bad": other})
 
 
-def test_no_prompt_is_not_the_default_prompt_in_a_file(encoder, mixed, tmp_path):
-    encoder.prompts, encoder.default_prompt_name = {"query": "Find it."}, "query"
-    found = {
-        prompt: encoder.encode_to_file(mixed, tmp_path / f"e-{prompt}.npy", prompt=prompt) for prompt in (None, "")
-    }
-    for prompt, file in found.items():
-        assert np.abs(file.embeddings - encoder.encode(mixed, prompt=prompt)).max() < 1e-6
-    assert np.abs(found[None].embeddings - found[""].embeddings).max() > 1e-3
-
-
 def test_a_query_set_gets_its_own_prompt_or_is_refused(encoder, mixed):
     asked = encoder.with_queries(2, seed=1)
     asked.prompts = {"query": "find it."}

@@ -186,6 +186,17 @@ def test_prompts_move_the_vectors(backbone):
     assert np.abs(vectors[1] - vectors[-1]).max() > 0.01
 
 
+def test_no_prompt_is_not_the_default_prompt_in_a_file(backbone, inputs, tmp_path):
+    encoder = backbone.with_queries(4, seed=0)
+    encoder.prompts, encoder.default_prompt_name = {"query": "Find it."}, "query"
+    found = {
+        prompt: encoder.encode_to_file(inputs, tmp_path / f"e-{prompt}.npy", prompt=prompt) for prompt in (None, "")
+    }
+    for prompt, file in found.items():
+        assert np.abs(file.embeddings - encoder.encode(inputs, prompt=prompt)).max() < 1e-6
+    assert np.abs(found[None].embeddings - found[""].embeddings).max() > 1e-3
+
+
 def test_what_encode_kept_is_forgotten(backbone, inputs):
     model = backbone.with_queries(4, seed=0)
     default_prompt(model, None)

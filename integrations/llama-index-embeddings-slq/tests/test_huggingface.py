@@ -25,10 +25,14 @@ def test_a_folder_works_in_the_hosts_own_class(embedding, scenes, tmp_path):
     assert (np.array(queries) @ np.array(images).T).argmax(1).tolist() == [s.number for s in scenes]
 
 
-def test_its_saved_query_prompt_must_be_given_there_again(scenes, tmp_path):
+def test_its_saved_prompts_must_be_given_there_again(scenes, tmp_path):
     folder, text = tmp_path / "slq", scenes[0].caption
-    SLQEncoder(pretrained("slq-tiny"), prompts={"query": "find this."}, device="cpu").save_pretrained(folder)
+    prompts = {"query": "find this.", "document": "keep this."}
+    SLQEncoder(pretrained("slq-tiny"), prompts=prompts, device="cpu").save_pretrained(folder)
     options = {"model_name": str(folder), "max_length": 512, "device": "cpu", "cache_folder": str(tmp_path)}
-    ours = SLQEmbedding(folder, device="cpu").get_query_embedding(text)
-    assert not same(HuggingFaceEmbedding(**options).get_query_embedding(text), ours)
-    assert same(HuggingFaceEmbedding(**options, query_instruction="find this.").get_query_embedding(text), ours)
+    ours, stock = SLQEmbedding(folder, device="cpu"), HuggingFaceEmbedding(**options)
+    told = HuggingFaceEmbedding(**options, query_instruction="find this.", text_instruction="keep this.")
+    for name in ("get_query_embedding", "get_text_embedding"):
+        expected = getattr(ours, name)(text)
+        assert not same(getattr(stock, name)(text), expected)
+        assert same(getattr(told, name)(text), expected)
