@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import embedding_table, refusal, usable_rows
+from slq_embed.backbone.families import decoder_of, embedding_table, refusal, usable_rows
 from slq_embed.backbone.lock import lock_of
 from slq_embed.backbone.query_tokens import free_rows
 from slq_embed.backbone.twin import twin_of
@@ -208,6 +208,15 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
             "gives different inputs the same embedding: the processor may be that of another backbone",
         )
 
+    texts = inputs[:2]
+    moved = _apart(_ends(transformer, texts), torch.cat([_ends(transformer, [text]) for text in texts]))
+    allowed = VALUE if moved <= VALUE else limits()[0]
+    if not note("padding moves no token", moved <= allowed, moved, allowed):
+        reason = (
+            "counts padding as positions where nobody gives them, so plain Sentence Transformers would embed an input "
+        )
+        return findings, None, f"{reason}otherwise in a batch than alone"
+
     def agrees(name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
         try:
             results = [_run(transformer, one, run) for one in features]
@@ -244,9 +253,26 @@ def _run(transformer: Any, features: Any, run: Callable[[Any], Tensor]) -> tuple
     with torch.enable_grad():
         states = run(features).float()
         vectors = torch.nn.functional.normalize(states.mean(dim=1), dim=-1)
-        weights = torch.randn(vectors.shape[1], generator=torch.Generator().manual_seed(1)).to(vectors.device)
-        (gradient,) = torch.autograd.grad((vectors @ weights).sum(), queries)
+        (gradient,) = torch.autograd.grad((vectors @ _weights(vectors)).sum(), queries)
     return vectors.detach().cpu(), gradient.cpu()
+
+
+def _weights(vectors: Tensor) -> Tensor:
+    """Of a sum of vectors. The plain sum of what leaves a LayerNorm is constant, whatever entered it."""
+    return torch.randn(vectors.shape[-1], generator=torch.Generator().manual_seed(1)).to(vectors.device)
+
+
+def _ends(transformer: Any, texts: list[str]) -> Tensor:
+    """Unit vectors ``(batch, H)`` of the last tokens. Positions are not given, as plain Sentence Transformers gives none."""
+    from slq_embed.prefix.features import lay_out
+    from slq_embed.prefix.passes import last_states, prepared_inputs
+
+    features = lay_out(features_of(transformer, texts))
+    decoder = twin_of(decoder_of(transformer.backbone))  # some keep what they find of positions for the next pass
+    tokens = {name: features[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = last_states(decoder, **tokens, use_cache=False, **prepared_inputs(decoder, features))
+    return torch.nn.functional.normalize(states[:, -1].float(), dim=-1).cpu()
 
 
 def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
@@ -259,7 +285,7 @@ def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
             states = run_all_positions(transformer.query_decoder, features, vectors)
         else:  # token ids give the vectors, so there are as many as there are queries
             vectors, states = transformer.queries, transformer.all_positions(features)
-        (gradient,) = torch.autograd.grad(states[:, 0].float().sum(), vectors)
+        (gradient,) = torch.autograd.grad((states[:, 0].float() @ _weights(states)).sum(), vectors)
     return float(gradient[1:].abs().sum())
 
 
@@ -299,7 +325,11 @@ def _total(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _furthest(results: Sequence[tuple[Tensor, Tensor]], values: Tensor) -> float:
-    return float((torch.cat([value for value, _ in results]) - values).abs().max())
+    return _apart(torch.cat([value for value, _ in results]), values)
+
+
+def _apart(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().max())
 
 
 def _relative(first: Tensor, second: Tensor) -> float:

@@ -222,7 +222,7 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor, ids: 
     batch, count = len(prefix.attention_mask), len(queries)
     mask = torch.cat([prefix.attention_mask, prefix.attention_mask.new_ones(batch, count)], dim=1)
     tokens = {"inputs_embeds": queries.expand(batch, -1, -1)} if ids is None else {"input_ids": ids.expand(batch, -1)}
-    return _last_states(
+    return last_states(
         decoder,
         **tokens,
         attention_mask=mask,
@@ -264,7 +264,7 @@ def run_all_positions(
         if isinstance(value, Tensor) and value.shape == mask.shape:  # token types
             types = value.new_full((batch, count), family_of(decoder.config).query_token_type)
             extra[key] = torch.cat([value, types], dim=1)
-    states = _last_states(
+    states = last_states(
         decoder,
         **tokens,
         attention_mask=torch.cat([mask, mask.new_ones(batch, count)], dim=1),
@@ -275,7 +275,8 @@ def run_all_positions(
     return states[:, -count:]
 
 
-def _last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
+def last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
+    """Last hidden states ``(batch, seq, H)`` of a backbone without its head, or of one whose head is no part of its own."""
     if decoder.get_output_embeddings() is None:
         return decoder(**inputs).last_hidden_state
     return decoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]

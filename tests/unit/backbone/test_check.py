@@ -202,6 +202,20 @@ def test_text_attention_in_both_directions_is_refused(folders):
             SLQEncoder.from_backbone(folder, num_queries=count, device="cpu")
 
 
+def test_a_norm_does_not_hide_attention_in_both_directions(folders):
+    """The sum of what leaves a fresh LayerNorm is constant, so its gradient is zero whatever a token sees."""
+    report = check(*loaded(folders("norm", others.text_only("megatron-bert"))))
+    assert report.schedule is None
+    assert "lets earlier tokens see later ones" in str(report.reason)
+
+
+def test_positions_that_plain_sentence_transformers_would_count_from_the_padding_are_refused(folders):
+    """GPT-2 learns a vector for each position. A short text beside a long one would have the vectors of the wrong ones."""
+    report = check(*loaded(folders("gpt2", others.text_only("gpt2"))))
+    assert report.schedule is None
+    assert "counts padding as positions where nobody gives them, so plain Sentence Transformers" in str(report.reason)
+
+
 def test_rows_that_do_not_act_are_refused(folders, monkeypatch):
     """Gemma 3n gives the rows past its text to its towers, so a query there would be read as a piece of an image."""
     pytest.importorskip("timm")
