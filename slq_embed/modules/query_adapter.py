@@ -73,7 +73,7 @@ class QueryAdapter:
         if not isinstance(targets, (list, tuple)) or not targets or not all(target in known for target in targets):
             raise ValueError(
                 f"The query adapter's targets are {self.targets!r}, but a list of linear layers of the language model is "
-                f"needed. This backbone has {', '.join(known)}."
+                f"needed. This backbone has {', '.join(known) or 'none outside of its experts'}."
             )
         chosen = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in targets}
         narrowest = min((min(layer.in_features, layer.out_features) for layer in chosen.values()), default=0)
@@ -120,7 +120,14 @@ def adapt(twin: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # the table is no target
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # for merging, which nobody does
-        inject_adapter_in_model(lora_config(adapter, layers), twin, _NAME)
+        try:
+            inject_adapter_in_model(lora_config(adapter, layers), twin, _NAME)
+        except ValueError as error:  # of layers that peft knows it would change in vain, or not save
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ValueError(
+                f"peft cannot put the query adapter into {names} of this {twin.config.model_type}: {error} Name other targets: "
+                "QueryAdapter(targets=[...])."
+            ) from error
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     trained = nn.ModuleDict()
     for name in layers:

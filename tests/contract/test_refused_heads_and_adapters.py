@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.saving.assembly import QuerySet
+from tests.families import others
+from tests.families.building import write
 from tests.parts import SMALL, build, files, structure, trained
 
 
@@ -69,6 +71,19 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoint, adapter, message):
             make()
     assert structure(plain.backbone) == before
     assert np.array_equal(plain.encode("a"), expected)
+
+
+def test_layers_that_peft_refuses_are_named(tmp_path):
+    """A state-space model computes with the weights of out_proj, and does not call it: an update would do nothing."""
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+    folder = write(tmp_path, others.text_only("falcon_h1", head_dim=8, **sizes))
+    every, some = QueryAdapter(rank=2), QueryAdapter(rank=2, targets=["q_proj", "v_proj"])
+    with pytest.raises(
+        ValueError, match=r"into gate_proj, .*of this falcon_h1: .*out_proj.* Name other targets: QueryAda"
+    ):
+        SLQEncoder.from_backbone(folder, num_queries=4, query_adapter=every, device="cpu")
+    encoder = SLQEncoder.from_backbone(folder, num_queries=4, query_adapter=some, device="cpu")
+    assert np.isfinite(encoder.encode("a")).all()
 
 
 @pytest.mark.parametrize("part", [{"query_adapter": True}, {"deep_queries": True}])
