@@ -38,7 +38,7 @@ _INTERN_TOKENS = {
     "video_token": "<video>",
 }
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "design": {  # Qwen3-VL with 59 M parameters: what two CPU cores can do
+    "design": {  # Qwen3-VL with 61 M parameters: what two CPU cores can do
         "text": {
             "vocab_size": 8192,
             "hidden_size": 512,

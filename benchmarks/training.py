@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--quick] [--json FILE] [--device cuda --dtype bfloat16 --shape qwen3-vl-4b]
 
-One backbone shape (by default Qwen3-VL, 59 M parameters; random weights: speed and memory do not depend on the values), one batch of
+One backbone shape (by default Qwen3-VL, 61 M parameters; random weights: speed and memory do not depend on the values), one batch of
 images (by default of 208 tokens) with texts of 24 words. Times are medians of rounds in which every method takes its turn, so that a
 noisy machine slows all of them alike; preprocessing is left out of all of them. Memory is the peak above the loaded weights, each
 method alone, and on a CPU in a process of its own; the largest batch is a straight line through the peaks of two batches. Results are
