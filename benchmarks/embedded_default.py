@@ -7,7 +7,7 @@ from literal captions and from implicit descriptions (whose wording shares no co
 the mean over all tokens without training; and what storing prefixes in half and quarter precision changes. With --seeds,
 queries alone, deep ones, with a head and with an adapter are trained anew for each seed by examples/train_slq_tiny.py; their recalls and
 medians are printed, and whether the backbone answers the same bits after it. About two minutes, and fifteen to twenty for each seed, on 2 CPU
-cores. The standard error of a recall on 500 scenes is 0.4 to 1.5 points.
+cores. The standard error of a recall on 500 scenes is 0.3 to 2.0 points.
 """
 
 from __future__ import annotations

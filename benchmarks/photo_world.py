@@ -78,12 +78,13 @@ def words(text: str) -> set[str]:
 
 
 class PhotoWorld:
-    """Photos by their captions, and emoji by keywords that share no word with the names that were trained on.
+    """Photos by their captions, and emoji by keywords that share no word with their names.
 
     Args:
         photos: Photos of the test split to retrieve, at most: of one half of those that were held out. The validation split has
             half as many of the other half.
-        emoji: Emoji of the test split to retrieve, and half as many in the validation split. The names of all are trained on.
+        emoji: Emoji of the test split to retrieve, and half as many in the validation split. Training draws from the names of all, so
+            it sees some of these, and not the others.
         captions: Captions a photo in the test split. In the validation split it is one.
         asked: Photos to describe.
         tokens: Tokens of plain text to score.
