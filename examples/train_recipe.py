@@ -2,7 +2,7 @@
 
     python examples/train_recipe.py --data coco --backbone qwen3-vl-2b --path coco --output output/coco-2b
     python examples/train_recipe.py --data coco --backbone qwen3-vl-2b --dry-run     # needs neither data nor weights
-    torchrun --nproc-per-node 4 examples/train_recipe.py --data mmeb --backbone internvl3-8b --path MMEB-train
+    torchrun --nproc-per-node 4 examples/train_recipe.py --data mmeb --backbone internvl3-8b --form merged --path MMEB-train
 
 What --path must hold is in docs/guides/recipes.md. The same command again goes on from the last checkpoint. Hardware: one
 GPU with 24 GB or more; --dry-run estimates memory and hours for your card and runs on a CPU. Expected output: the settings,
@@ -282,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--form",
         default="adapter",
         choices=["adapter", "merged"],
-        help="how to save; see docs/guides/save-load-serve.md (default: %(default)s)",
+        help="how to save; InternVL3 needs merged: see docs/guides/save-load-serve.md (default: %(default)s)",
     )
     add("--prefixes", type=Path, help="folder to keep prefixes in, if that is faster by measurement")
     add("--save-steps", type=positive, default=100, help="steps between checkpoints (default: %(default)s)")
