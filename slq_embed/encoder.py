@@ -213,7 +213,7 @@ class SLQEncoder(SentenceTransformer):
     def prefix_store(self) -> PrefixStore | None:
         """What keeps prefixes; set it to attach or detach one.
 
-        Attaching reads all weights: 0.6 s for each GB. At ``level="vision"``, a family that no table knows is checked on three images, once.
+        Attaching reads all weights: about a second for each GB. At ``level="vision"``, a family that no table knows is checked on three images, once.
         """
         return self.transformer.source.store
 

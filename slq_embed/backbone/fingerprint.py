@@ -108,7 +108,7 @@ def difference(recorded: Fingerprint, current: Fingerprint, layers_only: bool = 
 def weights_digest(backbone: PreTrainedModel) -> bytes:
     """A digest of all weights and of the configuration, for what must not outlive any change of them.
 
-    It reads every weight: about 0.6 s for each GB.
+    It reads every weight: about a second for each GB.
     """
     digest = hashlib.sha256(_json(_stable(backbone.config.to_dict())))
     for name, value in sorted(backbone.state_dict().items()):
