@@ -281,6 +281,18 @@ def can_grow(backbone: PreTrainedModel) -> bool:
     return not reads_ids(backbone) and rows == len(embedding_table(backbone))
 
 
+def longest_sequence(config: PretrainedConfig) -> int | None:
+    """Tokens beyond which a row changes the others of its batch, or None.
+
+    Beyond it, rotary embeddings of the kinds "dynamic" and "longrope" have other frequencies, for the whole batch.
+    """
+    text = config.get_text_config()
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope.get("original_max_position_embeddings")
+    return text.max_position_embeddings if rope.get("rope_type") == "dynamic" else None
+
+
 def is_placed(backbone: PreTrainedModel) -> bool:
     """Whether a device map decides where the weights are, so that they must not be moved."""
     return getattr(backbone, "hf_device_map", None) is not None

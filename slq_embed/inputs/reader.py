@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import reads_videos
-from slq_embed.backbone.families import family_of, image_token_of, tokenizer_of
+from slq_embed.backbone.families import family_of, image_token_of, longest_sequence, tokenizer_of
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
 from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
 from slq_embed.inputs.rows import Row, read_row
@@ -131,7 +131,7 @@ class InputReader:
             options: From :meth:`options`.
 
         Raises:
-            ValueError: If an image or a video cannot be decoded; the message gives the index of the input.
+            ValueError: If an image or a video cannot be decoded, or an input is too long; the message gives its index.
         """
         media = []
         for index in indices:
@@ -142,8 +142,22 @@ class InputReader:
         family = family_of(self._backbone.config)
         arguments = self.processor, [texts[index] for index in indices], media, options
         if family.batches_images and not any(row.videos for row in media):
-            return process_together(*arguments, len(self.query_ids), self._image_token)
-        return process_one_by_one(*arguments, self.query_ids, family.pixels_axis)
+            features = process_together(*arguments, len(self.query_ids), self._image_token)
+        else:
+            features = process_one_by_one(*arguments, self.query_ids, family.pixels_axis)
+        for index, length in zip(indices, features["attention_mask"].sum(dim=1).tolist(), strict=True):
+            with _naming(index, len(rows)):
+                self._require_length(length)
+        return features
+
+    def _require_length(self, length: int) -> None:
+        config, count = self._backbone.config, len(self.query_ids)
+        if (longest := longest_sequence(config)) is not None and length + count > longest:
+            raise ValueError(
+                f"It has {length} tokens, but at most {longest - count} beside the queries are possible: where a sequence is longer than "
+                f"{longest}, this {config.model_type} computes its whole batch otherwise. Cut the text (max_text_chars=...), or pass "
+                "fewer or smaller images."
+            )
 
 
 @contextmanager
