@@ -211,11 +211,9 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
     texts = inputs[:2]
     moved = _apart(_ends(transformer, texts), torch.cat([_ends(transformer, [text]) for text in texts]))
     allowed = VALUE if moved <= VALUE else limits()[0]
-    if not note("padding moves no token", moved <= allowed, moved, allowed):
-        reason = (
-            "counts padding as positions where nobody gives them, so plain Sentence Transformers would embed an input "
-        )
-        return findings, None, f"{reason}otherwise in a batch than alone"
+    if not note("padding, where no positions are given", moved <= allowed, moved, allowed):
+        reason = "embeds a text otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers "
+        return findings, None, f"{reason}gives none"
 
     def agrees(name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
         try:

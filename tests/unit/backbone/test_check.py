@@ -213,7 +213,9 @@ def test_positions_that_plain_sentence_transformers_would_count_from_the_padding
     """GPT-2 learns a vector for each position. A short text beside a long one would have the vectors of the wrong ones."""
     report = check(*loaded(folders("gpt2", others.text_only("gpt2"))))
     assert report.schedule is None
-    assert "counts padding as positions where nobody gives them, so plain Sentence Transformers" in str(report.reason)
+    assert "otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers" in str(
+        report.reason
+    )
 
 
 def test_rows_that_do_not_act_are_refused(folders, monkeypatch):
