@@ -37,7 +37,7 @@ from slq_embed.saving.assembly import (
 from slq_embed.saving.checkpoints import CheckpointState, failed_reload
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.folder import save_model
-from slq_embed.saving.loading import load_or_share, load_saved
+from slq_embed.saving.loading import MODEL_ARGUMENTS, load_or_share, load_saved
 from slq_embed.saving.model_card import SLQModelCardData
 from slq_embed.store.prefix_store import PrefixStore
 
@@ -62,6 +62,7 @@ class SLQEncoder(SentenceTransformer):
         **kwargs: As for ``SentenceTransformer``; ``model_kwargs`` go to the backbone.
 
     Raises:
+        TypeError: If there is no such argument.
         ValueError: If the folder is no SLQ model, or the backbone is another than the recorded one.
         OSError: If there is no such folder or model on the hub, or the recorded backbone is not where it was.
     """
@@ -84,6 +85,11 @@ class SLQEncoder(SentenceTransformer):
                 "backbone with SLQEncoder.from_backbone."
             )
         _require_supported(kwargs)
+        if given := next((name for name in MODEL_ARGUMENTS if name in kwargs), None):
+            raise TypeError(
+                f"{given} goes into model_kwargs where a saved model is loaded, as in SentenceTransformer: SLQEncoder(folder, "
+                f"model_kwargs={{{given!r}: ...}})."
+            )
         self._replacement = (backbone,)  # a tuple, because nn.Module is not ready yet
         if isinstance(backbone, PreTrainedModel):
             kwargs.setdefault("device", str(backbone.device))

@@ -49,6 +49,11 @@ class ZeroShotClassificationEvaluator(Evaluator):
     ) -> None:
         super().__init__(EvaluatorOptions(**options))
         require_images(images)
+        if (name := next((label for label in labels if isinstance(label, str)), None)) is not None:
+            raise ValueError(
+                f"labels has the str {name!r}, but the index of a class is needed. Pass "
+                "[class_names.index(label) for label in labels]."
+            )
         labels = [operator.index(label) for label in labels]
         if len(images) != len(labels) or not labels or not set(labels) <= set(range(len(class_names))):
             raise ValueError(

@@ -61,6 +61,11 @@ class ImageTextRetrievalEvaluator(Evaluator):
         super().__init__(EvaluatorOptions(name, batch_size, show_progress_bar, write_csv, embeddings_folder))
         if isinstance(texts, str):
             raise ValueError(f"texts is the str {reprlib.repr(texts)}, but a list of texts is needed.")
+        if (several := next((text for text in texts if not isinstance(text, str)), None)) is not None:
+            raise ValueError(
+                f"texts has {reprlib.repr(several)}, but each text is a str. Put the captions of an image one after the other, "
+                "and give in image_of, for each of them, the index of its image."
+            )
         require_images(images)
         indices = [operator.index(index) for index in image_of]
         if len(indices) != len(texts) or set(indices) != set(range(len(images))):

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 from slq_embed.backbone.families import tokenizer_of
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoder import SLQEncoder
-from slq_embed.generation.conversation import read_named, speaking_processor, to_features, user_turn
+from slq_embed.generation.conversation import read_named, require_encoder, speaking_processor, to_features, user_turn
 from slq_embed.inputs.rows import Row
 
 
@@ -41,8 +41,10 @@ def answer(
         The answer, without special tokens and surrounding white space.
 
     Raises:
+        TypeError: If the model is no ``SLQEncoder``.
         ValueError: If a retrieved input cannot be read, the question is no str, or there is no chat template.
     """
+    require_encoder(model)
     if not isinstance(question, str):
         raise ValueError(f"The question is a {type(question).__name__}, but a str is needed.")
     inputs = [retrieved] if model.is_singular_input(retrieved) else list(retrieved)

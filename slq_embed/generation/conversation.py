@@ -15,6 +15,14 @@ from slq_embed.encoder import SLQEncoder
 from slq_embed.inputs.rows import Row, read_row
 
 
+def require_encoder(model: object) -> None:
+    """Raise a TypeError if the model is no ``SLQEncoder``."""
+    if not isinstance(model, SLQEncoder):
+        raise TypeError(
+            f"The model is a {type(model).__name__}, but an SLQEncoder is needed. Load a saved model with SLQEncoder(folder)."
+        )
+
+
 def speaking_processor(model: SLQEncoder, processor: ProcessorMixin | None = None) -> ProcessorMixin:
     """The processor for conversations with a backbone.
 

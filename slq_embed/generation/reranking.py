@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from slq_embed.backbone.families import decoder_of, tokenizer_of
 from slq_embed.backbone.lock import lock_of
 from slq_embed.encoder import SLQEncoder
-from slq_embed.generation.conversation import read_named, speaking_processor, to_features, user_turn
+from slq_embed.generation.conversation import read_named, require_encoder, speaking_processor, to_features, user_turn
 from slq_embed.prefix.features import backbone_inputs
 from slq_embed.prefix.passes import token_positions
 
@@ -56,8 +56,10 @@ def build_reranker(
         A :class:`~sentence_transformers.CrossEncoder`, for ``predict`` and ``rank``. It cannot be saved or trained.
 
     Raises:
+        TypeError: If the model is no ``SLQEncoder``.
         ValueError: If the instruction lacks a field, an answer is not one token, or there is no chat template.
     """
+    require_encoder(model)
     for name in ("{query}", "{document}"):
         if (count := instruction.count(name)) != 1:
             raise ValueError(f"The instruction holds {name} {count} times, but it must hold it once: {instruction!r}.")

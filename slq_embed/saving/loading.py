@@ -25,7 +25,7 @@ from slq_embed.toy.pretrained import pretrained
 _HUB = {"token": "token", "cache_folder": "cache_dir", "local_files_only": "local_files_only"}
 _HUB |= {"revision": "revision", "trust_remote_code": "trust_remote_code"}
 """Arguments for the hub: as Sentence Transformers names them, and as transformers does."""
-_MODEL = ("dtype", "attn_implementation", "device_map", "quantization_config")
+MODEL_ARGUMENTS = ("dtype", "attn_implementation", "device_map", "quantization_config")
 
 
 def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def load_or_share(
     for argument in _HUB:
         arguments.pop(argument, None)
     recorded = arguments.pop("backbone_name", None)
-    model_kwargs = {key: value for key in _MODEL if (value := arguments.pop(key, None)) is not None}
+    model_kwargs = {key: value for key in MODEL_ARGUMENTS if (value := arguments.pop(key, None)) is not None}
     model_kwargs |= arguments.pop("model_kwargs", None) or {}
     processor_kwargs = arguments.pop("processor_kwargs", None) or {}
     if isinstance(backbone, PreTrainedModel):

@@ -99,6 +99,12 @@ def test_a_changed_configuration_is_not_dropped_without_a_word(build):
         build(NOT_LOADED, config_kwargs={"hidden_size": 8})
 
 
+def test_settings_of_the_backbone_are_named_where_a_saved_model_takes_them():
+    message = r"dtype goes into model_kwargs .*SLQEncoder\(folder, model_kwargs=\{'dtype': \.\.\.\}\)"
+    with pytest.raises(TypeError, match=message):
+        SLQEncoder(NOT_LOADED, dtype="bfloat16")
+
+
 def test_no_model_is_refused():
     with pytest.raises(ValueError, match=r"without a model.*SLQEncoder\.from_backbone"):
         SLQEncoder()

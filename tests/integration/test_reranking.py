@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoProcessor
 
 from slq_embed.generation import RERANK_INSTRUCTION, answer, build_reranker
@@ -97,6 +97,10 @@ def test_bad_input_is_named(encoder, images, tmp_path):
         ValueError, match="Retrieved 0 of 1: There is a video, but answers and reranking take texts and"
     ):
         answer(encoder, "what is it?", [{"video": images[:2], "fps": 1}])
+    for call in (build_reranker, lambda model: answer(model, "what is it?")):
+        for wrong in ("folder", SentenceTransformer(modules=[torch.nn.Identity()])):
+            with pytest.raises(TypeError, match=rf"model is a {type(wrong).__name__}, but .*SLQEncoder\(folder\)"):
+                call(wrong)
     with pytest.raises(ValueError, match="The question is a list"):
         answer(encoder, ["what is it?"])
     with pytest.raises(ValueError, match="The answer 'yes' is 3 tokens"):

@@ -175,6 +175,8 @@ def test_a_loaded_encoder_is_taken_as_it_is(encoder, scenes):
 def test_wrong_arguments_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"Pass a loaded model as model=: SLQEmbedding\(model=encoder\)"):
         SLQEmbedding(encoder)
+    with pytest.raises(ValueError, match=r"model is a str.*Pass a folder or hub name as model_name="):
+        SLQEmbedding(model=str(tmp_path))
     with pytest.raises(ValueError, match="There is no model to load"):
         SLQEmbedding()
     with pytest.raises(ValueError, match="query_instructions"):

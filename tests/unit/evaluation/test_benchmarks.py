@@ -295,6 +295,8 @@ def test_classification_averages_the_prompts_of_a_class():
 def test_classification_refuses_labels_and_templates_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="Pass for each image the index of its class"):
         ZeroShotClassificationEvaluator([b"a", b"b"], labels, ["x", "y"])
+    with pytest.raises(ValueError, match=r"labels has the str 'y'.*class_names\.index\(label\)"):
+        ZeroShotClassificationEvaluator([b"a", b"b"], ["y", "x"], ["x", "y"])
     for templates in ("a {}", [], ["no name"]):
         with pytest.raises(ValueError, match=r"a list of texts with \{\} for the name is needed"):
             ZeroShotClassificationEvaluator([b"a", b"b"], [0, 1], ["x", "y"], templates)

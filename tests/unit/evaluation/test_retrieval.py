@@ -70,6 +70,8 @@ def test_indices_may_be_of_any_integer_type_and_one_str_is_no_list():
         ImageTextRetrievalEvaluator([b"a", b"b"], list("xyz"), [0, 0.5, 1])
     with pytest.raises(ValueError, match="texts is the str 'xyz', but a list"):
         ImageTextRetrievalEvaluator([b"a", b"b"], "xyz", [0, 1, 1])
+    with pytest.raises(ValueError, match=r"texts has \['x', 'y'\], but each text is a str.*index of its image"):
+        ImageTextRetrievalEvaluator([b"a", b"b"], [["x", "y"], ["z"]], [0, 1])
 
 
 @pytest.mark.parametrize("images", [["photos/0.png", Path("photos/1.png")], "photos"])

@@ -117,6 +117,10 @@ class SLQEmbedding(MultiModalEmbedding):
     ) -> None:
         if isinstance(model_name, SLQEncoder):
             raise ValueError("model_name is an SLQEncoder. Pass a loaded model as model=: SLQEmbedding(model=encoder).")
+        if not isinstance(model, SLQEncoder | None):
+            raise ValueError(
+                f"model is a {type(model).__name__}, but an SLQEncoder is needed. Pass a folder or hub name as model_name=."
+            )
         name = _UNKNOWN if model_name is None else str(model_name)
         remote = None
         if (base_url := kwargs.get("base_url")) is not None:
