@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -227,13 +227,13 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """The same as :meth:`embed_image`, under the name that some stores call."""
         return self.embed_image(uris)
 
-    def embed_inputs(self, inputs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    def embed_inputs(self, inputs: Sequence[Mapping[str, Any] | str]) -> list[list[float]]:
         """Embed composed queries: an image with a text that says what should be different.
 
         Search with the vectors through ``store.similarity_search_by_vector``.
 
         Args:
-            inputs: Dicts with ``"image"`` (as for :meth:`embed_image`), ``"text"``, or both.
+            inputs: Dicts with ``"image"`` (as for :meth:`embed_image`), ``"text"``, or both. A str is a text.
 
         Returns:
             A vector of length ``H`` for each input, with norm 1.
@@ -242,6 +242,9 @@ class SLQEmbeddings(BaseModel, Embeddings):
             UnreadableInputsError: As for :meth:`embed_image`.
             RuntimeError: If one input alone does not fit into memory.
         """
+        one = isinstance(inputs, str | bytes | Mapping) or getattr(inputs, "ndim", 1) != 1  # is refused below
+        if isinstance(inputs, Iterable) and not one:
+            inputs = [{"text": value} if isinstance(value, str) else value for value in inputs]
         return self._embed_images(inputs, "query", self.query_prompt)
 
     def _embed_images(
@@ -266,7 +269,7 @@ class SLQEmbeddings(BaseModel, Embeddings):
         """As :meth:`embed_image`, in a thread: the event loop stays free."""
         return await _in_thread(self.embed_image, uris)
 
-    async def aembed_inputs(self, inputs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    async def aembed_inputs(self, inputs: Sequence[Mapping[str, Any] | str]) -> list[list[float]]:
         """As :meth:`embed_inputs`, in a thread: the event loop stays free."""
         return await _in_thread(self.embed_inputs, inputs)
 

@@ -42,6 +42,8 @@ def test_a_text_is_only_ever_a_text(embeddings, gallery):
     path = gallery.paths[0]
     assert close(embeddings.embed_query(path), embeddings.encoder.encode({"text": path}))
     assert not close(embeddings.embed_documents([path]), embeddings.embed_image([path]))
+    assert close(embeddings.embed_inputs([path, {"text": "a"}])[0], embeddings.embed_query(path))
+    assert close(embeddings.embed_inputs(iter([path])), [embeddings.embed_query(path)])
 
 
 def test_what_is_no_text_is_an_input_of_the_model(embeddings, gallery):
