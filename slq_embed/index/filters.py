@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 _COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 _OPERATORS = ("$eq", "$ne", "$in", "$nin", "$contains", *_COMPARISONS)
 _ENTRY = "SELECT {} FROM json_each(metadata) AS entry WHERE entry.key = ?"
@@ -72,8 +74,14 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
     return f"{_VALUE} {'IS' if operator == '$eq' else 'IS NOT'} ?", [key, value]
 
 
+def plain(value: Any) -> Any:
+    """A number or bool of NumPy as Python's own, which JSON and the database take; anything else as it is."""
+    return value.item() if isinstance(value, np.number | np.bool_) else value
+
+
 def _checked(key: str, value: Any) -> Any:
     """A value as the database reads it from JSON."""
+    value = plain(value)
     if not isinstance(value, str | int | float | None):
         raise ValueError(
             f"The filter of {key!r} compares with a {type(value).__name__}, but a str, a number, a bool or None is needed."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slq_embed.index.filters import plain
 from slq_embed.inputs.images import IMAGE_SUFFIXES, shortened
 from slq_embed.inputs.pdf import PdfPage
 from slq_embed.inputs.rows import is_one_input, require_list
@@ -54,11 +55,17 @@ def as_json(metadata: Metadata) -> str:
     if not isinstance(metadata, Mapping):
         raise ValueError(f"Metadata of one input is a {type(metadata).__name__}, but a dict is needed.")
     try:
-        return json.dumps(dict(metadata), allow_nan=False)  # the database reads no NaN
+        return json.dumps(dict(metadata), allow_nan=False, default=_number)  # the database reads no NaN
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Metadata {shortened(repr(dict(metadata)))} cannot be stored: {error}. Use str, finite numbers, bool, None, lists and dicts."
         ) from error
+
+
+def _number(value: Any) -> Any:
+    if (number := plain(value)) is value:
+        raise TypeError(f"{type(value).__name__} is not JSON serializable")
+    return number
 
 
 def one_each(ids: Iterable[Any] | None, metadata: Iterable[Metadata] | Metadata | None) -> None:

@@ -111,6 +111,20 @@ def test_what_is_given_no_id_or_metadata_gets_its_own(tmp_path):
     assert [index.metadata(id_) for id_ in index.ids()] == [*known, {"image": str(file), "text": "but in blue"}]
 
 
+def test_numbers_of_numpy_are_metadata_as_those_of_python_are():
+    index = EmbeddingIndex(dimension=4)
+    values = {"year": np.int64(2024), "price": np.float32(2.5), "sold": np.bool_(True), "sizes": [np.int16(3)]}
+    index.add_embeddings(np.eye(4), list("abcd"), [values] * 4)
+    assert index.metadata("a") == {"year": 2024, "price": 2.5, "sold": True, "sizes": [3]}
+    assert (
+        len(index.search_embeddings(np.eye(4)[0], where={"year": {"$gte": np.int64(2024)}, "sold": np.bool_(True)})[0])
+        == 4
+    )
+    for wrong in (np.datetime64("2024-01-01"), np.float32("nan"), np.eye(2)):
+        with pytest.raises(ValueError, match="cannot be stored"):
+            index.add_embeddings(np.eye(4)[:1], ["e"], [{"x": wrong}])
+
+
 def test_a_filter_is_read_before_the_queries_are_embedded(monkeypatch):
     model = SLQEncoder(pretrained("slq-tiny"), device="cpu")
     index = EmbeddingIndex(model)
