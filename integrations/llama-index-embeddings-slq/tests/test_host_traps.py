@@ -11,7 +11,7 @@ import pytest
 from llama_index.core import StorageContext
 from llama_index.core.indices import MultiModalVectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.schema import ImageNode
+from llama_index.core.schema import ImageNode, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.slq import SLQEmbedding, base
 from llama_index.vector_stores.faiss import FaissMapVectorStore, FaissVectorStore
@@ -33,6 +33,36 @@ def test_an_image_without_text_and_metadata_is_dropped(embedding, scenes):
     index = index_of([bare, described], embedding)
     results = index.as_retriever(image_similarity_top_k=2).text_to_image_retrieve(scenes[0].caption)
     assert [row.node.node_id for row in results] == [described.node_id]
+
+
+def test_adding_one_kind_hides_the_other_and_a_new_object_finds_both(embedding, scenes):
+    def found(index, retriever=None) -> set[str]:
+        retriever = retriever or index.as_retriever(similarity_top_k=9, image_similarity_top_k=9)
+        return {row.node.node_id for row in retriever.retrieve("a")}
+
+    def image(number: int) -> ImageNode:
+        return ImageNode(image_path=str(scenes[number].picture), metadata={"scene": number}, id_=f"image {number}")
+
+    index = index_of([image(0), TextNode(text="a", id_="text 0")], embedding)
+    assert found(index) == {"image 0", "text 0"}
+    index.insert_nodes([image(1)])
+    assert found(index) == {"image 0", "image 1"}
+    index.insert_nodes([TextNode(text="b", id_="text 1")])
+    assert found(index) == set()
+    index = index_of(None, embedding, index_struct=index.index_struct, storage_context=index.storage_context)
+    assert found(index) == {"image 0", "image 1", "text 0", "text 1"}
+    earlier = index.as_retriever(similarity_top_k=9, image_similarity_top_k=9)
+    index.insert_nodes([image(2), TextNode(text="c", id_="text 2")])
+    assert found(index) - found(index, earlier) == {"image 2", "text 2"}
+
+
+def test_deleted_images_stay_in_their_store(embedding, scenes):
+    image = ImageNode(image_path=str(scenes[0].picture), metadata={"scene": 0}, id_="image")
+    index = index_of([image, TextNode(text="a", id_="text")], embedding)
+    index.delete_nodes(["image", "text"])
+    assert [row.node.node_id for row in index.as_retriever().retrieve("a")] == ["image"]
+    index.image_vector_store.delete_nodes(["image"])
+    assert index.as_retriever().retrieve("a") == []
 
 
 def test_a_pipeline_embeds_the_metadata_of_an_image(embedding, scenes):
