@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -33,11 +35,11 @@ class ModalityGap:
     text_uniformity: float
 
 
-def measure_modality_gap(images: Tensor, texts: Tensor) -> ModalityGap:
+def measure_modality_gap(images: NDArray[Any] | Tensor, texts: NDArray[Any] | Tensor) -> ModalityGap:
     """Measure the gap.
 
     Args:
-        images: ``(pairs, H)`` embeddings; they are normalised first.
+        images: ``(pairs, H)`` embeddings, an array or a tensor; they are normalised first.
         texts: ``(pairs, H)``: the text of each image.
 
     Raises:
@@ -57,11 +59,11 @@ def measure_modality_gap(images: Tensor, texts: Tensor) -> ModalityGap:
     )
 
 
-def project_to_plane(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:
+def project_to_plane(images: NDArray[Any] | Tensor, texts: NDArray[Any] | Tensor) -> tuple[Tensor, Tensor, float]:
     """Project images and texts onto the plane of their two principal components.
 
     Args:
-        images: ``(pairs, H)`` embeddings; they are normalised first.
+        images: ``(pairs, H)`` embeddings, an array or a tensor; they are normalised first.
         texts: ``(pairs, H)``.
 
     Returns:
@@ -83,7 +85,8 @@ def project_to_plane(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, flo
     return points[: len(images)], points[len(images) :], share
 
 
-def _pairs(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(images: NDArray[Any] | Tensor, texts: NDArray[Any] | Tensor) -> tuple[Tensor, Tensor]:
+    images, texts = torch.as_tensor(images), torch.as_tensor(texts)
     if images.shape != texts.shape or images.ndim != 2 or len(images) < 2:
         raise ValueError(
             f"images has the shape {tuple(images.shape)} and texts {tuple(texts.shape)}, but both must be (pairs, H), "

@@ -21,9 +21,14 @@ def require_inputs(dataset: Any, columns: Iterable[str] | None = None) -> None:
         columns: The columns to encode; by default all but labels, which are looked at too.
 
     Raises:
-        ValueError: If a column to encode holds numbers or lists of texts; or strings, if it is named for images or these name image files.
+        ValueError: If it is no dataset. If a column to encode holds numbers or lists of texts; or strings, if it is named for images or these name image files.
             Or if labels are strings.
     """
+    if not hasattr(dataset, "column_names"):
+        raise ValueError(
+            f"The dataset is a {type(dataset).__name__}, but a Dataset of the package datasets is needed. Make one with "
+            "Dataset.from_list or Dataset.from_pandas."
+        )
     if dataset.format["type"] == "custom":
         return
     for name in dataset.column_names if columns is None else columns:

@@ -16,6 +16,7 @@ def test_the_gap_by_hand():
     assert gap.centroid_distance == pytest.approx(1)  # (.5, .5) and (-.5, .5)
     assert gap.alignment == pytest.approx((4 + 0) / 2)
     assert gap.image_uniformity == gap.text_uniformity == pytest.approx(-2 * 2)
+    assert measure_modality_gap(images.numpy(), texts.numpy()) == gap
 
 
 @pytest.mark.parametrize("block", [3, 100])

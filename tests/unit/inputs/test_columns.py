@@ -83,6 +83,12 @@ def test_texts_images_and_labels_pass():
     require_inputs(PATHS.with_transform(lambda batch: batch))  # who knows what it gives
 
 
+def test_rows_that_are_no_dataset_are_refused(encoder):
+    for rows in ([{"text": "a"}], {"text": ["a"]}):
+        with pytest.raises(ValueError, match=rf"dataset is a {type(rows).__name__}, but a Dataset of the package"):
+            plan_prefixes(encoder, rows, epochs=2)
+
+
 def test_the_sampler_names_the_column_that_it_needs():
     with pytest.raises(ValueError, match=r"\['image', 'text'\], but DistinctImageBatchSampler needs 'label'"):
         DistinctImageBatchSampler(toy_pairs(2).dataset.remove_columns("label"), batch_size=2, drop_last=False)
