@@ -182,7 +182,7 @@ def _find_backbone(
     """The backbone of a saved model. ``slq_config`` is brought up to date where the backbone has moved."""
     if backbone is not None:
         _require_backbone(backbone)
-    merged = slq_config.form == "merged"
+    merged, trained_on, found = slq_config.form == "merged", slq_config.backbone, "this one"
     if isinstance(backbone, PreTrainedModel):
         _require_no_settings(model_kwargs)
         if merged and slq_config.backbone != backbone.name_or_path:  # the record of a merged folder is a label
@@ -201,18 +201,20 @@ def _find_backbone(
     if not isinstance(backbone, PreTrainedModel):
         if backbone is not None:  # saving again records where it is now
             slq_config.backbone, slq_config.revision = _place(str(backbone)), None
+            found = repr(slq_config.backbone)
         name = slq_config.backbone
         try:
             backbone = load_backbone(name, **{**hub, "revision": slq_config.revision, **model_kwargs})
         except OSError as error:
             raise OSError(
-                f"{folder} was trained on the backbone {name!r}, but nothing can be loaded from there. Bring it back, "
-                f"or say where it is: SLQEncoder({folder!r}, backbone=...). ({error})"
+                f"{folder} was trained on the backbone {trained_on!r}, but nothing can be loaded from "
+                f"{'there' if name == trained_on else repr(name)}. Bring it back, or say where it is: "
+                f"SLQEncoder({folder!r}, backbone=...). ({error})"
             ) from error
     recorded = slq_config.fingerprint
     if recorded is not None and (change := difference(recorded, fingerprint(backbone), layers_only=merged)):
         raise ValueError(
-            f"{folder} was trained on the backbone {slq_config.backbone!r}, but this one is another: {change}. "
+            f"{folder} was trained on the backbone {trained_on!r}, but {found} is another: {change}. "
             "Its latent queries would give wrong vectors. Load it with the backbone it was trained on."
         )
     return backbone

@@ -207,6 +207,15 @@ def test_an_absent_backbone_is_named_and_a_moved_one_can_be_given(saved):
     assert np.array_equal(SLQEncoder(saved / "again").encode("a"), expected), "saving again records the new folder"
 
 
+def test_a_wrong_backbone_that_is_given_does_not_take_the_name_of_the_recorded_one(saved):
+    build(saved / "other", seed=1)
+    recorded = f"^{saved / 'slq'} was trained on the backbone '{saved / 'backbone'}', but "
+    with pytest.raises(ValueError, match=f"{recorded}'{saved / 'other'}' is another: its "):
+        SLQEncoder(saved / "slq", backbone=saved / "other")
+    with pytest.raises(OSError, match=f"{recorded}nothing can be loaded from '{saved / 'nowhere'}'"):
+        SLQEncoder(saved / "slq", backbone=saved / "nowhere")
+
+
 @pytest.mark.parametrize("change", ["weights", "one row", "rows", "config"])
 def test_another_backbone_is_refused(saved, change):
     if change == "weights":
