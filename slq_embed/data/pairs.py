@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FEATURES = Features({"image": Image(), "text": Value("string"), "label": Value("int64")})
 """Columns of a training set: an image, one of its captions, and the number of the image."""
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
+_CAPTIONS = ("captions", "text", "caption")
 _OPTIONS = ("limit", "strict", "verify")
 _REMEMBERED = 100_000
 """Images of a stream that are compared with a new one: memory must not grow with the stream."""
@@ -71,7 +72,7 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
 
     Args:
         folder: The folder that image paths are relative to.
-        captions: A ``.jsonl`` file with ``image`` (or ``file_name``) and ``captions`` or ``text`` in each line, or a
+        captions: A ``.jsonl`` file with ``image`` (or ``file_name``) and ``captions``, ``text`` or ``caption`` in each line, or a
             ``.csv`` file with such columns, one caption a row. A relative path is relative to the folder. By default
             ``captions.jsonl``, ``metadata.jsonl``, ``captions.csv`` or ``metadata.csv``.
         **options: ``split`` (only rows with this value of ``split``), ``limit`` (images), ``strict``, ``verify``; see
@@ -101,8 +102,11 @@ def from_folder(folder: str | Path, captions: str | Path | None = None, **option
         name = row.get("image") or row.get("file_name")
         if not name:
             raise ValueError(f"{file} has a row without 'image' or 'file_name': {reprlib.repr(row)}")
-        value = row.get("captions", row.get("text", row.get("caption")))
+        value = next((row[key] for key in _CAPTIONS if key in row), None)
         captions_of.setdefault(Path(name), []).extend(value if isinstance(value, list) else [value])
+    names = {name for row in rows for name in row}
+    if names and names.isdisjoint(_CAPTIONS):
+        raise ValueError(f"{file} has {sorted(names)}, but one of {_CAPTIONS} is needed for the captions.")
     return from_records(((str(name), folder / name, values) for name, values in captions_of.items()), **options)
 
 

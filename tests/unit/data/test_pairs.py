@@ -143,7 +143,12 @@ def test_a_caption_with_a_comma_is_not_cut_at_the_comma(folder):
         ),
         ('{"image": "a.png", "text": "one"}', {"limit": 0}, "limit is 0, but at least 1"),
         ('{"image": "a.png", "text": 5}', {}, "caption 0 is a int, but a str is needed"),
-        ('{"image": "a.png"}', {}, r"a\.png \(no caption\)"),
+        (
+            '{"image": "a.png"}',
+            {},
+            r"captions\.jsonl has \['image'\], but one of \('captions', 'text', 'caption'\) is needed",
+        ),
+        ('{"image": "a.png"}\n{"image": "b.png", "caption": ""}', {}, r"2 skipped: a\.png \(no caption\); b\.png"),
     ],
 )
 def test_a_caption_file_that_does_not_fit_is_named(folder, content, options, message):
