@@ -227,11 +227,8 @@ class SLQEncoder(SentenceTransformer):
     def prefix_store(self, store: PrefixStore | None) -> None:
         if not isinstance(store, PrefixStore | None):
             raise ValueError(f"prefix_store is {store!r:.100}, but a PrefixStore(...) or None is needed.")
-        if store is not None and store.level == "vision" and (reason := self.transformer.vision_refusal) is not None:
-            raise ValueError(
-                f"The features of the vision tower of this {self.backbone.config.model_type} cannot be kept: {reason}. Use "
-                'PrefixStore(level="keys_values"), or no store where its layers differ in shape.'
-            )
+        if store is not None and (reason := self.transformer.store_refusal(store.level)) is not None:
+            raise ValueError(reason)
         self.transformer.source.attach(store)
 
     def forget(

@@ -31,6 +31,7 @@ from slq_embed.prefix.keys import keys_to_tensor, namespace_number
 from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries, scaled
 from slq_embed.prefix.source import PrefixSource
 from slq_embed.prefix.vision_check import vision_refusal
+from slq_embed.store.prefix_store import Level
 
 
 class LatentQueryTransformer(InputModule):
@@ -83,7 +84,7 @@ class LatentQueryTransformer(InputModule):
         self._backbone = (backbone.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
         self.reader = InputReader(backbone, processor, query_tokens, image_kwargs or {})
         self.tokenizer.padding_side = "left"
-        self.source = PrefixSource(backbone, processor, schedule)
+        self.source = PrefixSource(backbone, processor)
         self.schedule = schedule
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
@@ -122,6 +123,24 @@ class LatentQueryTransformer(InputModule):
     def vision_refusal(self) -> str | None:
         """Why no store can keep features of the vision tower, or None; see :mod:`slq_embed.prefix.vision_check`."""
         return vision_refusal(self)
+
+    def store_refusal(self, level: Level) -> str | None:
+        """Why no store of a level can serve this backbone, and what to do; None if one can."""
+        kind = self.backbone.config.model_type
+        if self.schedule == "all_positions":
+            return f"A {kind} has no prefixes: its inputs run together with the queries. Train without a store."
+        if level == "vision" and self.vision_refusal is not None:
+            return (
+                f"The features of the vision tower of this {kind} cannot be kept: {self.vision_refusal}. Use "
+                'PrefixStore(level="keys_values"), or no store where its layers differ in shape.'
+            )
+        devices = {str(weight.device) for weight in self.backbone.parameters()}
+        if level == "keys_values" and len(devices) > 1:
+            return (
+                f"The backbone is on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
+                'gives them back on one device. Use PrefixStore(level="vision"), or load the backbone on one device.'
+            )
+        return None
 
     @property
     def log_temperature(self) -> nn.Parameter | None:

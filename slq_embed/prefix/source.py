@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import decoder_of, embedding_table, image_token_of, tokenizer_of
 from slq_embed.backbone.fingerprint import tokenizer_digest, weights_digest
-from slq_embed.backbone.self_check import Schedule
 from slq_embed.inputs.rows import Row
 from slq_embed.prefix.features import Features, select_rows, split_into_passes
 from slq_embed.prefix.keys import keys_from_tensor, namespace_number
@@ -33,11 +32,9 @@ class PrefixSource:
     Args:
         backbone: The frozen multimodal LLM.
         processor: The processor of its inputs.
-        schedule: How input and queries run.
     """
 
-    def __init__(self, backbone: PreTrainedModel, processor: Any, schedule: Schedule = "prefix") -> None:
-        self._schedule = schedule
+    def __init__(self, backbone: PreTrainedModel, processor: Any) -> None:
         self._backbone = backbone
         self._tokenizer = tokenizer_of(processor)
         self.pad_token = int(self._tokenizer.pad_token_id or 0)
@@ -49,30 +46,8 @@ class PrefixSource:
         """Whether several query sets take the same step. Its prefixes then stay until :meth:`StepMemory.clear`."""
 
     def attach(self, store: PrefixStore | None) -> None:
-        """Use a store from now on, or none.
-
-        Args:
-            store: Where to look prefixes up and to keep them.
-
-        Raises:
-            ValueError: If nothing of this backbone can be kept at the store's level.
-        """
-        if store is None:
-            self.store, self.namespace = None, b""
-            return
-        backbone = self._backbone
-        kind = backbone.config.model_type
-        if self._schedule == "all_positions":
-            raise ValueError(
-                f"A {kind} has no prefixes: its inputs run together with the queries. Train without a store."
-            )
-        devices = {str(weight.device) for weight in backbone.parameters()}
-        if store.level == "keys_values" and len(devices) > 1:
-            raise ValueError(
-                f"The backbone is on several devices ({', '.join(sorted(devices))}), but a store of keys and values "
-                'gives them back on one device. Use PrefixStore(level="vision"), or load the backbone on one device.'
-            )
-        self.namespace = store._tag + self._identity
+        """Use a store, which can serve this backbone, from now on; or none."""
+        self.namespace = b"" if store is None else store._tag + self._identity
         self.store = store
 
     @cached_property

@@ -174,11 +174,9 @@ def plan_prefixes(
 
 def _levels(model: SLQEncoder, batches: Mapping[str, Sequence[Any]]) -> list[Level]:
     """The levels at which something of these inputs can be kept."""
-    if model.transformer.schedule == "all_positions":
-        return []
     videos = any(row.videos for batch in batches.values() for row in model.transformer.reader.read(batch))
-    with_vision = not videos and model.transformer.vision_refusal is None
-    return [level for level in get_args(Level) if level != "vision" or with_vision]
+    levels = [level for level in get_args(Level) if level != "vision" or not videos]
+    return [level for level in levels if model.transformer.store_refusal(level) is None]
 
 
 def _pass(model: SLQEncoder, batches: Mapping[str, Sequence[Any]], store: PrefixStore | None) -> dict[str, float]:

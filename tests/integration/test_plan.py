@@ -93,7 +93,7 @@ def test_a_level_that_cannot_be_had_is_no_choice(encoder, monkeypatch):
     assert [option.level for option in plan_prefixes(encoder, pairs, epochs=2).options] == levels[:2]
 
 
-def test_only_levels_that_keep_something_are_choices(encoder, checkpoint, tmp_path):
+def test_only_levels_that_keep_something_are_choices(encoder, checkpoint, tmp_path, monkeypatch):
     """Each of them would be refused by the store."""
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("measured with 5.23")
@@ -102,8 +102,11 @@ def test_only_levels_that_keep_something_are_choices(encoder, checkpoint, tmp_pa
     video = {"video": np.zeros((4, 32, 32, 3), dtype=np.uint8)}
     assert _levels(encoder, {"video": [video], "text": ["a"]}) == ["keys_values"]
     assert _levels(encoder, {"text": ["a"]}) == ["keys_values", "vision"]
+    devices = [torch.empty(0, device=device) for device in ("cpu", "meta")]
+    monkeypatch.setattr(encoder.backbone, "parameters", lambda: devices)
+    assert _levels(encoder, {"text": ["a"]}) == ["vision"]
     together = SLQEncoder.from_backbone(checkpoint(), num_queries=2, seed=0, device="cpu")
-    together.transformer.schedule = together.transformer.source._schedule = "all_positions"
+    together.transformer.schedule = "all_positions"
     assert [option.level for option in plan_prefixes(together, toy_pairs(4), epochs=2).options] == [None]
 
 
