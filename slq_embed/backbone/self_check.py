@@ -278,8 +278,8 @@ def _influence_of_later_tokens(transformer: Any, features: Any) -> float:
     from slq_embed.prefix.passes import run_all_positions
 
     with torch.enable_grad():
-        if transformer.query_ids() is None:
-            vectors = transformer.cast_queries().detach().repeat(2, 1)[:2].requires_grad_()
+        if (queries := transformer.query_inputs()).ndim == 2:
+            vectors = queries.detach().repeat(2, 1)[:2].requires_grad_()
             states = run_all_positions(transformer.query_decoder, features, vectors)
         else:  # token ids give the vectors, so there are as many as there are queries
             vectors, states = transformer.queries, transformer.all_positions(features)
@@ -307,15 +307,15 @@ def _rounded(transformer: Any, features: Any) -> Tensor:
     decoder.get_input_embeddings().register_forward_hook(
         lambda layer, args, output: off(output, by_token.to(output.device)[args[0] % 64])
     )
-    queries, ids = transformer.cast_queries(), transformer.query_ids()
-    if ids is None:  # else they come from the layer above
+    queries = transformer.query_inputs()
+    if queries.ndim == 2:  # else they come from the layer above
         queries = off(queries, signs(*queries.shape))
     pixels = {
         key: off(value, signs(*value.shape).to(value.device))
         for key, value in features.items()
         if key.startswith("pixel_values") and value.is_floating_point()
     }
-    return run_all_positions(decoder, {**features, **pixels}, queries, ids)
+    return run_all_positions(decoder, {**features, **pixels}, queries)
 
 
 def _total(results: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

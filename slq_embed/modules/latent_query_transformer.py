@@ -259,7 +259,7 @@ class LatentQueryTransformer(InputModule):
     def query_states(self, prefix: Prefix | Features) -> Tensor:
         """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device."""
         if isinstance(prefix, Prefix):
-            states = run_queries(self.query_decoder, prefix, self.cast_queries(), self.query_ids())
+            states = run_queries(self.query_decoder, prefix, self.query_inputs())
         else:
             rows = {index: index for index in range(len(prefix["input_ids"]))}
             found = self.source.run(prefix, rows, lambda decoder, part: self.all_positions(part))
@@ -271,16 +271,14 @@ class LatentQueryTransformer(InputModule):
         decoder = self.query_decoder
         if self.query_adapter:
             decoder = at_the_end(decoder, len(self.queries))
-        return run_all_positions(decoder, features, self.cast_queries(), self.query_ids())
+        return run_all_positions(decoder, features, self.query_inputs())
 
-    def query_ids(self) -> Tensor | None:
-        """Ids of the query tokens, ``(Q,)``, where the backbone must see them; else None."""
-        return None if self._ids is None else self._ids.to(embedding_table(self.backbone).device)
-
-    def cast_queries(self) -> Tensor:
-        """The queries as they enter the backbone, ``(Q, H)`` in its dtype."""
-        # Master weights stay float32 for the optimizer; only this copy is cast.
+    def query_inputs(self) -> Tensor:
+        """The queries as they enter the backbone: ``(Q, H)`` in its dtype. Where it must see token ids, their ids, ``(Q,)``."""
         table = embedding_table(self.backbone)
+        if self._ids is not None:
+            return self._ids.to(table.device)
+        # Master weights stay float32 for the optimizer; only this copy is cast.
         return scaled(self.queries.to(table.device, table.dtype), self._scale)
 
     def train(self, mode: bool = True) -> LatentQueryTransformer:

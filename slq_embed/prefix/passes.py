@@ -207,24 +207,22 @@ def _replace_rows(
     return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
 
 
-def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor, ids: Tensor | None = None) -> Tensor:
+def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Tensor:
     """Run the queries, and nothing else, after a prefix. Autograd sees only the queries.
 
     Args:
         decoder: The backbone without its head.
         prefix: From :func:`collate`.
-        queries: ``(Q, H)`` in the backbone's dtype.
-        ids: Ids of the query tokens, ``(Q,)``, for a decoder of :func:`embed_query_tokens`.
+        queries: ``(Q, H)`` in the backbone's dtype. For a decoder of :func:`embed_query_tokens` their token ids, ``(Q,)``.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
     """
     batch, count = len(prefix.attention_mask), len(queries)
     mask = torch.cat([prefix.attention_mask, prefix.attention_mask.new_ones(batch, count)], dim=1)
-    tokens = {"inputs_embeds": queries.expand(batch, -1, -1)} if ids is None else {"input_ids": ids.expand(batch, -1)}
     return last_states(
         decoder,
-        **tokens,
+        **{_name_of(queries): queries.expand(batch, *queries.shape)},
         attention_mask=mask,
         position_ids=continue_positions(prefix.last_position, count, prefix.axes),
         past_key_values=filled_cache(decoder.config, prefix.layers, prefix.states),
@@ -232,18 +230,16 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor, ids: 
     )
 
 
-def run_all_positions(
-    decoder: PreTrainedModel, features: Features, queries: Tensor, ids: Tensor | None = None
-) -> Tensor:
+def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Tensor) -> Tensor:
     """Run prefix and queries as one sequence: the reference for the prefix path, and faster for short texts.
 
-    The queries enter as embeddings. So the shared backbone needs no new row in its table and no hook.
+    The queries enter as embeddings, so the shared backbone needs no new row in its table and no hook. Where it must see token
+    ids, a twin of its embedding layer gives the queries for theirs.
 
     Args:
         decoder: The backbone without its head.
         features: See :mod:`slq_embed.prefix.features`.
-        queries: ``(Q, H)`` in the backbone's dtype.
-        ids: As for :func:`run_queries`.
+        queries: As for :func:`run_queries`.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
@@ -254,11 +250,8 @@ def run_all_positions(
     batch, count = len(mask), len(queries)
     axes = 3 if positions.ndim == 3 else 1
     continued = continue_positions(last_positions(positions), count, axes)
-    if ids is None:
-        embeddings = decoder.get_input_embeddings()(features["input_ids"])
-        tokens = {"inputs_embeds": torch.cat([embeddings, queries.expand(batch, -1, -1)], dim=1)}
-    else:
-        tokens = {"input_ids": torch.cat([features["input_ids"], ids.expand(batch, -1)], dim=1)}
+    ids = features["input_ids"]
+    tokens = ids if queries.ndim == 1 else decoder.get_input_embeddings()(ids)
     extra = prepared_inputs(decoder, features)
     for key, value in extra.items():
         if isinstance(value, Tensor) and value.shape == mask.shape:  # token types
@@ -266,13 +259,18 @@ def run_all_positions(
             extra[key] = torch.cat([value, types], dim=1)
     states = last_states(
         decoder,
-        **tokens,
+        **{_name_of(queries): torch.cat([tokens, queries.expand(batch, *queries.shape)], dim=1)},
         attention_mask=torch.cat([mask, mask.new_ones(batch, count)], dim=1),
         position_ids=torch.cat([positions, continued], dim=-1),
         use_cache=False,
         **extra,
     )
     return states[:, -count:]
+
+
+def _name_of(queries: Tensor) -> str:
+    """The input of a backbone that takes the queries: token ids ``(Q,)``, or embeddings ``(Q, H)``."""
+    return "input_ids" if queries.ndim == 1 else "inputs_embeds"
 
 
 def last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:

@@ -347,7 +347,7 @@ def test_gemma_rounds_queries_as_its_table_rounds_rows(folders):
     layer, queries = encoder.backbone.get_input_embeddings(), encoder.queries.detach()
     with torch.no_grad():
         layer.weight[:4] = queries
-        assert torch.equal(layer(torch.arange(4)), encoder.transformer.cast_queries())
+        assert torch.equal(layer(torch.arange(4)), encoder.transformer.query_inputs())
 
 
 def test_the_command_prints_and_writes_reports(llama, tmp_path, capsys):
