@@ -227,8 +227,9 @@ def sweeps(bench: Bench, batch: int) -> dict[str, float]:
             steps = [bench.step(other, inputs) for other in encoders]
 
             def step(model: SLQEncoder = model, steps: list[Callable[[], None]] = steps) -> None:
-                model.transformer.source.shared = True
-                model.transformer.source.memory.clear()
+                memory = model.transformer.source.memory
+                memory.shared = True
+                memory.clear()
                 for take in steps:
                     take()
 

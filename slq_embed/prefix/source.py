@@ -42,8 +42,6 @@ class PrefixSource:
         self.store: PrefixStore | None = None
         self.namespace = b""
         self.memory = StepMemory()
-        self.shared = False
-        """Whether several query sets take the same step. Its prefixes then stay until :meth:`StepMemory.clear`."""
 
     def attach(self, store: PrefixStore | None) -> None:
         """Use a store, which can serve this backbone, from now on; or none."""
@@ -94,9 +92,7 @@ class PrefixSource:
         keys = keys_from_tensor(features["prefix_key"])
         first_index = {key: index for index, key in reversed(list(enumerate(keys)))}
         memory, differentiated = self.memory, torch.is_grad_enabled()
-        if not self.shared and memory.used and not differentiated:
-            memory.clear()
-        memory.used |= differentiated
+        memory.begin(differentiated)
         rows = {key: memory.rows[key] for key in first_index if key in memory.rows}
         missing = {key: index for key, index in first_index.items() if key not in rows}
         if self.store is None:
@@ -105,8 +101,7 @@ class PrefixSource:
             rows |= self._kept(self.store, features, missing, run_prefix, pack_row, unpack_row)
         else:
             rows |= self._from_vision(self.store, features, missing)
-        if self.shared or (memory.open and not differentiated):
-            memory.keep({key: rows[key] for key in missing})
+        memory.keep({key: rows[key] for key in missing}, differentiated)
         return collate([rows[key] for key in keys], table.device, table.dtype)
 
     def _group(self, members: Mapping[T, int], device: torch.device) -> list[list[T]]:

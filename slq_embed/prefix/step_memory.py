@@ -20,6 +20,8 @@ class StepMemory:
         self.rows: dict[bytes, PrefixRow] = {}
         self.open = False
         """Whether the model was told to train. No second pass comes to the rows of one that was not, such as the guide of a loss."""
+        self.shared = False
+        """Whether several query sets take the same step. Its rows then stay until :meth:`clear`."""
         self.used = False
         """Whether a pass with gradients has read these rows. GradCache runs a step first without gradients, then with them,
         so the next pass without gradients begins another step."""
@@ -27,8 +29,16 @@ class StepMemory:
     def __reduce__(self) -> tuple[type[StepMemory], tuple[()]]:
         return StepMemory, ()  # a copy of the model, or one in another process, begins without gigabytes of prefixes
 
-    def keep(self, rows: Mapping[bytes, PrefixRow]) -> None:
-        """Keep rows until one does not fit the budget."""
+    def begin(self, differentiated: bool) -> None:
+        """A pass begins, with gradients or without; it may be the first of the next step."""
+        if self.used and not differentiated and not self.shared:
+            self.clear()
+        self.used |= differentiated
+
+    def keep(self, rows: Mapping[bytes, PrefixRow], differentiated: bool) -> None:
+        """Keep what a pass computed, with gradients or without, if another pass may come to it: until a row does not fit the budget."""
+        if not self.shared and (differentiated or not self.open):
+            return
         for key, row in rows.items():
             if self.budget is None:
                 device = next(layer for layer in row.layers if layer)[0].device

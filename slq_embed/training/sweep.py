@@ -91,13 +91,13 @@ class _EveryLoss(nn.Module):
 
     def __init__(self, model: SLQEncoder, losses: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.source = model.transformer.source
+        self.memory = model.transformer.source.memory
         self.losses = nn.ModuleList(losses)
         self.history: list[list[float]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
-        self.source.memory.clear()
+        self.memory.clear()
         values = torch.stack([loss([dict(features) for features in columns], labels) for loss in self.losses])
         self.history.append(values.detach().tolist())
         return values.sum()
@@ -173,8 +173,8 @@ def sweep(
             by_pattern = {"": rate, **by_pattern}
         rates |= {rf"^losses\.{number}\..*(?:{pattern})": value for pattern, value in by_pattern.items()}
     args = dataclasses.replace(args, save_strategy="no", eval_strategy="no", learning_rate_mapping=rates)
-    source = model.transformer.source
-    source.shared = True
+    memory = model.transformer.source.memory
+    memory.shared = True
     try:
         rows = getattr(train_dataset, "dataset", train_dataset)
         host = SentenceTransformerTrainer(model, args, train_dataset=rows, loss=every, **trainer)
@@ -185,8 +185,8 @@ def sweep(
     finally:
         for variant in trained:
             variant.encoder.__dict__.pop("forward", None)
-        source.shared = False
-        source.memory.clear()
+        memory.shared = False
+        memory.clear()
     last = every.history[-max(1, len(every.history) // 10) :]
     for number, variant in enumerate(trained):
         variant.loss = sum(step[number] for step in last) / len(last)
