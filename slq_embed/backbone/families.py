@@ -9,9 +9,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from slq_embed.backbone.quantization import is_packed, require_package
@@ -168,8 +175,7 @@ def loses_template(processor: Any) -> bool:
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The class that loads a model with its head."""
-    names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
-    choices = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]
+    choices = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
     return next((kind for kind in choices if type(config) in kind._model_mapping), choices[0])
 
 
