@@ -86,6 +86,12 @@ class SLQConfig:
         )
 
     @property
+    def backbone_label(self) -> str:
+        """The backbone's hub name, or the last part of its folder: no card tells where someone's files are."""
+        name = self.backbone or "in memory"
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
     def is_stock(self) -> bool:
         """Whether stock modules alone give the embeddings."""
         return self.query_adapter is None and not self.deep_queries and not self.query_token_type

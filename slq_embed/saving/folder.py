@@ -89,7 +89,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         query_scores=weights[SCORES].tolist() if slq_config.pooling == "weighted" else None,
     )
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
-        slq_config.backbone = model.model_card_data.backbone_label(slq_config)
+        slq_config.backbone = slq_config.backbone_label
     require_other_folder(folder, slq_config)
     queries, reference = weights[QUERIES], _reference(Transformer)
     if slq_config.form == "adapter":

@@ -64,12 +64,6 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         if model.slq_config.backbone and not Path(model.slq_config.backbone).is_absolute():
             self.base_model, self.base_model_revision = model.slq_config.backbone, model.slq_config.revision
 
-    @staticmethod
-    def backbone_label(config: Any) -> str:
-        """The backbone's hub name, or the last part of its folder: no card tells where someone's files are."""
-        name = config.backbone or "in memory"
-        return Path(name).name if Path(name).is_absolute() else name
-
     def generate_usage_snippet(self) -> str:
         """The snippet, with the hub name or the folder this card is saved in."""
         model: Any = self.model
@@ -83,7 +77,7 @@ class SLQModelCardData(SentenceTransformerModelCardData):
         return {
             **super().get_model_specific_metadata(),
             "slq_config": model.slq_config,
-            "backbone": self.backbone_label(model.slq_config),
+            "backbone": model.slq_config.backbone_label,
             "num_queries": len(model.queries),
             "trained_parameters": trained,
             "adapted_layers": len(model.transformer.query_adapter),
