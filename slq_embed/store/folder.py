@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -53,11 +52,8 @@ class FolderEntries:
         self._checked: OrderedDict[bytes, tuple[int, Entry]] = OrderedDict()
         self._bytes, self._next_scan = 0, float("-inf")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "counts": self.counts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[FolderEntries], tuple[Path, StoreCounts]]:
+        return FolderEntries, (self.folder, self.counts)  # another process has claims of its own
 
     def __len__(self) -> int:
         return sum(1 for _ in self._files(ENTRY))
