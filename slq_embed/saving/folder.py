@@ -43,7 +43,7 @@ from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, Projec
 from slq_embed.modules.latent_query_pooling import weights_of
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
-from slq_embed.saving.leftovers import remove_leftovers, require_other_folder
+from slq_embed.saving.leftovers import WEIGHTS, remove_leftovers, require_other_folder
 from slq_embed.saving.weights import (
     ADAPTER,
     ADAPTER_NAME,
@@ -59,7 +59,6 @@ from slq_embed.saving.weights import (
 
 ARCHITECTURE_PREFIX = "SLQ"
 """What a merged folder writes before the name of the backbone's architecture."""
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _UNFINISHED = ".unfinished-"
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
@@ -267,7 +266,7 @@ def _write_merged(
     with TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as unfinished:
         backbone.save_pretrained(unfinished, state_dict=state)
         # Only now, so that a save that fails leaves the earlier weights. They may be in another number of files.
-        for old in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        for old in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
             old.unlink()
         for new in Path(unfinished).iterdir():
             new.replace(folder / new.name)

@@ -11,7 +11,9 @@ from slq_embed.saving.weights import ADAPTER_NAME, DEEP_NAME, MERGED_ADAPTER, QU
 
 _ADAPTER = ("adapter_config.json", ADAPTER_NAME)
 _MODULES = tuple(f"[0-9]_{name}" for name in ("Dense", "WordWeights", "Pooling", "Normalize"))
-_MERGED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", QUERIES_NAME)
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Files of a backbone's weights, as transformers names them."""
+_MERGED = ("config.json", "generation_config.json", *WEIGHTS, QUERIES_NAME)
 
 
 def require_other_folder(folder: Path, slq_config: SLQConfig) -> None:
