@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor
 
 from slq_embed.saving.config import CONFIG_NAME, SLQConfig
@@ -84,11 +86,7 @@ def read_folder(folder: str | Path) -> tuple[SLQConfig, dict[str, Tensor]]:
     Raises:
         ValueError: If the folder is no SLQ model, or its weights are missing or damaged.
     """
-
-    def find(name: str) -> str | None:
-        path = Path(folder) / name
-        return str(path) if path.is_file() else None
-
+    find = partial(load_file_path, str(folder), local_files_only=True)
     if (config := SLQConfig.read(find)) is None:
         raise ValueError(f"{folder} is no saved SLQ model: it has no {CONFIG_NAME}.")
     return config, read_weights(find, config)
