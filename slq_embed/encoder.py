@@ -29,7 +29,7 @@ from slq_embed.modules.query_adapter import QueryAdapter
 from slq_embed.saving.assembly import (
     QuerySet,
     build_modules,
-    load_modules,
+    modules_of,
     rebuild_modules,
     require_form,
     require_text_limit,
@@ -353,7 +353,7 @@ class SLQEncoder(SentenceTransformer):
         if saved.slq_config.form == "adapter" and saved.slq_config.fingerprint is not None:
             self.backbone_fingerprint = saved.slq_config.fingerprint  # compared already; also of another precision
         self._parse_model_config(saved.host_config)
-        return OrderedDict((str(number), module) for number, module in enumerate(load_modules(saved))), OrderedDict()
+        return OrderedDict((str(number), module) for number, module in enumerate(modules_of(saved))), OrderedDict()
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:

@@ -177,7 +177,7 @@ def join_modules(
     return [transformer, LatentQueryPooling(width, slq_config.pooling, len(queries)), *head, Normalize()]
 
 
-def load_modules(saved: SavedModel) -> list[nn.Module]:
+def modules_of(saved: SavedModel) -> list[nn.Module]:
     """The modules of a saved encoder.
 
     Raises:
