@@ -93,7 +93,7 @@ def load_or_share(
             device = model.device
     if processor is None:
         processor = load_processor(name, **hub, **processor_kwargs)
-    return LoadedBackbone(model, processor, _place(recorded or name), commit, device)
+    return LoadedBackbone(model, processor, _absolute(recorded or name), commit, device)
 
 
 def _require_backbone(backbone: object) -> None:
@@ -118,7 +118,7 @@ def _not_found(name: str) -> str:
     return f"There is no folder {name!r}, and the hub cannot be reached or gives no such model. {hint}"
 
 
-def _place(name: str) -> str:
+def _absolute(name: str) -> str:
     """A hub name as it is, a folder as an absolute path."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
@@ -186,7 +186,7 @@ def _find_backbone(
     if isinstance(backbone, PreTrainedModel):
         _require_no_settings(model_kwargs)
         if merged and slq_config.backbone != backbone.name_or_path:  # the record of a merged folder is a label
-            slq_config.backbone, slq_config.revision = _place(backbone.name_or_path), None
+            slq_config.backbone, slq_config.revision = _absolute(backbone.name_or_path), None
     elif (quantization := slq_config.quantization) is not None and "quantization_config" not in model_kwargs:
         if quantization["quant_method"] == IN_MEMORY:
             raise ValueError(
@@ -196,11 +196,11 @@ def _find_backbone(
             )
         model_kwargs["quantization_config"] = quantization
     if merged and backbone is None:  # an adapter saved from it names this folder
-        slq_config.backbone, slq_config.revision = _place(folder), hub.get("revision")
+        slq_config.backbone, slq_config.revision = _absolute(folder), hub.get("revision")
         return load_backbone(folder, **{**hub, **model_kwargs})
     if not isinstance(backbone, PreTrainedModel):
         if backbone is not None:  # saving again records where it is now
-            slq_config.backbone, slq_config.revision = _place(str(backbone)), None
+            slq_config.backbone, slq_config.revision = _absolute(str(backbone)), None
             found = repr(slq_config.backbone)
         name = slq_config.backbone
         try:
