@@ -122,7 +122,16 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
     try:
         loaded = LoadedBackbone(model, processor, model.name_or_path, None, model.device)
         form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
-        modules, _ = build_modules(loaded, QuerySet(_QUERIES, seed=0), form, None, 8192, None, None, checked=True)
+        modules, _ = build_modules(
+            loaded,
+            QuerySet(_QUERIES, seed=0),
+            form=form,
+            instructions=None,
+            max_text_chars=8192,
+            max_pixels=None,
+            image_kwargs=None,
+            checked=True,
+        )
         return examine(modules[0])
     except ValueError as error:  # of the architecture, the chat template, the embedding table
         reason = refusal(model.config) or f"gives an error: {error}"

@@ -49,8 +49,8 @@ class LatentQueryTransformer(InputModule):
         queries: The latent queries, ``(Q, H)``; kept in float32 and cast where they are used.
         query_tokens: The query tokens as the chat template spells them, ``Q`` strings.
         image_kwargs: How the image processor is called.
-        adapter: An adapter that acts at the queries only.
-        deep: Whether vectors are added to the queries' states before each layer.
+        query_adapter: An adapter that acts at the queries only.
+        deep_queries: Whether vectors are added to the queries' states before each layer.
         seed: Seed of the adapter's initialisation.
         schedule: How input and queries run.
 
@@ -68,8 +68,8 @@ class LatentQueryTransformer(InputModule):
         queries: Tensor,
         query_tokens: Sequence[str],
         image_kwargs: Mapping[str, Any] | None = None,
-        adapter: QueryAdapter | None = None,
-        deep: bool = False,
+        query_adapter: QueryAdapter | None = None,
+        deep_queries: bool = False,
         seed: int | None = None,
         schedule: Schedule = "prefix",
     ) -> None:
@@ -91,13 +91,13 @@ class LatentQueryTransformer(InputModule):
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
         self._scale = embedding_scale(backbone)
         self._ids = torch.tensor(self.reader.query_ids) if reads_ids(backbone) else None
-        self._runs_whole = adapter is None and not deep and self._ids is None
+        self._runs_whole = query_adapter is None and not deep_queries and self._ids is None
         packed = any(map(is_packed, backbone.parameters()))
         # What acts at the queries is put on a twin of the decoder, so the backbone is the same at any time, in any thread.
         decoder = decoder_of(backbone) if self._runs_whole and not packed else twin_of(decoder_of(backbone))
         self._query_decoder = (decoder,)
-        self.query_adapter = nn.ModuleDict() if adapter is None else adapt(decoder, adapter, seed)
-        if deep:
+        self.query_adapter = nn.ModuleDict() if query_adapter is None else adapt(decoder, query_adapter, seed)
+        if deep_queries:
             add_before_layers(decoder, self.bias, len(queries))
         if self._ids is not None:
             embed_query_tokens(decoder, self.bias, self.reader.query_ids, self._scale)

@@ -167,12 +167,12 @@ def join_modules(
         backbone,
         processor,
         queries,
-        slq_config.tokens.strings,
-        slq_config.image_kwargs,
-        slq_config.query_adapter,
-        slq_config.deep_queries,
-        seed,
-        slq_config.schedule or "prefix",
+        query_tokens=slq_config.tokens.strings,
+        image_kwargs=slq_config.image_kwargs,
+        query_adapter=slq_config.query_adapter,
+        deep_queries=slq_config.deep_queries,
+        seed=seed,
+        schedule=slq_config.schedule or "prefix",
     )
     return [transformer, LatentQueryPooling(width, slq_config.pooling, len(queries)), *head, Normalize()]
 
