@@ -65,7 +65,7 @@ class LatentQueryPooling(Module):
         elif self.pooling == "last":
             pooled = states[:, -1]
         else:
-            pooled = (states * weights_of(self.bias["scores"])[:, None]).sum(dim=1)
+            pooled = (states * query_weights(self.bias["scores"])[:, None]).sum(dim=1)
         features["sentence_embedding"] = pooled
         return features
 
@@ -85,6 +85,6 @@ class LatentQueryPooling(Module):
         return self
 
 
-def weights_of(scores: Tensor) -> Tensor:
+def query_weights(scores: Tensor) -> Tensor:
     """The weights of the queries, ``(Q,)``, from their scores; they add up to 1."""
     return scores.softmax(dim=0)

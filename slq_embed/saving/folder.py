@@ -40,7 +40,7 @@ from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead
-from slq_embed.modules.latent_query_pooling import weights_of
+from slq_embed.modules.latent_query_pooling import query_weights
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.leftovers import WEIGHTS, remove_leftovers, require_other_folder
@@ -164,7 +164,7 @@ def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Te
     named, weight_of = dict.fromkeys(slq_config.tokens.ids, "q"), {"q": 1.0}
     if slq_config.pooling == "weighted":
         named = {row: f"q{number}" for number, row in enumerate(slq_config.tokens.ids)}
-        weight_of = dict(zip(named.values(), weights_of(weights[SCORES]).tolist(), strict=True))
+        weight_of = dict(zip(named.values(), query_weights(weights[SCORES]).tolist(), strict=True))
     vocabulary = [named.get(row, "") for row in range(rows)]
     word_weights = WordWeights(vocabulary, {**weight_of, "": 0.0}, unknown_word_weight=0.0)
     return [*head, word_weights, Pooling(width, "mean"), Normalize()]
