@@ -27,7 +27,7 @@ from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.latent_query_transformer import LatentQueryTransformer
 from slq_embed.modules.query_adapter import QueryAdapter
 from slq_embed.saving.assembly import (
-    QuerySet,
+    QuerySettings,
     build_modules,
     modules_of,
     rebuild_modules,
@@ -150,9 +150,9 @@ class SLQEncoder(SentenceTransformer):
         require_text_limit(max_text_chars)
         _require_supported(kwargs)
         loaded = load_or_share(backbone, processor, kwargs)
-        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
+        query_settings = QuerySettings(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
         modules, slq_config = build_modules(
-            loaded, query_set, form, instructions, max_text_chars, max_pixels, image_kwargs
+            loaded, query_settings, form, instructions, max_text_chars, max_pixels, image_kwargs
         )
         model = cls(modules=modules, device=None if loaded.device is None else str(loaded.device), **kwargs)
         model.slq_config = slq_config
@@ -171,8 +171,8 @@ class SLQEncoder(SentenceTransformer):
     ) -> SLQEncoder:
         """Fresh queries, a fresh head and adapter as this encoder has them; arguments as for :meth:`from_backbone`."""
         num_queries = len(self.queries) if num_queries is None else num_queries
-        query_set = QuerySet(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
-        modules, slq_config = rebuild_modules(self.slq_config, self.transformer, query_set)
+        query_settings = QuerySettings(num_queries, init, seed, pooling, projection, query_adapter, deep_queries)
+        modules, slq_config = rebuild_modules(self.slq_config, self.transformer, query_settings)
         settings = {name: getattr(self, name) for name in _COPIED} | {"prompts": dict(self.prompts)}
         model = type(self)(modules=modules, device=str(self.device), **settings)
         model.slq_config, model.num_workers = slq_config, self.num_workers

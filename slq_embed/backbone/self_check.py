@@ -114,7 +114,7 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
     Returns:
         The report. Nothing is raised where the backbone cannot work: the report says why.
     """
-    from slq_embed.saving.assembly import QuerySet, build_modules
+    from slq_embed.saving.assembly import QuerySettings, build_modules
     from slq_embed.saving.loading import LoadedBackbone
 
     started = time.monotonic()
@@ -124,7 +124,7 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
         form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
         modules, _ = build_modules(
             loaded,
-            QuerySet(_QUERIES, seed=0),
+            QuerySettings(_QUERIES, seed=0),
             form=form,
             instructions=None,
             max_text_chars=8192,

@@ -36,7 +36,7 @@ NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
 
 
 @dataclass(frozen=True)
-class QuerySet:
+class QuerySettings:
     """What is to be trained on a backbone: as for :meth:`slq_embed.SLQEncoder.from_backbone`; None keeps what is recorded."""
 
     num_queries: int
@@ -85,7 +85,7 @@ def require_text_limit(max_text_chars: int) -> None:
 
 def build_modules(
     loaded: LoadedBackbone,
-    query_set: QuerySet,
+    query_settings: QuerySettings,
     form: Form,
     instructions: Mapping[str, str] | None,
     max_text_chars: int,
@@ -105,7 +105,7 @@ def build_modules(
     image_kwargs = {**family.image_kwargs, **(image_kwargs or {})}
     if max_pixels is not None:
         limit_pixels(processor, backbone, max_pixels)
-    queries = query_set.queries(backbone)
+    queries = query_settings.queries(backbone)
     tokens = _allocate(processor, backbone, len(queries), form)
     texts = {**DEFAULT_INSTRUCTIONS, **(instructions or {})}
     processor.chat_template = build_chat_template(
@@ -117,14 +117,14 @@ def build_modules(
     tokenizer.model_max_length = NO_LIMIT
     slq_config = SLQConfig(loaded.name, loaded.commit, tokens, "mean", form, max_text_chars, texts, image_kwargs)
     slq_config.query_token_type = family.query_token_type
-    query_set.record(slq_config, queries.shape[1])
+    query_settings.record(slq_config, queries.shape[1])
     if not checked and (backbone.config.model_type not in FAMILIES or is_quantized(backbone)):
         plain = replace(slq_config, projection=None, query_adapter=None, deep_queries=False)
         (transformer, *_) = join_modules(backbone, processor, queries, plain)
         if not is_placed(backbone):  # where it is to compute
             transformer.to(loaded.device or get_device_name())
         slq_config.schedule = examine(transformer).require()
-    return join_modules(backbone, processor, queries, slq_config, query_set.seed), slq_config
+    return join_modules(backbone, processor, queries, slq_config, query_settings.seed), slq_config
 
 
 def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
@@ -132,25 +132,25 @@ def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, 
 
 
 def rebuild_modules(
-    slq_config: SLQConfig, transformer: LatentQueryTransformer, query_set: QuerySet
+    slq_config: SLQConfig, transformer: LatentQueryTransformer, query_settings: QuerySettings
 ) -> tuple[list[nn.Module], SLQConfig]:
     """Put other latent queries on an encoder's backbone, which are to read their inputs as its own do.
 
     Args:
         slq_config: What is recorded of the encoder.
         transformer: Its first module; the processor is copied.
-        query_set: The other queries, and what is trained beside them.
+        query_settings: The other queries, and what is trained beside them.
 
     Returns:
         As :func:`build_modules`.
     """
     backbone, processor = transformer.backbone, private_processor(transformer.processor)
-    queries = query_set.queries(backbone)
+    queries = query_settings.queries(backbone)
     tokens = _allocate(processor, backbone, len(queries), slq_config.form)
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
     new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
-    query_set.record(new_config, queries.shape[1])
-    return join_modules(backbone, processor, queries, new_config, query_set.seed), new_config
+    query_settings.record(new_config, queries.shape[1])
+    return join_modules(backbone, processor, queries, new_config, query_settings.seed), new_config
 
 
 def join_modules(

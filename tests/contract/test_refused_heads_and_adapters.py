@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slq_embed import QueryAdapter, SLQEncoder
-from slq_embed.saving.assembly import QuerySet
+from slq_embed.saving.assembly import QuerySettings
 from tests.families import others
 from tests.families.building import write
 from tests.parts import SMALL, build, files, structure, trained
@@ -90,10 +90,10 @@ def test_layers_that_peft_refuses_are_named(tmp_path):
 def test_queries_with_a_token_type_take_no_parts_that_act_in_the_layers(encoder, part):
     """As PaliGemma's. One class of its own loads such a model, and another one loads these parts."""
     slq_config = replace(encoder.slq_config, query_token_type=1, query_adapter=None)
-    QuerySet(4, projection=8).record(slq_config, 32)
+    QuerySettings(4, projection=8).record(slq_config, 32)
     assert slq_config.projection == 8
     with pytest.raises(ValueError, match=r"have a token type of their own.* Use a projection head"):
-        QuerySet(4, **part).record(slq_config, 32)
+        QuerySettings(4, **part).record(slq_config, 32)
 
 
 def test_a_merged_folder_without_the_weights_of_its_adapter_is_refused(encoder, tmp_path):
