@@ -104,7 +104,7 @@ def _taken(batches: list[Batch]) -> Iterator[Batch]:
 
 
 @dataclass
-class Reader(Dataset[Any]):
+class FeatureDataset(Dataset[Any]):
     """Turns batches of inputs into features; runs in workers.
 
     Args:
@@ -167,12 +167,12 @@ def _start_worker(number: int) -> None:
 
 
 def read_features(
-    reader: Reader, inputs: Iterable[tuple[int, Any]], batch_size: int, lock: FairLock
+    dataset: FeatureDataset, inputs: Iterable[tuple[int, Any]], batch_size: int, lock: FairLock
 ) -> Iterator[tuple[list[int], Features, list[Skipped]]]:
     """Features of all inputs, batch by batch.
 
     Args:
-        reader: Makes them.
+        dataset: Makes them.
         inputs: Inputs with their indices. They are awaited without the lock.
         batch_size: Inputs a batch.
         lock: Held while the model's tokenizer is used.
@@ -180,8 +180,8 @@ def read_features(
     Yields:
         Indices of a batch, its features, and what cannot be read.
     """
-    device = reader.model.device
-    workers = reader.model.num_workers
+    device = dataset.model.device
+    workers = dataset.model.num_workers
     if multiprocessing.current_process().daemon:  # may have no children, as in the host's start_multi_process_pool
         workers = 0
     elif workers is None:
@@ -194,11 +194,11 @@ def read_features(
     if workers < 1:
         for batch in batches:
             with lock:
-                item = reader[batch]
+                item = dataset[batch]
             yield item
         return
     loader = DataLoader(
-        reader,
+        dataset,
         batch_size=None,
         sampler=batches,
         num_workers=workers,

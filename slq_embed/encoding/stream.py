@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.autonotebook import tqdm
 
 from slq_embed.backbone.lock import FairLock, lock_of
-from slq_embed.encoding.batches import Reader, read_features
+from slq_embed.encoding.batches import FeatureDataset, read_features
 from slq_embed.encoding.protocol import Task, check_query_sets, resolve_prompt
 from slq_embed.inputs.rows import Skipped
 from slq_embed.prefix.features import Features, select_rows
@@ -97,7 +97,7 @@ def stream(
             )
     model.require_loaded()
     lock = lock_of(model.backbone)
-    reader = Reader(model, resolve_prompt(model, prompt, prompt_name, task), processing_kwargs)
+    dataset = FeatureDataset(model, resolve_prompt(model, prompt, prompt_name, task), processing_kwargs)
 
     def embed(features: Features) -> Tensor:
         if query_sets is None:
@@ -113,7 +113,7 @@ def stream(
         return torch.cat(parts, dim=1)
 
     forward = _Halving(embed, lock, model.device)
-    batches = read_features(reader, inputs, batch_size, lock)
+    batches = read_features(dataset, inputs, batch_size, lock)
     count = None if total is None else -(-total // batch_size)
     model.eval()
     for indices, features, skipped in tqdm(batches, "Batches", total=count, disable=not show_progress_bar):
