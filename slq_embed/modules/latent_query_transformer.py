@@ -262,7 +262,7 @@ class LatentQueryTransformer(InputModule):
             states = run_queries(self.query_decoder, prefix, self.query_inputs())
         else:
             rows = {index: index for index in range(len(prefix["input_ids"]))}
-            found = self.source.run(prefix, rows, lambda decoder, part: self.all_positions(part))
+            found = self.source.in_passes(prefix, rows, lambda decoder, part: self.all_positions(part))
             states = torch.stack([found[index] for index in rows])
         return states.to(self.queries.device, torch.float32)
 

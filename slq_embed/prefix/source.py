@@ -87,7 +87,7 @@ class PrefixSource:
             )
         if theirs != ours:  # no keys, or those of a model without a store, which do not name its weights
             everything = {index: index for index in range(len(features["input_ids"]))}
-            by_index = self.run(features, everything, run_prefix)
+            by_index = self.in_passes(features, everything, run_prefix)
             return collate([by_index[index] for index in everything], table.device, table.dtype)
         keys = keys_from_tensor(features["prefix_key"])
         first_index = {key: index for index, key in reversed(list(enumerate(keys)))}
@@ -96,7 +96,7 @@ class PrefixSource:
         rows = {key: memory.rows[key] for key in first_index if key in memory.rows}
         missing = {key: index for key, index in first_index.items() if key not in rows}
         if self.store is None:
-            rows |= self.run(features, missing, run_prefix)
+            rows |= self.in_passes(features, missing, run_prefix)
         elif self.store.level == "keys_values":
             rows |= self._kept(self.store, features, missing, run_prefix, pack_row, unpack_row)
         else:
@@ -111,8 +111,17 @@ class PrefixSource:
             return [[name] for name in names]
         return [[names[index] for index in group] for group in split_into_passes(list(members.values()), device)]
 
-    def run(self, features: Features, indices: Mapping[T, int], run: Callable[..., Any]) -> dict[T, Any]:
-        """What a function of decoder and features gives for rows of a batch, by the names of the rows."""
+    def in_passes(self, features: Features, indices: Mapping[T, int], compute: Callable[..., Any]) -> dict[T, Any]:
+        """Compute rows of a batch, in as many passes as memory asks for.
+
+        Args:
+            features: The batch.
+            indices: For each name of a row, its index in the batch.
+            compute: Gives a result for each row, from the decoder and the features of a pass.
+
+        Returns:
+            The results by the names of the rows.
+        """
         _require_inputs(features, indices.values())
         lengths = features["attention_mask"].sum(dim=1).tolist()
         found: dict[T, Any] = {}
@@ -120,7 +129,7 @@ class PrefixSource:
             {name: lengths[index] for name, index in indices.items()}, features["input_ids"].device
         ):
             chosen = select_rows(features, [indices[name] for name in group])
-            found |= dict(zip(group, run(decoder_of(self._backbone), chosen), strict=True))
+            found |= dict(zip(group, compute(decoder_of(self._backbone), chosen), strict=True))
         return found
 
     def _kept(
@@ -128,7 +137,7 @@ class PrefixSource:
         store: PrefixStore,
         features: Features,
         indices: Mapping[bytes, int],
-        run: Callable[..., list[Any]],
+        compute: Callable[..., list[Any]],
         pack: Callable[..., Entry],
         unpack: Callable[..., Any],
     ) -> dict[bytes, Any]:
@@ -138,7 +147,7 @@ class PrefixSource:
             store: Where to look and to keep.
             features: The batch.
             indices: For each key, an index in the batch.
-            run: Computes rows, from decoder and features.
+            compute: Computes rows, from decoder and features.
             pack: Makes an entry of a row, in the store's precision.
             unpack: Makes a row of an entry, in a dtype and on a device.
 
@@ -157,7 +166,7 @@ class PrefixSource:
             try:
                 read(missing)  # again: another process may have written it before the claim
                 ours = {key: indices[key] for key in missing if key in claimed and key not in rows}
-                computed = self.run(features, ours, run)
+                computed = self.in_passes(features, ours, compute)
                 store.counts.computed += len(computed)
                 if kept.full:  # then do not pack in vain
                     store.counts.over_budget += len(computed)
@@ -182,11 +191,11 @@ class PrefixSource:
         images = {key: index for key, index in indices.items() if with_image[index]}
         texts = {key: index for key, index in indices.items() if not with_image[index]}
 
-        def run(decoder: PreTrainedModel, chosen: Features) -> list[dict[str, Tensor]]:
+        def compute(decoder: PreTrainedModel, chosen: Features) -> list[dict[str, Tensor]]:
             return run_vision(decoder, chosen, self.image_token)
 
-        vision = self._kept(store, features, images, run, pack_vision_row, unpack_vision_row)
-        rows = self.run(features, texts, run_prefix)
+        vision = self._kept(store, features, images, compute, pack_vision_row, unpack_vision_row)
+        rows = self.in_passes(features, texts, run_prefix)
         for group in self._group({key: len(vision[key]["input_ids"]) for key in images}, table.device):
             joined = join_rows([vision[key] for key in group], self.pad_token)
             rows |= dict(zip(group, run_prefix(decoder, joined), strict=True))
