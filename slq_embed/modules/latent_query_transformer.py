@@ -26,9 +26,10 @@ from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
+from slq_embed.modules.query_embeddings import embed_query_tokens, scaled
 from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
 from slq_embed.prefix.keys import keys_to_tensor, namespace_number
-from slq_embed.prefix.passes import Prefix, embed_query_tokens, run_all_positions, run_queries, scaled
+from slq_embed.prefix.passes import Prefix, run_all_positions, run_queries
 from slq_embed.prefix.source import PrefixSource
 from slq_embed.prefix.vision_check import vision_refusal
 from slq_embed.store.prefix_store import Level

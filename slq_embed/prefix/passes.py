@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slq_embed.backbone.families import family_of
@@ -180,40 +179,14 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
     ]
 
 
-def scaled(rows: Tensor, scale: float) -> Tensor:
-    """Rows as the embedding layer gives them: it multiplies in the table's precision, where the scale is rounded too."""
-    return rows * torch.tensor(scale, dtype=rows.dtype).item()
-
-
-def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Sequence[int], scale: float) -> None:
-    """Let the embedding layer of a twin give the queries for the ids of the query tokens.
-
-    Args:
-        twin: From :func:`slq_embed.backbone.twin.twin_of`.
-        vectors: Holds ``queries``, ``(Q, H)``; read at each call.
-        ids: Ids of the query tokens, ``Q`` of them, rows of the table.
-        scale: What the layer multiplies rows by.
-    """
-    # A partial, because it is copied and pickled with what it holds; a function within this one is not.
-    replace = partial(_replace_rows, vectors=vectors, ids=torch.tensor(ids), scale=scale)
-    twin.get_input_embeddings().register_forward_hook(replace)
-
-
-def _replace_rows(
-    layer: nn.Module, args: tuple[Tensor, ...], output: Tensor, *, vectors: nn.ParameterDict, ids: Tensor, scale: float
-) -> Tensor:
-    matches = args[0][..., None] == ids.to(args[0].device)
-    rows = scaled(vectors["queries"].to(output.device, output.dtype), scale)[matches.int().argmax(dim=-1)]
-    return torch.where(matches.any(dim=-1, keepdim=True), rows, output)
-
-
 def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Tensor:
     """Run the queries, and nothing else, after a prefix. Autograd sees only the queries.
 
     Args:
         decoder: The backbone without its head.
         prefix: From :func:`collate`.
-        queries: ``(Q, H)`` in the backbone's dtype. For a decoder of :func:`embed_query_tokens` their token ids, ``(Q,)``.
+        queries: ``(Q, H)`` in the backbone's dtype. Their token ids, ``(Q,)``, for a decoder of
+            :func:`slq_embed.modules.query_embeddings.embed_query_tokens`.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
