@@ -333,6 +333,7 @@ class SLQEncoder(SentenceTransformer):
         ``form`` is ``"adapter"`` or ``"merged"``; by default the one that :meth:`from_backbone` got. The other
         arguments are those of the host. A ValueError says if there is no such form, or it does not fit the backbone.
         """
+        # The host calls save() with arguments of its own only, so the form goes through the record that save() reads.
         before, self.slq_config.form = self.slq_config.form, self.slq_config.form if form is None else form
         try:
             super().save_pretrained(str(path), *args, **kwargs)

@@ -94,7 +94,8 @@ class LatentQueryTransformer(InputModule):
         self._ids = torch.tensor(self.reader.query_ids) if reads_ids(backbone) else None
         self._runs_whole = query_adapter is None and not deep_queries and self._ids is None
         packed = any(map(is_packed, backbone.parameters()))
-        # What acts at the queries is put on a twin of the decoder, so the backbone is the same at any time, in any thread.
+        # The backbone is the same at any time, in any thread: hooks of what acts at the queries go on a twin of its decoder,
+        # and so does the backward pass through packed weights. Queries alone need neither, and run through the decoder itself.
         decoder = decoder_of(backbone) if self._runs_whole and not packed else twin_of(decoder_of(backbone))
         self._query_decoder = (decoder,)
         self.query_adapter = nn.ModuleDict() if query_adapter is None else adapt(decoder, query_adapter, seed)
@@ -214,10 +215,12 @@ class LatentQueryTransformer(InputModule):
         texts = reader.render(rows, prompt)
         if not keyed:
             return reader.process(rows, texts, range(len(rows)), options)
+        # First: what is kept already, and where each other input comes first.
         self.source.require_storable(rows)
         keys = reader.keys(rows, texts, options, self.source.namespace)
         stored = self.source.stored(keys)
         first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in stored}
+        # Second: process those inputs, each once, and repeat the rows of those that come again.
         features: Features = {}
         if first:
             needed = sorted(first.values())
@@ -225,6 +228,7 @@ class LatentQueryTransformer(InputModule):
             if len(needed) < len(rows):
                 again = [needed.index(first[key]) for key in keys if key in first]
                 features = select_rows(features, again)
+        # Third: rows for what is kept, of which nothing but the length is needed, and the keys of all.
         if stored:
             features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
         features["prefix_key"] = keys_to_tensor(keys)
@@ -253,12 +257,15 @@ class LatentQueryTransformer(InputModule):
     def prefix(self, features: Features) -> Prefix | Features:
         """Everything before the queries, without autograd: kept, or computed once for each distinct input.
 
-        Where only all positions at once are exact, the features themselves.
+        Where only all positions at once are exact, the features themselves, which then stand in for a prefix.
         """
         return features if self.schedule == "all_positions" else self.source.prefix(features)
 
     def query_states(self, prefix: Prefix | Features) -> Tensor:
-        """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device."""
+        """States of the queries after a prefix, ``(batch, Q, H)`` in float32 on the queries' device.
+
+        Features in place of a prefix run together with the queries, as whole sequences.
+        """
         if isinstance(prefix, Prefix):
             states = run_queries(self.query_decoder, prefix, self.query_inputs())
         else:

@@ -79,6 +79,7 @@ class PrefixSource:
     def _prefix(self, features: Features, table: Tensor) -> Prefix:
         numbers, ours = features.get("prefix_namespace"), namespace_number(self.namespace)
         theirs = None if numbers is None else int(numbers[0])
+        # Where the other store had a prefix, the batch holds its length alone: nothing could be computed from it here.
         if theirs and theirs != ours:
             raise RuntimeError(
                 "The batch was built with another prefix store than this model has. Do not attach or detach a store while a model "

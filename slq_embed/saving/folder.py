@@ -159,8 +159,8 @@ def _tail(slq_config: SLQConfig, rows: int, width: int, weights: Mapping[str, Te
         width = dim
     if slq_config.pooling == "last":
         return [*head, Pooling(width, "lasttoken"), Normalize()]
-    # WordWeights looks a token id up as the id-th entry of its vocabulary: "q" for a query, or "q0", "q1", ... where each has a
-    # weight of its own, and "" for all else.
+    # A mean over all tokens, in which WordWeights weighs each by its word, becomes one over the queries: all else weighs 0. The
+    # word of a token id is that entry of the vocabulary: "q" of a query ("q0", "q1", ... with weights of their own), else "".
     named, weight_of = dict.fromkeys(slq_config.tokens.ids, "q"), {"q": 1.0}
     if slq_config.pooling == "weighted":
         named = {row: f"q{number}" for number, row in enumerate(slq_config.tokens.ids)}

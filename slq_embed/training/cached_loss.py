@@ -38,6 +38,9 @@ class _Column(dict[str, Any]):
 class _Attach(torch.autograd.Function):
     """Embeddings as they are; in the backward pass, a parameter gets a gradient that is known already."""
 
+    # DDP passes all outputs of a forward pass through one node of autograd: both gradients must come in one backward pass.
+    # Hosts before 6.2 synchronise after each chunk, and not after the last alone: so each chunk brings its share.
+
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
