@@ -233,15 +233,8 @@ class LatentQueryTransformer(InputModule):
             features = make_room(features, [stored.get(key) for key in keys], self.source.pad_token)
         features["prefix_key"] = keys_to_tensor(keys)
         features["prefix_namespace"] = torch.full((len(keys),), namespace_number(self.source.namespace))
-        if (
-            self.training
-            and "media" in features
-            and isinstance(GradientState().active_dataloader, DataLoaderDispatcher)
-        ):
-            raise ValueError(
-                "A trainer joins and cuts the batches of a stream in one process, which images cannot be. Let each process make its own: "
-                'pass accelerator_config={"dispatch_batches": False} in the training arguments.'
-            )
+        if self.training:
+            _require_whole_batches(features)
         return features
 
     def prefix_keys(
@@ -338,3 +331,12 @@ class LatentQueryTransformer(InputModule):
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Refuse: a latent query module alone cannot be saved."""
         raise RuntimeError("LatentQueryTransformer is saved by SLQEncoder.save_pretrained, which writes stock modules.")
+
+
+def _require_whole_batches(features: Features) -> None:
+    """Raise a ValueError if a trainer would cut these features by rows."""
+    if "media" in features and isinstance(GradientState().active_dataloader, DataLoaderDispatcher):
+        raise ValueError(
+            "A trainer joins and cuts the batches of a stream in one process, which images cannot be. Let each process make its own: "
+            'pass accelerator_config={"dispatch_batches": False} in the training arguments.'
+        )
