@@ -52,17 +52,7 @@ class QueryAdapter:
         Raises:
             ValueError: If a target is no linear layer there, or the rank or alpha does not fit.
         """
-        text = language_layers(decoder)
-        start = next(name for name, module in decoder.named_modules() if module is text)
-        # Also where a layer has one such block in place of experts: peft would put the update into the experts of other layers.
-        mixed = {name.rpartition(".")[2] for name, module in text.named_modules() if hasattr(module, "experts")}
-        linear = {
-            f"{start}.{name}": module
-            for name, module in text.named_modules()
-            if isinstance(module, nn.Linear)
-            and name.rpartition(".")[2] not in _OF_ALL_POSITIONS
-            and mixed.isdisjoint(name.split("."))
-        }
+        linear = _adaptable(decoder)
         if self.targets is None and type(self.rank) is int:
             wide = {
                 name: layer for name, layer in linear.items() if min(layer.in_features, layer.out_features) >= self.rank
@@ -85,6 +75,22 @@ class QueryAdapter:
         if type(self.scaled_by) not in (int, float) or not 0 < self.scaled_by < math.inf:
             raise ValueError(f"The query adapter's alpha is {self.alpha!r}, but a positive number is needed.")
         return chosen
+
+
+def _adaptable(decoder: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of the language model that an update can act in, by their names in the decoder."""
+    text = language_layers(decoder)
+    start = next(name for name, module in decoder.named_modules() if module is text)
+    # Names of the blocks that hold experts in some layer, such as "mlp". They are left out in all layers, also where one is dense:
+    # peft goes by names, and would put the update of a dense block into the experts of other layers.
+    mixed = {name.rpartition(".")[2] for name, module in text.named_modules() if hasattr(module, "experts")}
+    return {
+        f"{start}.{name}": module
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] not in _OF_ALL_POSITIONS
+        and mixed.isdisjoint(name.split("."))
+    }
 
 
 def lora_config(adapter: QueryAdapter, layers: Mapping[str, nn.Linear], **options: Any) -> Any:
