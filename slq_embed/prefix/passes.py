@@ -262,14 +262,27 @@ def prepared_inputs(decoder: PreTrainedModel, features: Features) -> Features:
         floats = {key: value for key, value in extra.items() if isinstance(value, Tensor) and value.is_floating_point()}
         extra |= {key: value.to(decoder.dtype) for key, value in floats.items()}
     for name, pixels in family.patch_indices.items():
-        if name not in extra:
-            continue
-        own, numbered = (
-            torch.tensor(features["media_pieces"][key], device=extra[name].device) for key in (pixels, name)
-        )
-        before = (own.cumsum(0) - own) * extra[pixels].shape[1]
-        shift = before.repeat_interleave(numbered).view(-1, *[1] * (extra[name].ndim - 1))
-        extra[name] = torch.where(extra[name] >= 0, extra[name] + shift, extra[name])
+        if name in extra:
+            pieces = features["media_pieces"]
+            extra[name] = _renumbered(extra[name], pieces[name], pieces[pixels], extra[pixels].shape[1])
     if family.pixels_axis and "pixel_values" in extra:
         extra["pixel_values"] = extra["pixel_values"].movedim(0, family.pixels_axis)
     return extra
+
+
+def _renumbered(patches: Tensor, counts: Sequence[int], crops: Sequence[int], size: int) -> Tensor:
+    """Numbers of patches as a batch counts them, from those of rows that each count their own.
+
+    Args:
+        patches: ``(pieces, ...)``, the pieces of one row after those of the other; a negative number is padding.
+        counts: How many of these pieces each row has.
+        crops: How many crops of pixels each row has.
+        size: How many patches a crop has.
+
+    Returns:
+        ``(pieces, ...)``.
+    """
+    own = torch.tensor(crops, device=patches.device)
+    before = (own.cumsum(0) - own) * size  # patches of earlier rows
+    shift = before.repeat_interleave(torch.tensor(counts, device=patches.device))
+    return torch.where(patches >= 0, patches + shift.view(-1, *[1] * (patches.ndim - 1)), patches)
