@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.families import cohere, known, lfm, llava, others, qwen
+from tests.families import cohere, known, lfm, llava, newer, others, qwen
 from tests.families.building import Parts
 
 KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
@@ -45,10 +45,16 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         qwen.minicpmv4_6,
         qwen.minicpmv4_7,
     ),
-    "sliding windows": (others.gemma3_text, cohere.cohere2_vision, cohere.aya_vision, cohere.cohere2_moe),
+    "sliding windows": (
+        others.gemma3_text,
+        cohere.cohere2_vision,
+        cohere.aya_vision,
+        cohere.cohere2_moe,
+        newer.exaone4_5,
+    ),
     "images in both directions": (others.gemma3, others.paligemma, others.paligemma2, others.molmo2),
     "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
-    "latent": (qwen.kimi_k25,),
+    "latent": (qwen.kimi_k25, llava.mistral4),
     "chunks": (others.llama4,),
     "texts only": (others.qwen3, others.gemma, others.llama, others.smollm3),
 }

@@ -221,6 +221,22 @@ def mistral3() -> Parts:
     return Parts(built, processor)
 
 
+def mistral4() -> Parts:
+    """Mistral Small 4: the tower of Mistral 3 around a decoder of latent attention with experts."""
+    tokenizer, processor = _pixtral(2)
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_key_value_heads": 4}
+    built = config(
+        "mistral3",
+        text_config=text(tokenizer, "mistral4", **latent, **experts),
+        vision_config=PIXTRAL,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+        **ids(tokenizer, image_token_index="[IMG]"),
+    )
+    return Parts(built, processor)
+
+
 def internvl3_5() -> Parts:
     named = {"start_image_token": "<img>", "end_image_token": "</img>"}
     tokenizer = tokenizer_with(**named, context_image_token="<IMG_CONTEXT>", video_token="<video>")
