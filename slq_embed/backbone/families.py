@@ -83,6 +83,9 @@ QUIRKS: dict[str, Family] = {
     "glm4v_moe": Family(reads_videos=False),
     "glm46v": Family(reads_videos=False),
     "glm_ocr": Family(reads_videos=False),
+    "glmga": Family(reads_videos=False),
+    # Its processor takes no times of a video's frames, and one video a call (transformers 5.23).
+    "nemotron_h_omni": Family(reads_videos=False),
     "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),
     "molmo2": Family(
         patch_indices={"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
@@ -102,6 +105,8 @@ QUIRKS: dict[str, Family] = {
 """What is special about other families. Of those, :func:`slq_embed.backbone.check` decides."""
 
 _CROSS_ATTENTION = {"mllama", "flamingo", "idefics"}
+_FROM_PADDING = {"minimax_m3_sparse"}
+"""Kinds of layers that count blocks of keys from the start of the padding (transformers 5.23)."""
 
 
 def refusal(config: PretrainedConfig) -> str | None:
@@ -110,6 +115,12 @@ def refusal(config: PretrainedConfig) -> str | None:
         return "is an encoder-decoder, whose decoder does not hold the input in its own sequence"
     if config.model_type in _CROSS_ATTENTION:
         return "sees images through cross-attention, outside of the token sequence that queries are appended to"
+    if getattr(config, "canvas_length", None) is not None:
+        return "is a diffusion model, which writes into a canvas that no input is a part of"
+    if _FROM_PADDING.intersection(getattr(config.get_text_config(), "layer_types", None) or ()):
+        return (
+            "counts the blocks of its sparse attention from the padding, so an input in a batch sees others than alone"
+        )
     if getattr(config, "thinker_config", None) is not None:
         return "holds a thinker and a talker; only the thinker reads: save it alone (model.thinker.save_pretrained)"
     return None
@@ -218,6 +229,8 @@ def reads_ids(backbone: PreTrainedModel) -> bool:
     """Whether a backbone must see token ids, because embeddings alone do not tell it all that it uses of a token."""
     decoder = decoder_of(backbone)
     if family_of(backbone.config).reads_ids:
+        return True
+    if hasattr(decoder.get_decoder(), "reverse_embedding"):  # it looks tokens up in further tables
         return True
     return decoder is backbone or "per_layer_inputs" in inspect.signature(decoder.forward).parameters
 

@@ -19,6 +19,8 @@ from slq_embed.backbone.twin import twin_of
 _NAME = "default"  # peft's
 _OF_ALL_POSITIONS = {"kv_b_proj"}
 """Layers that read what is cached of the whole sequence, and not the states at its last positions."""
+_INDEXER = "indexer"
+"""A part that chooses what attention sees. No gradient passes through a choice, so an update of it would never learn."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def _adaptable(decoder: PreTrainedModel) -> dict[str, nn.Linear]:
         for name, module in text.named_modules()
         if isinstance(module, nn.Linear)
         and name.rpartition(".")[2] not in _OF_ALL_POSITIONS
-        and mixed.isdisjoint(name.split("."))
+        # Nemotron calls attention and experts by one name.
+        and (mixed.isdisjoint(name.split(".")) or hasattr(text.get_submodule(name.rpartition(".")[0]), "q_proj"))
+        and _INDEXER not in name.split(".")
     }
 
 

@@ -10,12 +10,16 @@ from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 Layers = tuple[tuple[Tensor, ...], ...]
-"""For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing where it keeps none of its own."""
+"""For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing where it keeps none of its own. A layer
+that chooses what it attends to has the keys it chooses by as well, ``(batch, 1, seq, width)``, and maybe positions,
+``(batch, 1, seq, axes)``."""
 States = Mapping[str, Tensor]
 """States of fixed size, ``(batch, ...)``, of convolutions and linear attention, by layer, kind and number: ``"0.conv.0"``."""
 
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 """A layer that keeps nothing: it uses the keys of an earlier layer, or has no attention. Old versions of transformers have none."""
+_INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", ())
+"""A layer whose indexer chooses what it attends to, by keys of its own."""
 _KINDS = ("conv", "recurrent")
 
 
@@ -57,7 +61,7 @@ class BackboneCache(DynamicCache):
                 self.layers[number] = DynamicLayer()
             elif type(layer) is LinearAttentionLayer:
                 self.layers[number] = _LinearLayer(layer.number_of_states)
-            else:
+            elif not (_INDEXED and type(layer) is _INDEXED):
                 raise ValueError(
                     f"Layer {number} of {config.model_type} keeps its state in a {type(layer).__name__}, which no prefix "
                     "can hold."
@@ -65,7 +69,8 @@ class BackboneCache(DynamicCache):
             last = number
         if not any(isinstance(layer, DynamicLayer) for layer in self.layers):
             raise ValueError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
-        self._last = last if stop else None
+        # An indexer may put its keys after those of its layer, or have a layer for itself.
+        self._last = last if stop and not any(isinstance(layer, _INDEXED) for layer in self.layers) else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -83,7 +88,7 @@ def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
     states: dict[str, Tensor] = {}
     for number, layer in enumerate(cache.layers):
         has_keys = isinstance(layer, DynamicLayer) and layer.is_initialized  # not where it uses an earlier layer's
-        layers.append((layer.keys, layer.values) if has_keys else ())
+        layers.append(((layer.keys, layer.values) if has_keys else ()) + _indexer_parts(layer))
         if isinstance(layer, _LinearLayer):
             for kind in _KINDS:
                 found = getattr(layer, f"{kind}_states")
@@ -91,13 +96,26 @@ def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
     return tuple(layers), states
 
 
+def _indexer_parts(layer: Any) -> tuple[Tensor, ...]:
+    """What an indexer keeps, laid out as keys are."""
+    if not isinstance(layer, _INDEXED) or not layer.is_indexer_initialized:
+        return ()
+    positions = layer.indexer_position_ids
+    return (layer.indexer_keys[:, None], *(() if positions is None else (positions.movedim(0, -1)[:, None],)))
+
+
 def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> DynamicCache:
     """A cache that the backbone can extend; what it appends is not seen in ``layers`` and ``states``."""
     cache = BackboneCache(config)
     for layer, part in zip(cache.layers, layers, strict=True):
-        if part:
-            layer.lazy_initialization(*part)
-            layer.keys, layer.values = part
+        own = part[: 2 if len(part) > 1 else 0]  # an indexer alone may have a layer that uses an earlier layer's keys
+        if own:
+            layer.lazy_initialization(*own)
+            layer.keys, layer.values = own
+        if index := part[len(own) :]:
+            layer.lazy_initialization_indexer(index[0])
+            layer.indexer_keys = index[0][:, 0]
+            layer.indexer_position_ids = index[1][:, 0].movedim(-1, 0) if len(index) > 1 else None
     for name, state in states.items():
         number, kind, n = name.split(".")
         layer, index = cache.layers[int(number)], int(n)

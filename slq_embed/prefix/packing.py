@@ -28,7 +28,7 @@ def pack_row(row: PrefixRow, precision: Precision) -> Entry:
     """
     keys_and_values = [layer for layer in row.layers if layer]
     shapes = {part.shape for layer in keys_and_values for part in layer}
-    if len(shapes) > 1:
+    if len(shapes) > 1 or len({len(layer) for layer in keys_and_values}) > 1:
         raise ValueError(
             f"This backbone's layers keep states of different shapes ({sorted(map(tuple, shapes))}), which "
             'a store cannot keep. Use PrefixStore(level="vision"), or no store.'

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slq_embed.backbone.families import family_of
 from slq_embed.prefix.cache import BackboneCache, Layers, PrefixReadyError, States, filled_cache, read_cache
@@ -25,7 +25,7 @@ class PrefixRow:
     Args:
         layers: For each layer its keys and values, each ``(heads, seq, head_dim)``, or nothing.
         last_position: The position of its last token.
-        axes: How many axes positions have: 3 where the backbone has time, height and width, else 1.
+        axes: How many axes positions have: 3 or more where the backbone has time, height and width, else 1.
         states: States of fixed size, by name; see :data:`slq_embed.prefix.cache.States`.
     """
 
@@ -80,7 +80,8 @@ def collate(rows: Sequence[PrefixRow], device: torch.device, dtype: torch.dtype)
     def join(parts: Sequence[Tensor]) -> Tensor:
         heads, _, width = parts[0].shape
         target = parts[0].device if parts[0].device.type != "cpu" else device
-        joined = torch.empty(len(parts), heads, longest, width, device=target, dtype=dtype)
+        kind = dtype if parts[0].is_floating_point() else parts[0].dtype  # positions stay whole numbers
+        joined = torch.empty(len(parts), heads, longest, width, device=target, dtype=kind)
         for row, part in zip(joined, parts, strict=True):
             padding = longest - part.shape[1]
             row[:, :padding] = 0  # masked, but what is masked must be finite
@@ -108,19 +109,44 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
         features: As from :func:`slq_embed.prefix.features.lay_out`.
 
     Returns:
-        ``(batch, seq)``; ``(3, batch, seq)`` for backbones with time, height and width (M-RoPE).
+        ``(batch, seq)``; ``(axes, batch, seq)`` for backbones with time, height and width (M-RoPE).
     """
     mask = features["attention_mask"]
     positions: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if (rope_index := getattr(decoder, "get_rope_index", None)) is None:
         return positions
     if not {"pixel_values", "pixel_values_videos", "mm_encoder_outputs"} & features.keys():
-        return positions.expand(3, -1, -1)
+        return positions.expand(_axes(decoder.config), -1, -1)
     known = inspect.signature(rope_index).parameters
     # Qwen-Omni's processor names the seconds of a video otherwise than its positions do.
     named = {**features, "second_per_grids": features.get("video_second_per_grid")}
-    found = rope_index(**{key: value for key, value in named.items() if key in known})[0]
-    return found.long()  # whole numbers, which Qwen-Omni gives as floats
+    # HunYuan-VL counts images over the whole batch, so a row's positions would follow from the rows before it.
+    parts = [named] if family_of(decoder.config).batches_images else _rows(named)
+    found = [rope_index(**{key: value for key, value in part.items() if key in known})[0] for part in parts]
+    return torch.cat(found, dim=1).long()  # whole numbers, which Qwen-Omni gives as floats
+
+
+def _axes(config: PretrainedConfig) -> int:
+    """How many axes the positions of a backbone with time, height and width have; HunYuan-VL has one more."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return len(rope.get("mrope_section") or range(3))
+
+
+def _rows(features: Features) -> list[Features]:
+    """Each row of a batch that was laid out as a batch of its own: its tokens and the sizes of its images and videos."""
+    count = len(features["input_ids"])
+    rows: list[Features] = [{} for _ in range(count)]
+    pieces = features.get("media_pieces", {})
+    for key, value in features.items():
+        if not isinstance(value, Tensor):
+            continue
+        if key in pieces:
+            for row, part in zip(rows, value.split(pieces[key]), strict=True):
+                row |= {key: part} if len(part) else {}
+        elif len(value) == count:
+            for number, row in enumerate(rows):
+                row[key] = value[number : number + 1]
+    return rows
 
 
 def continue_positions(last_position: Tensor, count: int, axes: int) -> Tensor:
@@ -166,7 +192,7 @@ def run_prefix(decoder: PreTrainedModel, features: Features) -> list[PrefixRow]:
             use_cache=True,  # Sentence Transformers turns it off in the configurations of what it loads
             **prepared_inputs(decoder, features),
         )
-    axes = 3 if positions.ndim == 3 else 1
+    axes = len(positions) if positions.ndim == 3 else 1
     layers, states = read_cache(cache)
     return [
         PrefixRow(
@@ -221,7 +247,7 @@ def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Ten
     positions = token_positions(decoder, features)
     mask = features["attention_mask"]
     batch, count = len(mask), len(queries)
-    axes = 3 if positions.ndim == 3 else 1
+    axes = len(positions) if positions.ndim == 3 else 1
     continued = continue_positions(last_positions(positions), count, axes)
     ids = features["input_ids"]
     tokens = ids if queries.ndim == 1 else decoder.get_input_embeddings()(ids)
@@ -248,7 +274,7 @@ def _name_of(queries: Tensor) -> str:
 
 def last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
     """Last hidden states ``(batch, seq, H)`` of a backbone without its head, or of one whose head is no part of its own."""
-    if decoder.get_output_embeddings() is None:
+    if not decoder.can_generate():
         return decoder(**inputs).last_hidden_state
     return decoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
 

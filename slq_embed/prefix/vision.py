@@ -67,7 +67,7 @@ def join_rows(rows: Sequence[Mapping[str, Tensor]], pad_token: int) -> dict[str,
         Features; see :mod:`slq_embed.prefix.features`.
     """
     mask = pad_left([torch.ones_like(row["input_ids"]) for row in rows])
-    joined: dict[str, Any] = {}
+    joined: dict[str, Any] = {"media_pieces": {}}
     outputs: dict[str, Tensor] = {}
     for key, value in rows[0].items():
         parts = [row[key] for row in rows]
@@ -75,6 +75,7 @@ def join_rows(rows: Sequence[Mapping[str, Tensor]], pad_token: int) -> dict[str,
             outputs[key] = torch.cat(parts)
         elif key.startswith("image_"):
             joined[key] = torch.cat(parts)
+            joined["media_pieces"][key] = [len(part) for part in parts]
         elif value.ndim == 1:
             joined[key] = pad_left(parts, pad_token if key == "input_ids" else 0)
     joined["attention_mask"] = mask

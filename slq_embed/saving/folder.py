@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
@@ -107,7 +107,8 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     modalities = {"text": kept} | ({} if tokenizer_of(processor) is processor else {"image": kept})
     modalities |= {"video": kept} if reads_videos(processor, backbone.config) else {}
     transformer: dict[str, Any] = {
-        "transformer_task": "feature-extraction",
+        # What has no class without a head is loaded with it (Nemotron Omni).
+        "transformer_task": "feature-extraction" if type(backbone.config) in AutoModel._model_mapping else "any-to-any",
         "modality_config": {**modalities, "message": {**kept, "format": "structured"}},
         "module_output_name": "token_embeddings",
         # Flattened batches have no attention mask, which WordWeights needs.

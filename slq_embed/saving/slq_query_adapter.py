@@ -22,11 +22,14 @@ def _act_at_the_end(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], c
 
 
 def _add_at_the_end(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], vectors: torch.Tensor
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], vectors: torch.Tensor, streams: bool
 ) -> tuple[Any, Any]:
     states = args[0] if args else kwargs["hidden_states"]
-    count, added = len(vectors), vectors.to(states.device, states.dtype)
-    changed = torch.cat([states[..., :-count, :], states[..., -count:, :] + added], dim=-2)
+    added = vectors.to(states.device, states.dtype)
+    # As in slq_embed.modules.deep_queries.
+    added, axis = (added[:, None], -3) if streams else (added.repeat(1, states.shape[-1] // added.shape[-1]), -2)
+    before, queries = states.split([states.shape[axis] - len(added), len(added)], dim=axis)
+    changed = torch.cat([before, queries + added], dim=axis)
     return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
 
@@ -56,8 +59,10 @@ class QueryAdapterTransformer(Transformer):
             module.deep_queries = vectors = load_file(path)["deep_queries"]
             text = module.model.get_decoder()
             text = text if hasattr(text, "layers") else text.model
+            streams = hasattr(module.model.config.get_text_config(), "hc_mult")
             for number, layer in enumerate(text.layers):
-                layer.register_forward_pre_hook(partial(_add_at_the_end, vectors=vectors[number]), with_kwargs=True)
+                add = partial(_add_at_the_end, vectors=vectors[number], streams=streams)
+                layer.register_forward_pre_hook(add, with_kwargs=True)
         return module
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

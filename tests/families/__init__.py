@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.families import cohere, known, lfm, llava, newer, others, qwen
+from tests.families import cohere, known, lfm, llava, newer, newer_others, others, qwen
 from tests.families.building import Parts
 
 KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
@@ -36,6 +36,10 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         known.qwen2_vl,
         known.qwen2_5_vl,
         known.qwen3_vl,
+        newer.ernie4_5_vl_moe,
+        newer.hunyuan_vl,
+        newer_others.cosmos3_omni,
+        qwen.glmga,
     ),
     "linear attention, convolutions": (
         qwen.qwen3_5,
@@ -44,6 +48,9 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         qwen.qwen3_5_moe,
         qwen.minicpmv4_6,
         qwen.minicpmv4_7,
+        newer.qwen4_exp,
+        newer.glm5_next,
+        newer_others.nemotron_h_omni,
     ),
     "sliding windows": (
         others.gemma3_text,
@@ -51,10 +58,17 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         cohere.aya_vision,
         cohere.cohere2_moe,
         newer.exaone4_5,
+        newer_others.step3p7,
     ),
-    "images in both directions": (others.gemma3, others.paligemma, others.paligemma2, others.molmo2),
+    "images in both directions": (
+        others.gemma3,
+        others.paligemma,
+        others.paligemma2,
+        others.molmo2,
+        newer_others.gemma4_unified,
+    ),
     "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
-    "latent": (qwen.kimi_k25, llava.mistral4),
+    "latent": (qwen.kimi_k25, llava.mistral4, newer_others.mistral_large4),
     "chunks": (others.llama4,),
     "texts only": (others.qwen3, others.gemma, others.llama, others.smollm3),
 }

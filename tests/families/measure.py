@@ -77,6 +77,8 @@ NO_MORE = (
 
 # Queries have a token type of their own. The processor of PaliGemma spoils texts that stand in a batch with images.
 ONE_KIND_A_BATCH = QUERY_TYPES = ("paligemma", "paligemma2")
+# Its model counts images over the whole batch (transformers 5.23), so the host encodes its inputs one by one.
+ALONE_ONLY = ("hunyuan_vl",)
 # Its processor gives bfloat16 pixels whatever the model's precision, and the host passes them on.
 HALF_ONLY = ("llama4",)
 # Their towers do not cast pixels, which are float32, and the host does not either (transformers 5.23).
@@ -303,6 +305,7 @@ def _saved(name: str, encoder: SLQEncoder, inputs: list[Any], folder: Path, **fo
         return again, None
     stock = _stock(encoder, folder)
     batches = [inputs[:2], inputs[2:]] if name in ONE_KIND_A_BATCH else [inputs]
+    batches = [[one] for one in inputs] if name in ALONE_ONLY else batches
     encoded = np.concatenate([stock.encode(batch) for batch in batches])
     assert np.linalg.norm(encoded, axis=1).min() > 0.99
     return again, max(_furthest(encoded, expected), _furthest(_alone(stock, inputs), expected))

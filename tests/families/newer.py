@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
 from tests.checkpoints import TEXT
 from tests.families.building import MROPE, Parts, config, ids, rows, template, text, tokenizer_with
-from tests.families.qwen import IMAGE, LINEAR, PATCHES, PIXELS, TOWER, VISION, _qwen3, image_processor, vision_ids
+from tests.families.qwen import IMAGE, LINEAR, PATCHES, PIXELS, TOWER, VISION, _qwen3, image_processor
 
 
 def exaone4_5() -> Parts:
@@ -29,11 +27,11 @@ def exaone4_5() -> Parts:
 
 def qwen4_exp() -> Parts:
     """Positions of three axes, linear attention, attention to chosen blocks, and embeddings of pairs and triples of tokens."""
-    layers = ["linear_attention", "indexed_attention"] * 2
-    index = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    layers = {"layer_types": ["linear_attention", "indexed_attention"], "num_hidden_layers": 2}
+    index = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
     ngrams = {"ple_layer_ids": [1], "ngram_vocab_size_base": 300, "heads_per_ngram": 2, "split_ngram_parts": 1}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    mixed = {**LINEAR, **experts, **index, **ngrams, "layer_types": layers, "indexer_compress_ratio": 2}
+    mixed = {**LINEAR, **experts, **index, **ngrams, **layers, "indexer_compress_ratio": 2}
     mixed |= {"hc_count": 2, "hc_lowrank": 8, "shared_expert_intermediate_size": 24, "eos_token_id": 0}
     return _qwen3("qwen4_exp", mixed, {})
 
@@ -51,14 +49,15 @@ def ernie4_5_vl_moe() -> Parts:
     processor = transformers.Ernie4_5_VLMoeProcessor(
         transformers.Ernie4_5_VLMoeImageProcessor(patch_size=8, size=PIXELS),
         tokenizer,
-        transformers.Ernie4_5_VLMoeVideoProcessor(patch_size=8, draw_on_frames=False),
+        transformers.Ernie4_5_VLMoeVideoProcessor(patch_size=8, size=PIXELS, draw_on_frames=False),
         template(f"{start}<|IMAGE_PLACEHOLDER|>{end}", "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>"),
     )
+    rope = {**MROPE, "mrope_section": [1, 1, 2]}
     experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 16], "moe_num_shared_experts": 1}
     vision = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
     built = config(
         "ernie4_5_vl_moe",
-        text_config={**TEXT, **experts, "vocab_size": rows(tokenizer), "rope_parameters": MROPE},
+        text_config={**TEXT, **experts, "vocab_size": rows(tokenizer), "rope_parameters": rope},
         vision_config=vision,
         **ids(
             tokenizer,
@@ -93,11 +92,11 @@ def glm5_next() -> Parts:
         template("<|begin_of_image|><|image|><|end_of_image|>", "<|begin_of_video|><|video|><|end_of_video|>"),
     )
     latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
-    index = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "index_kpool": 2}
+    index = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 16, "index_kpool": 2}
     linear = {"linear_head_dim": 8, "linear_num_heads": 4, "hc_mult": 2, "hc_sinkhorn_iters": 4}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    kinds = {"layer_types": ["linear_attention", "indexed_attention"] * 2, "num_hidden_layers": 4}
-    kinds |= {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "indexer_types": ["full"] * 4}
+    kinds = {"layer_types": ["linear_attention", "indexed_attention"], "indexer_types": ["full"] * 2}
+    kinds |= {"mlp_layer_types": ["dense", "sparse"]}
     text = {**TEXT, **latent, **index, **linear, **experts, **kinds, "vocab_size": rows(tokenizer), "pad_token_id": 0}
     vision = {"hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 32, "patch_size": 8, "out_hidden_size": 32}
     built = config(

@@ -134,7 +134,7 @@ def _glm(kind: str, processor_name: str, text: dict[str, Any]) -> Parts:
         video_start_token="<|begin_of_video|>",
         video_end_token="<|end_of_video|>",
     )
-    prefix = "Glm46V" if kind in ("glm46v", "glm_ocr") else "Glm4v"
+    prefix = {"glm46v": "Glm46V", "glm_ocr": "Glm46V", "glmga": "Glmga"}.get(kind, "Glm4v")
     pixels = {"shortest_edge": 2 * 16 * 16, "longest_edge": 2 * 48 * 48}
     processor = getattr(transformers, processor_name)(
         getattr(transformers, f"{prefix}ImageProcessor")(**PATCHES, size=pixels),
@@ -151,7 +151,7 @@ def _glm(kind: str, processor_name: str, text: dict[str, Any]) -> Parts:
         video_start_token_id="<|begin_of_video|>",
         video_end_token_id="<|end_of_video|>",
     )
-    text_kind = {"glm46v": "glm4v_text"}.get(kind, f"{kind}_text")
+    text_kind = {"glm46v": "glm4v_text", "glmga": "glm4v_text"}.get(kind, f"{kind}_text")
     vision = {"hidden_size": 32, "depth": 2, "num_heads": 4, "image_size": 32, "patch_size": 8, "out_hidden_size": 32}
     built = config(
         kind,
@@ -168,6 +168,10 @@ def glm4v() -> Parts:
 
 def glm46v() -> Parts:
     return _glm("glm46v", "Glm46VProcessor", {})
+
+
+def glmga() -> Parts:
+    return _glm("glmga", "Glm46VProcessor", {})
 
 
 def glm_ocr() -> Parts:
