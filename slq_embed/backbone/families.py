@@ -43,6 +43,7 @@ class Family:
         reads_videos: Whether its code reads videos right where its processor has a video processor.
         reads_ids: Whether images enter only where token ids come in, so that the queries must be ids too.
         casts_pixels: Whether its tower computes with the pixels as they are, and then casts them itself.
+        asks_types: Whether its processor gives the token types that its model needs only when asked to.
     """
 
     example: str = ""
@@ -56,6 +57,7 @@ class Family:
     reads_videos: bool = True
     reads_ids: bool = False
     casts_pixels: bool = False
+    asks_types: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -84,6 +86,8 @@ QUIRKS: dict[str, Family] = {
     "glm46v": Family(reads_videos=False),
     "glm_ocr": Family(reads_videos=False),
     "glmga": Family(reads_videos=False),
+    # Its processor forgets the types (transformers 5.23).
+    "cosmos3_edge": Family(asks_types=True),
     # Its processor takes no times of a video's frames, and one video a call (transformers 5.23).
     "nemotron_h_omni": Family(reads_videos=False),
     "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),
@@ -271,14 +275,20 @@ def embedding_table(backbone: PreTrainedModel) -> torch.Tensor:
     return table.weight
 
 
-def embedding_scale(backbone: PreTrainedModel) -> float:
-    """What the embedding layer multiplies a row of its table by: 1, and in Gemma the square root of ``H``."""
+def embedding_scale(backbone: PreTrainedModel) -> float | nn.Module:
+    """What the embedding layer makes of a row of its table: it multiplies it by 1, in Gemma by the square root of ``H``.
+
+    Or it normalises it (Muse Glimmer). Then the norm itself.
+    """
     layer, table = backbone.get_input_embeddings(), embedding_table(backbone)
     if type(layer) is nn.Embedding:
         return 1.0
     ids = torch.arange(min(64, len(table)), device=table.device)
+    norm = getattr(layer, "embed_norm", None)
     with torch.no_grad():
         rows, given = table[ids].float(), layer(ids).float()
+        if isinstance(norm, nn.Module) and torch.equal(norm(table[ids]).float(), given):
+            return norm
         scale = float((rows * given).sum() / (rows * rows).sum())
     if not torch.allclose(given, rows * scale, rtol=0.02, atol=1e-3 * float(given.abs().max())):
         raise ValueError(

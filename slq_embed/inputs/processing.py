@@ -124,7 +124,7 @@ def _call(processor: Any, texts: Sequence[str], media: Sequence[Media], options:
         given["videos"] = [[frames for frames, _ in row.videos] for row in media]
         given["videos_kwargs"] = {key: value for key, value in options.video.items() if key not in _OF_SAMPLING}
         given["videos_kwargs"]["video_metadata"] = [metadata for row in media for _, metadata in row.videos]
-        given["videos_kwargs"]["do_sample_frames"] = False
+        given["videos_kwargs"] |= {"do_sample_frames": False, "return_metadata": True}  # some write the frames' times
     if tokenizer is processor or (not given and isinstance(processor, PaliGemmaProcessor)):
         called = tokenizer(list(texts), padding=True, return_tensors="pt", add_special_tokens=False)
         features = {key: called[key] for key in ("input_ids", "attention_mask")}

@@ -90,7 +90,7 @@ class LatentQueryTransformer(InputModule):
         # Hosts exempt names with "bias" from weight decay (Trainer.get_decay_parameter_names, model.fit), and
         # decay must touch neither the queries nor a temperature: hence the name of this dict.
         self.bias = nn.ParameterDict({"queries": nn.Parameter(queries.detach().float().clone())})
-        self._scale = embedding_scale(backbone)
+        self._scaling = (embedding_scale(backbone),)  # a norm of the backbone is no submodule either
         self._ids = torch.tensor(self.reader.query_ids) if reads_ids(backbone) else None
         self._runs_whole = query_adapter is None and not deep_queries and self._ids is None
         packed = any(map(is_packed, backbone.parameters()))
@@ -102,7 +102,7 @@ class LatentQueryTransformer(InputModule):
         if deep_queries:
             add_before_layers(decoder, self.bias, len(queries))
         if self._ids is not None:
-            embed_query_tokens(decoder, self.bias, self.reader.query_ids, self._scale)
+            embed_query_tokens(decoder, self.bias, self.reader.query_ids, self._scaling[0])
         if packed:
             pass_gradients(decoder)
 
@@ -280,7 +280,7 @@ class LatentQueryTransformer(InputModule):
         if self._ids is not None:
             return self._ids.to(table.device)
         # Master weights stay float32 for the optimizer; only this copy is cast.
-        return scaled(self.queries.to(table.device, table.dtype), self._scale)
+        return scaled(self.queries.to(table.device, table.dtype), self._scaling[0])
 
     def train(self, mode: bool = True) -> LatentQueryTransformer:
         """Set the mode. In training, a pass without gradients keeps its prefixes for the next one; leaving it forgets them."""

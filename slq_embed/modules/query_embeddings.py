@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def scaled(rows: Tensor, scale: float) -> Tensor:
+def scaled(rows: Tensor, scale: float | nn.Module) -> Tensor:
     """Rows as the embedding layer gives them: it multiplies in the table's precision, where the scale is rounded too."""
+    if isinstance(scale, nn.Module):
+        normalised: Tensor = scale(rows)
+        return normalised
     return rows * torch.tensor(scale, dtype=rows.dtype).item()
 
 
-def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Sequence[int], scale: float) -> None:
+def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Sequence[int], scale: float | nn.Module) -> None:
     """Let the embedding layer of a twin give the queries for the ids of the query tokens.
 
     Args:
@@ -30,7 +33,7 @@ def embed_query_tokens(twin: PreTrainedModel, vectors: nn.ParameterDict, ids: Se
 
 
 def _replace_rows(
-    layer: nn.Module, args: tuple[Tensor, ...], output: Tensor, *, vectors: nn.ParameterDict, ids: Tensor, scale: float
+    layer: nn.Module, args: tuple[Tensor, ...], output: Tensor, *, vectors: nn.ParameterDict, ids: Tensor, scale: float | nn.Module
 ) -> Tensor:
     matches = args[0][..., None] == ids.to(args[0].device)
     rows = scaled(vectors["queries"].to(output.device, output.dtype), scale)[matches.int().argmax(dim=-1)]

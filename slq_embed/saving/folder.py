@@ -37,7 +37,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from slq_embed.backbone.chat_template import reads_videos
-from slq_embed.backbone.families import decoder_of, embedding_table, is_placed, loses_template, tokenizer_of
+from slq_embed.backbone.families import (
+    decoder_of,
+    embedding_table,
+    family_of,
+    is_placed,
+    loses_template,
+    tokenizer_of,
+)
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
 from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, ProjectionHead
 from slq_embed.modules.latent_query_pooling import query_weights
@@ -116,6 +123,8 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         # The template caps the text; a cut by tokens would take the queries with it.
         "processing_kwargs": {"text": {"truncation": False}, "image": slq_config.image_kwargs},
     }
+    if family_of(backbone.config).asks_types:
+        transformer["processing_kwargs"]["text"]["return_mm_token_type_ids"] = True
     if loses_template(processor):
         transformer["processing_kwargs"]["chat_template"] = {"chat_template": processor.chat_template}
     if slq_config.quantization is not None and slq_config.quantization["quant_method"] != IN_MEMORY:

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         llava.ovis2,
         llava.perception_lm,
         others.phi4_multimodal,
+        newer_others.hyperclovax_vision_v2,
     ),
     "causal, positions of three axes": (
         qwen.glm4v,
@@ -39,6 +40,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         newer.ernie4_5_vl_moe,
         newer.hunyuan_vl,
         newer_others.cosmos3_omni,
+        newer_others.cosmos3_edge,
         qwen.glmga,
     ),
     "linear attention, convolutions": (
@@ -59,6 +61,8 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         cohere.cohere2_moe,
         newer.exaone4_5,
         newer_others.step3p7,
+        newer_others.muse_glimmer,
+        newer_others.muse_spark,
     ),
     "images in both directions": (
         others.gemma3,
@@ -68,7 +72,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         newer_others.gemma4_unified,
     ),
     "shared keys, inputs of each layer": (others.gemma3n, others.gemma4),
-    "latent": (qwen.kimi_k25, llava.mistral4, newer_others.mistral_large4),
+    "latent": (qwen.kimi_k25, llava.mistral4, newer_others.mistral_large4, newer_others.dots3_note),
     "chunks": (others.llama4,),
     "texts only": (others.qwen3, others.gemma, others.llama, others.smollm3),
 }

@@ -122,6 +122,7 @@ def mistral_large4() -> Parts:
 
 def hyperclovax_vision_v2() -> Parts:
     tokenizer = tokenizer_with(**VISION)
+    tokenizer.add_prefix_space = False  # loading goes by the model's type, to a class that wants it
     sizes = {"shortest_edge": 2 * 16 * 16, "longest_edge": 8 * 32 * 32}
     processor = transformers.HyperCLOVAXVisionV2Processor(
         image_processor(), tokenizer, transformers.Qwen2VLVideoProcessor(**PATCHES, size=sizes), IMAGE
@@ -240,10 +241,11 @@ def dots3_note() -> Parts:
         start="<|img|>",
         end="<|endofimg|>",
     )
+    patches = {**PATCHES, "temporal_patch_size": 1}
     processor = transformers.Dots3NoteProcessor(
-        image_processor(),
+        transformers.Qwen2VLImageProcessor(**patches, size=PIXELS),
         tokenizer,
-        transformers.Qwen3VLVideoProcessor(**PATCHES),
+        transformers.Qwen3VLVideoProcessor(**patches),
         transformers.Dots3NoteFeatureExtractor(feature_size=8),
         template("<|img|><|imgpad|><|endofimg|>", "<|video_pad|>"),
     )
