@@ -43,7 +43,7 @@ class Family:
         reads_videos: Whether its code reads videos right where its processor has a video processor.
         reads_ids: Whether images enter only where token ids come in, so that the queries must be ids too.
         casts_pixels: Whether its tower computes with the pixels as they are, and then casts them itself.
-        asks_types: Whether its processor gives the token types that its model needs only when asked to.
+        call_kwargs: What the parts of its processor must be asked for, by part, as Sentence Transformers names them.
     """
 
     example: str = ""
@@ -57,7 +57,7 @@ class Family:
     reads_videos: bool = True
     reads_ids: bool = False
     casts_pixels: bool = False
-    asks_types: bool = False
+    call_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -86,8 +86,10 @@ QUIRKS: dict[str, Family] = {
     "glm46v": Family(reads_videos=False),
     "glm_ocr": Family(reads_videos=False),
     "glmga": Family(reads_videos=False),
-    # Its processor forgets the types (transformers 5.23).
-    "cosmos3_edge": Family(asks_types=True),
+    # Their processors need the times of a video's frames, and one forgets the token types (transformers 5.23).
+    "cosmos3_edge": Family(call_kwargs={"text": {"return_mm_token_type_ids": True}, "video": {"return_metadata": True}}),
+    "muse_glimmer": Family(call_kwargs={"video": {"return_metadata": True}}),
+    "muse_spark": Family(call_kwargs={"video": {"return_metadata": True}}),
     # Its processor takes no times of a video's frames, and one video a call (transformers 5.23).
     "nemotron_h_omni": Family(reads_videos=False),
     "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),

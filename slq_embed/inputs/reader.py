@@ -37,8 +37,8 @@ class InputReader:
     ) -> None:
         self._backbone = backbone
         self.processor = processor
-        if family_of(backbone.config).asks_types:
-            processor.return_mm_token_type_ids = True
+        for name, value in family_of(backbone.config).call_kwargs.get("text", {}).items():
+            setattr(processor, name, value)
         self.image_kwargs = dict(image_kwargs)
         self.query_ids: list[int] = self.tokenizer.convert_tokens_to_ids(list(query_tokens))
         self._query_text = "".join(query_tokens)

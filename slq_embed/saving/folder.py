@@ -123,8 +123,8 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         # The template caps the text; a cut by tokens would take the queries with it.
         "processing_kwargs": {"text": {"truncation": False}, "image": slq_config.image_kwargs},
     }
-    if family_of(backbone.config).asks_types:
-        transformer["processing_kwargs"]["text"]["return_mm_token_type_ids"] = True
+    for part, kwargs in family_of(backbone.config).call_kwargs.items():
+        transformer["processing_kwargs"].setdefault(part, {}).update(kwargs)
     if loses_template(processor):
         transformer["processing_kwargs"]["chat_template"] = {"chat_template": processor.chat_template}
     if slq_config.quantization is not None and slq_config.quantization["quant_method"] != IN_MEMORY:
