@@ -87,7 +87,9 @@ QUIRKS: dict[str, Family] = {
     "glm_ocr": Family(reads_videos=False),
     "glmga": Family(reads_videos=False),
     # Their processors need the times of a video's frames, and one forgets the token types (transformers 5.23).
-    "cosmos3_edge": Family(call_kwargs={"text": {"return_mm_token_type_ids": True}, "video": {"return_metadata": True}}),
+    "cosmos3_edge": Family(
+        call_kwargs={"text": {"return_mm_token_type_ids": True}, "video": {"return_metadata": True}}
+    ),
     "muse_glimmer": Family(call_kwargs={"video": {"return_metadata": True}}),
     "muse_spark": Family(call_kwargs={"video": {"return_metadata": True}}),
     # Its processor takes no times of a video's frames, and one video a call (transformers 5.23).
@@ -298,6 +300,15 @@ def embedding_scale(backbone: PreTrainedModel) -> float | nn.Module:
             "can be a latent query. Use another backbone."
         )
     return scale
+
+
+def require_form_fits(backbone: PreTrainedModel, form: str) -> None:
+    """Raise a ValueError if plain Sentence Transformers would read a saved folder of this form wrong."""
+    if form == "adapter" and isinstance(embedding_scale(backbone), nn.Module):
+        raise ValueError(
+            f"A {backbone.config.model_type} normalises its token embeddings, which peft leaves out where it replaces rows. "
+            "Use form='merged', which writes them into the table."
+        )
 
 
 def usable_rows(backbone: PreTrainedModel) -> int:

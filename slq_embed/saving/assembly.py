@@ -19,6 +19,7 @@ from slq_embed.backbone.families import (
     family_of,
     is_placed,
     limit_pixels,
+    require_form_fits,
     tokenizer_of,
     usable_rows,
 )
@@ -128,6 +129,7 @@ def build_modules(
 
 
 def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
+    require_form_fits(backbone, form)
     return allocate(processor, usable_rows(backbone), count, form, can_grow(backbone))
 
 

@@ -43,6 +43,7 @@ from slq_embed.backbone.families import (
     family_of,
     is_placed,
     loses_template,
+    require_form_fits,
     tokenizer_of,
 )
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
@@ -94,6 +95,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         quantization=quantization_of(backbone),
         query_scores=weights[SCORES].tolist() if slq_config.pooling == "weighted" else None,
     )
+    require_form_fits(backbone, slq_config.form)
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
         slq_config.backbone = slq_config.backbone_label
     require_other_folder(folder, slq_config)
