@@ -112,10 +112,10 @@ def filled_cache(config: PreTrainedConfig, layers: Layers, states: States) -> Dy
         if own:
             layer.lazy_initialization(*own)
             layer.keys, layer.values = own
-        if index := part[len(own) :]:
-            layer.lazy_initialization_indexer(index[0])
-            layer.indexer_keys = index[0][:, 0]
-            layer.indexer_position_ids = index[1][:, 0].movedim(-1, 0) if len(index) > 1 else None
+        if chosen_by := part[len(own) :]:
+            layer.lazy_initialization_indexer(chosen_by[0])
+            layer.indexer_keys = chosen_by[0][:, 0]
+            layer.indexer_position_ids = chosen_by[1][:, 0].movedim(-1, 0) if len(chosen_by) > 1 else None
     for name, state in states.items():
         number, kind, n = name.split(".")
         layer, index = cache.layers[int(number)], int(n)

@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 from transformers import AutoProcessor
 
 from slq_embed import PrefixStore, SLQEncoder
@@ -20,7 +22,7 @@ from slq_embed.backbone.__main__ import main
 from slq_embed.backbone.families import load_backbone
 from slq_embed.backbone.query_tokens import private_processor
 from slq_embed.prefix import passes
-from tests.families import llava, others, qwen
+from tests.families import llava, newer_others, others, qwen
 from tests.families.building import Parts, write
 
 MIXED = ["hello", "a much longer text about red circles, blue squares and everything else that there is", "x"]
@@ -357,3 +359,18 @@ def test_the_command_prints_and_writes_reports(llama, tmp_path, capsys):
     transformers.T5Config().save_pretrained(tmp_path / "t5")
     assert main([str(tmp_path / "t5")]) == 1
     assert "encoder-decoder" in capsys.readouterr().out
+
+    def test_images_and_a_norm_of_embeddings(self, folders, tmp_path):
+        """Inkling 2: attention and convolutions in each layer, and the merged form only."""
+        if Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("measured with transformers 5.23")
+        folder = folders("inkling2", newer_others.inkling2())
+        assert check(*loaded(folder)).schedule == "all_positions"
+        encoder = SLQEncoder.from_backbone(folder, num_queries=3, seed=0, device="cpu", form="merged")
+        image = Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3))
+        inputs = ["hello", image, {"image": image, "text": "a much longer text about red circles"}]
+        together = encoder.encode(inputs)
+        assert np.abs(together - np.stack([encoder.encode(one) for one in inputs])).max() < 1e-5
+        encoder.save_pretrained(tmp_path)
+        stock = SentenceTransformer(str(tmp_path), device="cpu")
+        assert np.abs(stock.encode(inputs) - together).max() < 1e-5

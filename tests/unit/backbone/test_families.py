@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
-from slq_embed.backbone.families import embedding_scale, embedding_table, language_layers
+from slq_embed.backbone.families import (
+    embedding_scale,
+    embedding_table,
+    family_of,
+    language_layers,
+    refusal,
+    require_form_fits,
+)
 from slq_embed.backbone.quantization import keep_layout
+from slq_embed.prefix.passes import scaled
+from tests.families import newer, newer_others
 
 
 class Shifted(nn.Embedding):
@@ -32,6 +43,52 @@ def test_input_embeddings_that_are_no_table_are_refused():
 def test_a_layer_that_does_more_than_scale_rows_is_refused():
     with pytest.raises(ValueError, match="are a Shifted, which does more than scale rows"):
         embedding_scale(with_table(Shifted(8, 4)))
+
+
+class Normed(nn.Embedding):
+    """Normalises each row, as Muse Glimmer's does."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.embed_norm = nn.RMSNorm(4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_norm(super().forward(ids))
+
+
+def test_a_norm_of_rows_acts_on_queries_too_and_needs_the_merged_form():
+    backbone = with_table(Normed())
+    backbone.config = SimpleNamespace(model_type="muse_glimmer")
+    norm = embedding_scale(backbone)
+    assert norm is backbone.get_input_embeddings().embed_norm
+    table = embedding_table(backbone)
+    assert torch.equal(scaled(table[:2], norm), backbone.get_input_embeddings()(torch.arange(2)))
+    require_form_fits(backbone, "merged")
+    with pytest.raises(ValueError, match=r"A muse_glimmer normalises its token embeddings.* Use form='merged'"):
+        require_form_fits(backbone, "adapter")
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (newer_others.diffusion_gemma, "is a diffusion model, which writes into a canvas that no input is a part of"),
+        (
+            newer.minimax_m3_vl,
+            "counts the blocks of its sparse attention from the padding, so an input in a batch sees",
+        ),
+    ],
+)
+def test_a_configuration_says_why_it_cannot_work(build, words):
+    with pytest.raises(ValueError, match=words):
+        family_of(build().config)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
+def test_sparse_layers_are_refused_and_not_their_family():
+    config = newer.minimax_m3_vl().config
+    config.text_config.layer_types = ["full_attention"] * 2
+    assert refusal(config) is None
 
 
 def test_a_decoder_without_a_list_of_layers_is_refused():
