@@ -75,6 +75,8 @@ QUIRKS: dict[str, Family] = {
     "qwen3_5": _LIKE_QWEN_VL,
     "qwen3_5_moe": _LIKE_QWEN_VL,
     "qwen3_vl_moe": _LIKE_QWEN_VL,
+    "qwen4_exp": _LIKE_QWEN_VL,
+    "cosmos3_omni": _LIKE_QWEN_VL,
     "qwen2_5_omni_thinker": _LIKE_QWEN_VL,
     "qwen3_omni_moe_thinker": _LIKE_QWEN_VL,
     # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
