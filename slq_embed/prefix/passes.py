@@ -118,11 +118,12 @@ def token_positions(decoder: PreTrainedModel, features: Features) -> Tensor:
     if not {"pixel_values", "pixel_values_videos", "mm_encoder_outputs"} & features.keys():
         return positions.expand(_axes(decoder.config), -1, -1)
     known = inspect.signature(rope_index).parameters
-    # Qwen-Omni's processor names the seconds of a video otherwise than its positions do.
-    named = {**features, "second_per_grids": features.get("video_second_per_grid")}
+    found = []
     # HunYuan-VL counts images over the whole batch, so a row's positions would follow from the rows before it.
-    parts = [named] if family_of(decoder.config).batches_images else _rows(named)
-    found = [rope_index(**{key: value for key, value in part.items() if key in known})[0] for part in parts]
+    for part in [features] if family_of(decoder.config).batches_images else _rows(features):
+        # Qwen-Omni's processor names the seconds of a video otherwise than its positions do.
+        named = {**part, "second_per_grids": part.get("video_second_per_grid")}
+        found.append(rope_index(**{key: value for key, value in named.items() if key in known})[0])
     return torch.cat(found, dim=1).long()  # whole numbers, which Qwen-Omni gives as floats
 
 
@@ -138,7 +139,7 @@ def _rows(features: Features) -> list[Features]:
     rows: list[Features] = [{} for _ in range(count)]
     pieces = features.get("media_pieces", {})
     for key, value in features.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.ndim:
             continue
         if key in pieces:
             for row, part in zip(rows, value.split(pieces[key]), strict=True):
