@@ -117,6 +117,14 @@ QUIRKS: dict[str, Family] = {
 _CROSS_ATTENTION = {"mllama", "flamingo", "idefics"}
 _FROM_PADDING = {"minimax_m3_sparse"}
 """Kinds of layers that count blocks of keys from the start of the padding (transformers 5.23)."""
+_NEEDS_IMAGES = {"blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2", "kosmos-2.5"}
+_NEEDS_IMAGES |= {"got_ocr2", "pp_chart2table", "shieldgemma2"}
+_OTHER_REFUSALS = {
+    "evolla": "reads proteins, through cross-attention, outside of the token sequence that queries are appended to",
+    "fuyu": "has a processor that places images by itself, and writes tokens of its own after every text with an image",
+    "git": "puts an image before all tokens of its sequence, where neither mask nor positions of a batch count it",
+    "pi0": "gives actions of a robot, and no states of tokens",
+}
 
 
 def refusal(config: PretrainedConfig) -> str | None:
@@ -131,6 +139,10 @@ def refusal(config: PretrainedConfig) -> str | None:
         return (
             "counts the blocks of its sparse attention from the padding, so an input in a batch sees others than alone"
         )
+    if config.model_type in _NEEDS_IMAGES:
+        return "reads no text without an image, so it could not encode texts that are searched for, or searched in"
+    if (reason := _OTHER_REFUSALS.get(config.model_type)) is not None:
+        return reason
     if getattr(config, "thinker_config", None) is not None:
         return "holds a thinker and a talker; only the thinker reads: save it alone (model.thinker.save_pretrained)"
     return None

@@ -171,8 +171,17 @@ def test_queries_of_ones_own(checkpoint):
         (transformers.T5Config(), "encoder-decoder"),
         (transformers.MllamaConfig(), "cross-attention"),
         (transformers.IdeficsConfig(), "cross-attention"),
+        (transformers.VisionEncoderDecoderConfig(), "encoder-decoder"),
         (transformers.Qwen2_5OmniConfig(), "only the thinker reads: save it alone"),
+        (transformers.Blip2Config(), "reads no text without an image"),
+        (transformers.InstructBlipConfig(), "reads no text without an image"),
+        (transformers.Kosmos2Config(), "reads no text without an image"),
+        (transformers.GotOcr2Config(), "reads no text without an image"),
+        (transformers.GitConfig(), "puts an image before all tokens of its sequence"),
+        (transformers.FuyuConfig(), "writes tokens of its own after every text with an image"),
+        (transformers.EvollaConfig(), "reads proteins, through cross-attention"),
     ],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_an_unsupported_backbone_gets_one_clear_error(config, reason, tmp_path):
     with pytest.raises(
