@@ -115,6 +115,12 @@ def process_one_by_one(
     return _join(parts, len(media), int(tokenizer_of(processor).pad_token_id or 0))
 
 
+def tokens_of(processor: Any, text: str) -> list[int]:
+    """Ids of the tokens that a processor makes of a chat without media, as the chat template renders it."""
+    ids: list[int] = _call(processor, [text], [Media()], Options())["input_ids"][0].tolist()
+    return ids
+
+
 def _call(processor: Any, texts: Sequence[str], media: Sequence[Media], options: Options) -> Features:
     tokenizer = tokenizer_of(processor)
     given: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from slq_embed.backbone.chat_template import reads_videos
 from slq_embed.backbone.families import family_of, image_token_of, longest_sequence, tokenizer_of
 from slq_embed.backbone.fingerprint import settings_digest, video_digest
-from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together
+from slq_embed.inputs.processing import Media, Options, process_one_by_one, process_together, tokens_of
 from slq_embed.inputs.rows import Row, read_row
 from slq_embed.prefix.features import Features
 from slq_embed.prefix.keys import prefix_key
@@ -58,6 +58,12 @@ class InputReader:
     def reads_videos(self) -> bool:
         """Whether the processor and the family read videos, and the chat template has a place for them."""
         return reads_videos(self.processor, self._backbone.config)
+
+    @property
+    def ends_with_queries(self) -> bool:
+        """Whether the query tokens are the last that the processor gives; Chameleon's adds one that ends the turn."""
+        (text,) = self.render([Row("a")], None)
+        return tokens_of(self.processor, text)[-len(self.query_ids) :] == self.query_ids
 
     def options(self, processing_kwargs: Mapping[str, Any] | None = None) -> Options:
         """How images and videos are processed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import get_device_name
@@ -31,6 +31,7 @@ from slq_embed.modules.initialisation import Initialisation, initial_queries
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.saving.config import CONFIG_NAME, SLQConfig
 from slq_embed.saving.loading import LoadedBackbone, SavedModel
+from slq_embed.saving.plain_names import require_kept_names
 from slq_embed.saving.weights import QUERIES
 
 NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
@@ -119,13 +120,15 @@ def build_modules(
     slq_config = SLQConfig(loaded.name, loaded.commit, tokens, "mean", form, max_text_chars, texts, image_kwargs)
     slq_config.query_token_type = family.query_token_type
     query_settings.record(slq_config, queries.shape[1])
+    if not checked:
+        require_kept_names(backbone, form, slq_config.query_adapter is not None)
     if not checked and (backbone.config.model_type not in FAMILIES or is_quantized(backbone)):
         plain = replace(slq_config, projection=None, query_adapter=None, deep_queries=False)
         (transformer, *_) = join_modules(backbone, processor, queries, plain)
         if not is_placed(backbone):  # where it is to compute
             transformer.to(loaded.device or get_device_name())
         slq_config.schedule = examine(transformer).require()
-    return join_modules(backbone, processor, queries, slq_config, query_settings.seed), slq_config
+    return _join_new(backbone, processor, queries, slq_config, query_settings.seed), slq_config
 
 
 def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
@@ -152,7 +155,22 @@ def rebuild_modules(
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
     new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
     query_settings.record(new_config, queries.shape[1])
-    return join_modules(backbone, processor, queries, new_config, query_settings.seed), new_config
+    require_kept_names(backbone, new_config.form, new_config.query_adapter is not None)
+    return _join_new(backbone, processor, queries, new_config, query_settings.seed), new_config
+
+
+def _join_new(
+    backbone: PreTrainedModel, processor: ProcessorMixin, queries: Tensor, slq_config: SLQConfig, seed: int | None
+) -> list[nn.Module]:
+    modules = join_modules(backbone, processor, queries, slq_config, seed)
+    at_the_end = slq_config.query_adapter is not None or slq_config.deep_queries or slq_config.pooling == "last"
+    # Where plain Sentence Transformers loads them, they take the last tokens for the queries.
+    if at_the_end and not cast(LatentQueryTransformer, modules[0]).reader.ends_with_queries:
+        raise ValueError(
+            f"The processor of this {backbone.config.model_type} writes tokens after the queries, so a query adapter, deep queries and "
+            "pooling='last' would meet the wrong tokens where the model is loaded. Use a projection head, or another pooling."
+        )
+    return modules
 
 
 def join_modules(

@@ -52,6 +52,7 @@ from slq_embed.modules.latent_query_pooling import query_weights
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.leftovers import WEIGHTS, remove_leftovers, require_other_folder
+from slq_embed.saving.plain_names import key_mapping, require_kept_names
 from slq_embed.saving.weights import (
     ADAPTER,
     ADAPTER_NAME,
@@ -99,6 +100,7 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
         slq_config.backbone = slq_config.backbone_label
     require_other_folder(folder, slq_config)
+    require_kept_names(backbone, slq_config.form, slq_config.query_adapter is not None)
     queries, reference = weights[QUERIES], _reference(Transformer)
     if slq_config.form == "adapter":
         _write_adapter(folder, slq_config, backbone, weights)
@@ -129,9 +131,13 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         transformer["processing_kwargs"].setdefault(part, {}).update(kwargs)
     if loses_template(processor):
         transformer["processing_kwargs"]["chat_template"] = {"chat_template": processor.chat_template}
+    model_kwargs: dict[str, Any] = {}
     if slq_config.quantization is not None and slq_config.quantization["quant_method"] != IN_MEMORY:
-        settings = stock_quantization(backbone, slq_config.quantization)
-        transformer["model_kwargs"] = {"quantization_config": settings}
+        model_kwargs["quantization_config"] = stock_quantization(backbone, slq_config.quantization)
+    if names := key_mapping(backbone):
+        model_kwargs["key_mapping"] = names
+    if model_kwargs:
+        transformer["model_kwargs"] = model_kwargs
     _write_json(folder / "sentence_bert_config.json", transformer)
     modules = [{"idx": 0, "name": "0", "path": "", "type": reference}]
     rows = max(len(embedding_table(backbone)), max(slq_config.tokens.ids) + 1)
