@@ -21,6 +21,12 @@ _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 _INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", ())
 """A layer whose indexer chooses what it attends to, by keys of its own."""
 _KINDS = ("conv", "recurrent")
+_WINDOW_OF_ANSWERS = "reference_sliding_attention"
+"""Unlimited-OCR's: only tokens that are decoded one by one leave its window, and in a run over input and queries there are none."""
+
+
+def _type_of(layer: Any) -> str | None:
+    return getattr(layer, "_layer_type", None)
 
 
 class PrefixReadyError(Exception):
@@ -57,7 +63,7 @@ class BackboneCache(DynamicCache):
         for number, layer in enumerate(self.layers):
             if isinstance(layer, _EMPTY):
                 continue
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or _type_of(layer) == _WINDOW_OF_ANSWERS:
                 self.layers[number] = DynamicLayer()
             elif type(layer) is LinearAttentionLayer:
                 self.layers[number] = _LinearLayer(layer.number_of_states)
