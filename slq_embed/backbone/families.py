@@ -79,6 +79,8 @@ QUIRKS: dict[str, Family] = {
     "cosmos3_omni": _LIKE_QWEN_VL,
     "qwen2_5_omni_thinker": _LIKE_QWEN_VL,
     "qwen3_omni_moe_thinker": _LIKE_QWEN_VL,
+    "paddleocr_vl": _LIKE_QWEN_VL,
+    "video_llama_3": _LIKE_QWEN_VL,
     # Token type 0 is a prompt whose tokens see each other, 1 is what follows.
     "paligemma": Family(query_token_type=1),
     "minicpmv4_6": Family(pixels_axis=3, reads_videos=False),
@@ -97,6 +99,7 @@ QUIRKS: dict[str, Family] = {
     # Its processor takes no times of a video's frames, and one video a call (transformers 5.23).
     "nemotron_h_omni": Family(reads_videos=False),
     "minicpmv4_7": Family(pixels_axis=3, reads_videos=False),
+    "minicpm_ocr": Family(pixels_axis=3, reads_videos=False),
     "molmo2": Family(
         patch_indices={"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
     ),
@@ -104,6 +107,8 @@ QUIRKS: dict[str, Family] = {
     "perception_lm": Family(pixels_axis=1, package="timm", image_kwargs={"vision_input_type": "vanilla"}),
     # Its model counts the pieces of a video for each frame, but its tower averages over frames (transformers 5.23).
     "kimi_k25": Family(reads_videos=False),
+    # Without tiles: its processor gives their numbers as lists, and with a tile its model needs these.
+    "unlimited_ocr": Family(image_kwargs={"crop_to_patches": False}),
     "gemma3n": Family(package="timm"),
     # It moves pixels from 0..1 to -1..1, which loses digits in half precision.
     "gemma4": Family(casts_pixels=True),
