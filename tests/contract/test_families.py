@@ -17,10 +17,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from PIL import Image
 
 from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.backbone.families import QUIRKS, decoder_of, load_backbone
-from tests.families import FAMILIES, REPRESENTATIVES
+from tests.families import FAMILIES, REPRESENTATIVES, discrete
 from tests.families.building import write
 from tests.families.measure import FULL, LIMITS, inside, limit, measure
 from tests.families.table import PAGE, RESULTS, page_with_table
@@ -71,6 +72,25 @@ def test_what_acts_inside_the_layers_finds_its_place(name, tmp_path, monkeypatch
     require_packages(name)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "code"))
     limits_hold(name, inside(name, write(tmp_path / "backbone", FAMILIES[name][1]()), tmp_path))
+
+
+def test_images_that_change_with_the_padding_of_a_batch_are_refused(tmp_path):
+    """Emu 3: norms and convolutions over a padded image give it other tokens."""
+    folder = write(tmp_path, discrete.emu3())
+    with pytest.raises(ValueError, match="this emu3: it gives an input other embeddings in a batch than alone"):
+        SLQEncoder.from_backbone(folder, num_queries=4, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["paddleocr_vl", "video_llama_3"])
+def test_max_pixels_shrinks_images_of_what_is_built_like_qwen_vl(name, tmp_path):
+    folder = write(tmp_path, FAMILIES[name][1]())
+    image = Image.new("RGB", (96, 96))
+
+    def tokens(**options: int) -> int:
+        encoder = SLQEncoder.from_backbone(folder, num_queries=4, device="cpu", **options)
+        return encoder.preprocess([image])["input_ids"].shape[1]
+
+    assert tokens(max_pixels=16 * 16) < tokens()
 
 
 def test_layers_that_are_narrower_than_the_rank_are_left_out(tmp_path):

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.families import cohere, known, lfm, llava, newer, newer_others, others, qwen
+from tests.families import (
+    cohere,
+    discrete,
+    documents,
+    earlier,
+    known,
+    lfm,
+    llava,
+    newer,
+    newer_others,
+    others,
+    qwen,
+)
 from tests.families.building import Parts
 
 KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
@@ -25,6 +37,21 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         llava.perception_lm,
         others.phi4_multimodal,
         newer_others.hyperclovax_vision_v2,
+        earlier.idefics2,
+        earlier.llava_next_video,
+        earlier.video_llava,
+        earlier.vipllava,
+        earlier.aria,
+        earlier.deepseek_vl,
+        earlier.deepseek_vl_hybrid,
+        qwen.video_llama_3,
+        documents.lighton_ocr,
+        documents.granite_docling,
+        documents.qianfan_ocr,
+        discrete.janus,
+        discrete.chameleon,
+        documents.deepseek_ocr2,
+        documents.unlimited_ocr,
     ),
     "causal, positions of three axes": (
         qwen.glm4v,
@@ -42,6 +69,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         newer_others.cosmos3_omni,
         newer_others.cosmos3_edge,
         qwen.glmga,
+        documents.paddleocr_vl,
     ),
     "linear attention, convolutions": (
         qwen.qwen3_5,
@@ -53,6 +81,7 @@ KINDS: dict[str, tuple[Callable[[], Parts], ...]] = {
         newer.qwen4_exp,
         newer.glm5_next,
         newer_others.nemotron_h_omni,
+        qwen.minicpm_ocr,
     ),
     "sliding windows": (
         others.gemma3_text,

@@ -162,6 +162,29 @@ def _glm(kind: str, processor_name: str, text: dict[str, Any]) -> Parts:
     return Parts(built, processor)
 
 
+def video_llama_3() -> Parts:
+    """Its pixels are those of Qwen-VL, its positions are of one axis."""
+    tokenizer = tokenizer_with(**VISION)
+    sizes = {"patch_size": 8, "temporal_patch_size": 1}
+    video = transformers.VideoLlama3VideoProcessor(
+        **sizes,
+        merge_size=2,
+        size={"shortest_edge": 16 * 16, "longest_edge": 8 * 32 * 32},
+        do_sample_frames=True,  # else it has no times of the frames, which it writes
+        fps=1,
+    )
+    image = transformers.VideoLlama3ImageProcessor(**sizes, merge_size=1, size=PIXELS)
+    processor = transformers.VideoLlama3Processor(image, tokenizer, video, IMAGE)
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    built = config(
+        "video_llama_3",
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": rows(tokenizer)},
+        vision_config={**tower, "patch_size": 8},
+        **ids(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>"),
+    )
+    return Parts(built, processor)
+
+
 def glm4v() -> Parts:
     return _glm("glm4v", "Glm4vProcessor", {})
 
@@ -231,9 +254,10 @@ def _minicpmv(kind: str, processor_name: str, **more: str) -> Parts:
         image_id_end_token="</image_id>",
     )
     sizes = {"patch_size": 8, "scale_resolution": 64, "max_slice_nums": 2}
+    parts = "MiniCPMOcr" if kind == "minicpm_ocr" else "MiniCPMV4_6"
     processor = getattr(transformers, processor_name)(
-        transformers.MiniCPMV4_6ImageProcessor(**sizes),
-        transformers.MiniCPMV4_6VideoProcessor(**sizes),
+        getattr(transformers, f"{parts}ImageProcessor")(**sizes),
+        getattr(transformers, f"{parts}VideoProcessor")(**sizes),
         tokenizer,
         template("<|image_pad|>", "<|video_pad|>"),
     )
@@ -259,3 +283,7 @@ def minicpmv4_7() -> Parts:
     marks = {"image_start_id": "<image>", "image_end_id": "</image>", "slice_start_id": "<slice>"}
     marks |= {"slice_end_id": "</slice>", "newline_id": "Ċ"}
     return _minicpmv("minicpmv4_7", "MiniCPMV4_7Processor", **marks)
+
+
+def minicpm_ocr() -> Parts:
+    return _minicpmv("minicpm_ocr", "MiniCPMOcrProcessor")
