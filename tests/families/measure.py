@@ -312,8 +312,8 @@ def inside(name: str, folder: Path, scratch: Path) -> dict[str, float | None]:
     """What holds with deep queries and a query adapter: the schedules, and saved folders of both forms, again and plain."""
     key = "deep queries and adapter"
     if name in NOTHING_INSIDE:
+        form: Any = "merged" if name in MERGED_ONLY else "adapter"
         with pytest.raises(ValueError, match=NOTHING_INSIDE[name]):
-            form = "merged" if name in MERGED_ONLY else "adapter"
             SLQEncoder.from_backbone(folder, num_queries=4, device="cpu", form=form, **PARTS["all"])
         return {key: None, f"{key}: gradient": None}
     encoder = trained(_encoder(name, folder, **PARTS["all"]), scale=0.05)
