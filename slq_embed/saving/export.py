@@ -9,6 +9,7 @@ from slq_embed.backbone.chat_template import with_prompts, with_start
 from slq_embed.backbone.families import tokenizer_of
 from slq_embed.encoding.protocol import resolve_prompt
 from slq_embed.saving.folder import edited_json
+from slq_embed.saving.leftovers import placed_at_once
 
 if TYPE_CHECKING:
     from slq_embed.encoder import SLQEncoder
@@ -37,14 +38,16 @@ def export_vllm(model: SLQEncoder, folder: str | Path) -> None:
     prompts = {task: resolve_prompt(model, task=task) or "" for task in ("query", "document")}
     default = resolve_prompt(model) or ""
     template = with_prompts(with_start(model.processor.chat_template, _start_of_chats(model)), prompts, default)
-    model.save_pretrained(folder, form="merged")
-    (folder / "chat_template.jinja").write_text(template, "utf8")
-    if default:
-        with edited_json(folder / "sentence_bert_config.json") as values:
-            settings = values["processing_kwargs"].setdefault("chat_template", {})
-            if "chat_template" not in settings:  # else the host renders that template, which knows no prompts
-                # Plain Sentence Transformers sends its prompt as a system message, and "" as none: no default may come back.
-                settings["slq_task"] = "none"
+    with placed_at_once(folder) as unfinished:
+        model.save_pretrained(unfinished, form="merged", create_model_card=False)
+        (unfinished / "chat_template.jinja").write_text(template, "utf8")
+        if default:
+            with edited_json(unfinished / "sentence_bert_config.json") as values:
+                settings = values["processing_kwargs"].setdefault("chat_template", {})
+                if "chat_template" not in settings:  # else the host renders that template, which knows no prompts
+                    # Plain Sentence Transformers sends its prompt as a system message, and "" as none: no default may come back.
+                    settings["slq_task"] = "none"
+    model._create_model_card(str(folder))
 
 
 def _start_of_chats(model: SLQEncoder) -> str:

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ from slq_embed.modules import LatentQueryPooling, LatentQueryTransformer, Projec
 from slq_embed.modules.latent_query_pooling import query_weights
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
-from slq_embed.saving.leftovers import WEIGHTS, remove_leftovers, require_other_folder
+from slq_embed.saving.leftovers import placed_at_once, require_other_folder
 from slq_embed.saving.plain_names import key_mapping, require_kept_names
 from slq_embed.saving.weights import (
     ADAPTER,
@@ -68,7 +67,6 @@ from slq_embed.saving.weights import (
 
 ARCHITECTURE_PREFIX = "SLQ"
 """What a merged folder writes before the name of the backbone's architecture."""
-_UNFINISHED = ".unfinished-"
 _ADAPTER_CLASS = "slq_query_adapter.QueryAdapterTransformer"
 _TYPES_CLASS = "slq_query_types.QueryTypesTransformer"
 
@@ -79,28 +77,28 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
     Raises:
         ValueError: If the form does not fit the backbone, or the folder is the backbone's own or a file.
     """
-    slq_config = model.slq_config
+    slq_config, backbone = model.slq_config, model.backbone
     _require_own_modules(model, slq_config)
-    if folder.is_file():
-        raise ValueError(
-            f"A model is saved as a folder, but {folder} is a file. Give another path, or remove the file."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
     if (learned := model.transformer.log_temperature) is not None:
         slq_config.log_temperature = float(learned.detach())
     slq_config.loss = model.model_card_data.loss_name or slq_config.loss
-    backbone, processor, weights = model.backbone, model.processor, model.state_dict()
     slq_config = replace(
         slq_config,
         fingerprint=model.backbone_fingerprint,
         quantization=quantization_of(backbone),
-        query_scores=weights[SCORES].tolist() if slq_config.pooling == "weighted" else None,
+        query_scores=model.state_dict()[SCORES].tolist() if slq_config.pooling == "weighted" else None,
     )
     require_form_fits(backbone, slq_config.form)
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
         slq_config.backbone = slq_config.backbone_label
     require_other_folder(folder, slq_config)
     require_kept_names(backbone, slq_config.form, slq_config.query_adapter is not None)
+    with placed_at_once(folder) as unfinished:
+        _write(unfinished, model, slq_config, host_config)
+
+
+def _write(folder: Path, model: Any, slq_config: SLQConfig, host_config: Mapping[str, Any]) -> None:
+    backbone, processor, weights = model.backbone, model.processor, model.state_dict()
     queries, reference = weights[QUERIES], _reference(Transformer)
     if slq_config.form == "adapter":
         _write_adapter(folder, slq_config, backbone, weights)
@@ -150,8 +148,6 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
             (folder / name / "config.json").write_text(json.dumps(module.get_config_dict()), "utf8")
         modules.append({"idx": number, "name": str(number), "path": name, "type": _reference(type(module))})
     _write_json(folder / "modules.json", modules)
-    written = {f"{reference.partition('.')[0]}.py", *(str(module["path"]) for module in modules)}
-    remove_leftovers(folder, slq_config, written)
     slq_config.write(folder)
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(host_config, indent=2, sort_keys=True) + "\n", "utf8")
@@ -279,15 +275,7 @@ def _write_merged(
             state[name] = merged  # the table, and a head tied to it
         elif grown and head is not None and value.data_ptr() == head.weight.data_ptr():
             state[name] = with_new_rows(value, torch.zeros_like(queries))
-    for left in folder.glob(f"{_UNFINISHED}*"):  # by a save that was killed
-        shutil.rmtree(left)
-    with TemporaryDirectory(dir=folder, prefix=_UNFINISHED) as unfinished:
-        backbone.save_pretrained(unfinished, state_dict=state)
-        # Only now, so that a save that fails leaves the earlier weights. They may be in another number of files.
-        for old in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
-            old.unlink()
-        for new in Path(unfinished).iterdir():
-            new.replace(folder / new.name)
+    backbone.save_pretrained(folder, state_dict=state)
     with edited_json(folder / "config.json") as config:
         # transformers goes by the model type, but servers go by this name. One that knows the backbone would pool over all
         # tokens without a word; under a name of our own it refuses, and the plugin vllm-slq serves it.

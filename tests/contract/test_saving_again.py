@@ -68,6 +68,39 @@ def test_a_save_that_fails_leaves_the_earlier_one(checkpoint, mixed, tmp_path, m
     assert furthest(SLQEncoder(tmp_path, device="cpu").encode(mixed), first.encode(mixed)) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_save_that_ends_between_two_files_gives_no_mixture(checkpoint, mixed, tmp_path, monkeypatch, form):
+    """New queries beside the head or the scores of before would give wrong vectors without a word."""
+    first = trained(build(checkpoint, form=form, projection=16, pooling="weighted"))
+    first.save_pretrained(tmp_path)
+    later = trained(first.with_queries(seed=2), 2)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+
+    def fail(*args, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(first.processor), "save_pretrained", fail)
+        with pytest.raises(OSError, match="No space left"):
+            later.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    replace = Path.replace
+    for done in (0, 1, 6):
+        with monkeypatch.context() as patch:
+            calls = iter(range(done))
+            patch.setattr(
+                Path, "replace", lambda *args, calls=calls: replace(*args) if next(calls, None) is not None else fail()
+            )
+            with pytest.raises(OSError, match="No space left"):
+                later.save_pretrained(tmp_path)
+        for load in (SLQEncoder, SentenceTransformer):
+            with pytest.raises(ValueError, match=r"Expecting value"):
+                load(str(tmp_path), device="cpu")
+    later.save_pretrained(tmp_path)
+    assert files(tmp_path) == sorted(before)
+    assert furthest(SLQEncoder(tmp_path, device="cpu").encode(mixed), later.encode(mixed)) < 1e-5
+
+
 def test_a_file_is_no_folder_to_save_in(encoder, tmp_path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(ValueError, match=r"saved as a folder, but .*model is a file\. Give another path"):
