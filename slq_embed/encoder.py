@@ -312,7 +312,7 @@ class SLQEncoder(SentenceTransformer):
 
         The options are those of :func:`slq_embed.encoding.to_file.encode_to_file`.
         """
-        return encode_to_file(self, inputs, Path(path), **options)
+        return encode_to_file(self, inputs, Path(path).absolute(), **options)
 
     def require_loaded(self) -> None:
         """Raise an error if the trainer was to reload a checkpoint and has not reloaded it."""

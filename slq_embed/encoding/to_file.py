@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ def encode_to_file(
         The file, and what was skipped: an earlier run's skipped inputs are tried again.
 
     Raises:
-        ValueError: If the file is of another model, prompt, dtype or other inputs, or an argument does not fit.
+        ValueError: If the file is of another model, prompt, dtype or other inputs, or is damaged, or an argument does not fit.
+        OSError: If the disk has no room for the file. Nothing is encoded then.
     """
     require_list(inputs)
     if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")):
@@ -117,18 +119,27 @@ def encode_to_file(
         "inputs": _inputs_digest(inputs),
     }
     if all(part.is_file() for part in (path, progress_path, record_path)):  # else one was removed, to begin anew
-        earlier = json.loads(record_path.read_text("utf8"))
+        anew = f"Encode into another file, or remove it together with {record_path.name} and {progress_path.name}."
+        try:
+            earlier = dict(json.loads(record_path.read_text("utf8")))
+            for part in (path, progress_path):
+                open_memmap(part, "r")  # refuses a file that was cut off: "r+" would fill it up with zeros
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} was begun, but a file is damaged ({error}). {anew}") from error
         if different := [_DIFFERENCES[key] for key, value in record.items() if earlier.get(key) != value]:
-            raise ValueError(
-                f"{path} was begun with {' and '.join(different)}. Encode into another file, or remove it "
-                f"together with {record_path.name} and {progress_path.name}."
-            )
+            raise ValueError(f"{path} was begun with {' and '.join(different)}. {anew}")
         rows, progress = open_memmap(path, "r+"), open_memmap(progress_path, "r+")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for part in (record_path, progress_path):  # of rows that are gone
+            part.unlink(missing_ok=True)
         rows = open_memmap(path, "w+", dtype=dtype, shape=shape)
         progress = open_memmap(progress_path, "w+", dtype=np.uint8, shape=shape[:1])
-        record_path.write_text(json.dumps(record), "utf8")  # last: without it, the next run begins anew
+        for part in (path, progress_path):
+            _reserve(part)
+        unfinished = record_path.with_suffix(".part")
+        unfinished.write_text(json.dumps(record), "utf8")
+        unfinished.replace(record_path)  # last: without it, the next run begins anew
     pending = np.flatnonzero(progress != _DONE)
     result = EncodedFile(path, 0)
     states: list[tuple[list[int], int]] = []
@@ -165,6 +176,13 @@ def encode_to_file(
         flush()
     result.skipped.sort(key=lambda row: row.index or 0)
     return result
+
+
+def _reserve(file: Path) -> None:
+    """Take the space of a file. A mapped page that finds no room on the disk kills the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _model_digest(model: SLQEncoder, prompt: str | None, normalize: bool) -> str:
