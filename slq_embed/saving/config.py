@@ -67,11 +67,16 @@ class SLQConfig:
         """Read the record of a folder, or None where there is none.
 
         Raises:
-            ValueError: If a newer version of this package wrote it.
+            ValueError: If a newer version of this package wrote it, or it is damaged.
         """
         if (path := find(CONFIG_NAME)) is None:
             return None
-        values = json.loads(Path(path).read_text("utf8"))
+        try:
+            values = json.loads(Path(path).read_text("utf8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged, or a save was ended before it was whole ({error}). Save the model again, or copy its folder again."
+            ) from error
         if (version := values.pop("format_version")) > FORMAT_VERSION:
             raise ValueError(
                 f"This SLQ model has format {version}, but this slq-embed reads up to {FORMAT_VERSION}. Upgrade slq-embed."

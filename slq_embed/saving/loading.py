@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers.util.file_io import load_file_path
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from slq_embed.backbone.chat_template import without_prompts
-from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor
+from slq_embed.backbone.families import commit_of, family_of, is_placed, load_backbone, load_processor, tokenizer_of
 from slq_embed.backbone.fingerprint import difference, fingerprint
 from slq_embed.backbone.quantization import IN_MEMORY
 from slq_embed.saving.config import SLQConfig
@@ -144,9 +145,18 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
         arguments: Arguments of ``SentenceTransformer``: for the hub, ``model_kwargs``, ``processor_kwargs``.
 
     Raises:
-        ValueError: If the folder is no SLQ model, or the backbone is not the one it was trained on.
+        ValueError: If the folder is no SLQ model, a file is damaged, or the backbone is not the one it was trained on.
         OSError: If there is no such folder or hub name, or the backbone cannot be loaded.
     """
+    try:
+        return _load_saved(folder, backbone, arguments)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:  # these name no file
+        raise ValueError(
+            f"A file of {folder}, or of its backbone, is damaged ({error}). Copy the folder again, or save the model again."
+        ) from error
+
+
+def _load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, arguments: Mapping[str, Any]) -> SavedModel:
     names = ("token", "cache_folder", "revision", "local_files_only")
     find = partial(load_file_path, folder, **{name: arguments.get(name) for name in names})
     slq_config = SLQConfig.read(find)
@@ -160,6 +170,11 @@ def load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argum
     host_config, card = find("config_sentence_transformers.json"), find("README.md")
     hub = hub_arguments(arguments)
     processor = load_processor(folder, **hub, **(arguments.get("processor_kwargs") or {}))
+    if tokenizer_of(processor).convert_tokens_to_ids(list(slq_config.tokens.strings)) != list(slq_config.tokens.ids):
+        raise ValueError(  # transformers makes up an empty tokenizer where its file is missing
+            f"The tokenizer in {folder} is not the one of its model: tokenizer.json is missing, or was replaced. Copy the folder "
+            "again, or save the model again."
+        )
     if isinstance(processor.chat_template, str):
         processor.chat_template = without_prompts(processor.chat_template)
     return SavedModel(
