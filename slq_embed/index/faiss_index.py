@@ -194,7 +194,9 @@ class FaissIndex:
 
     def write(self, file: Path) -> None:
         """Write to a file."""
-        import_faiss().write_index(self._index, str(file))
+        faiss = import_faiss()
+        with file.open("wb") as opened:  # FAISS's own file does not say if its last bytes found no room on the disk
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(opened.write))
 
     def map_file(self, file: Path, exact_for_now: bool) -> None:
         """Map a written file in place of the present rows.

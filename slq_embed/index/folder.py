@@ -45,13 +45,17 @@ def write_folder(folder: Path, table: IndexTable, about: dict[str, Any], after: 
                 )
         files = folder / f"v-{uuid.uuid4().hex[:12]}"
         files.mkdir()
-        table.write(files)
-        about_file = files / _ABOUT
-        content = {"format_version": FORMAT_VERSION, "version": files.name, **about}
-        about_file.write_text(json.dumps(content, indent=2) + "\n", "utf8")
-        for file in files.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        try:
+            table.write(files)
+            about_file = files / _ABOUT
+            content = {"format_version": FORMAT_VERSION, "version": files.name, **about}
+            about_file.write_text(json.dumps(content, indent=2) + "\n", "utf8")
+            for file in files.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        except BaseException:
+            shutil.rmtree(files, ignore_errors=True)  # on a full disk, the next attempt needs the room
+            raise
         about_file.replace(folder / _ABOUT)
         for old in folder.iterdir():  # an earlier save, or one that was killed
             if old != files and _is_save(old):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -162,4 +163,28 @@ def test_a_save_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("slq_embed.index.records.IndexRecords.save", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index.save(tmp_path)
+    assert len(EmbeddingIndex.load(tmp_path)) == 500
+    assert len(list(tmp_path.glob("v-*"))) == 1, "what it has written does not take up the disk"
+
+
+def _save_with_no_room_for_the_last_bytes(folder):
+    import resource  # not on Windows
+
+    index = EmbeddingIndex.load(folder)
+    index.add_embeddings(vectors(500, seed=3), names(500, 1000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000 * 32 * 4, 1000 * 32 * 4)
+    )  # the embeddings without the head of their file
+    with pytest.raises(OSError, match="File too large"):
+        index.save(folder)
+
+
+@needs_fork
+def test_a_save_whose_last_bytes_find_no_room_changes_nothing(tmp_path):
+    """FAISS writes through a buffer, and what fails when the file is closed is not said."""
+    filled(count=500).save(tmp_path)
+    with forked(_save_with_no_room_for_the_last_bytes, tmp_path) as process:
+        process.join(60)
+        assert process.exitcode == 0
     assert len(EmbeddingIndex.load(tmp_path)) == 500
