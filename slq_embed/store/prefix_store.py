@@ -55,7 +55,7 @@ class PrefixStore:
         for name, value, choices in (("level", level, Level), ("precision", precision, Precision)):
             if value not in get_args(choices):
                 raise ValueError(f"{name} is {value!r}, but one of {get_args(choices)} is needed.")
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder).absolute()  # the working folder may change
         self.level, self.precision, self.one_by_one = level, precision, one_by_one
         self.counts = StoreCounts()
         limit = free_bytes(self.folder) if budget is None else parse_bytes(budget)

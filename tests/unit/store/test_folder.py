@@ -39,6 +39,18 @@ def test_a_folder_is_used_again(tmp_path):
     assert len(PrefixStore(tmp_path)) == 5
 
 
+def test_a_folder_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = PrefixStore("store")
+    fill(store, range(2))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store._entries.claim([key(2)]) == {key(2)}
+    fill(store, [2])
+    assert kept(store, range(3)) == {0, 1, 2}
+    assert not list(Path().iterdir())
+
+
 def test_two_open_stores_see_each_other(tmp_path):
     one, other = PrefixStore(tmp_path), PrefixStore(tmp_path)
     fill(one, range(2))
