@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
@@ -67,14 +68,15 @@ class Evaluator(SentenceEvaluator, ABC):
 def _append(path: Path, row: dict[str, float]) -> None:
     """Add a row. The columns of an earlier one may be others: MMEB's are its tasks, KARR-Bench's its categories."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf8") as file:
-            rows = list(csv.DictReader(file))
-    rows.append(row)
     whole = path.with_name(f"{path.name}.part")
-    with whole.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)))
-        writer.writeheader()
-        writer.writerows(rows)
-    whole.replace(path)  # at once: earlier rows are not lost where this is killed
+    with FileLock(whole.with_suffix(".lock")):  # another run may write there, too
+        rows: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf8") as file:
+                rows = list(csv.DictReader(file))
+        rows.append(row)
+        with whole.open("w", newline="", encoding="utf8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for each in rows for name in each)))
+            writer.writeheader()
+            writer.writerows(rows)
+        whole.replace(path)  # at once: earlier rows are not lost where this is killed
