@@ -23,7 +23,8 @@ from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.backbone.families import QUIRKS, decoder_of, load_backbone
 from tests.families import FAMILIES, REPRESENTATIVES, discrete
 from tests.families.building import write
-from tests.families.measure import FULL, LIMITS, inside, limit, measure
+from tests.families.limits import FULL, LIMITS, limit
+from tests.families.measure import inside, measure
 from tests.families.table import PAGE, RESULTS, page_with_table
 
 # Older versions lay these out in other ways, or do not have them.
