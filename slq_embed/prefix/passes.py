@@ -230,7 +230,9 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Te
     )
 
 
-def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Tensor) -> Tensor:
+def run_all_positions(
+    decoder: PreTrainedModel, features: Features, queries: Tensor, give_positions: bool = True
+) -> Tensor:
     """Run prefix and queries as one sequence: the reference for the prefix path, and faster for short texts.
 
     The queries enter as embeddings, so the shared backbone needs no new row in its table and no hook. Where it must see token
@@ -240,16 +242,19 @@ def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Ten
         decoder: The backbone without its head.
         features: See :mod:`slq_embed.prefix.features`.
         queries: As for :func:`run_queries`.
+        give_positions: Whether to say where tokens stand. Plain Sentence Transformers does not, and the backbone counts.
 
     Returns:
         Last hidden states at the queries, ``(batch, Q, H)``.
     """
     features = lay_out(features)
-    positions = token_positions(decoder, features)
     mask = features["attention_mask"]
     batch, count = len(mask), len(queries)
-    axes = len(positions) if positions.ndim == 3 else 1
-    continued = continue_positions(last_positions(positions), count, axes)
+    position_ids = None
+    if give_positions:
+        positions = token_positions(decoder, features)
+        axes = len(positions) if positions.ndim == 3 else 1
+        position_ids = torch.cat([positions, continue_positions(last_positions(positions), count, axes)], dim=-1)
     ids = features["input_ids"]
     tokens = ids if queries.ndim == 1 else decoder.get_input_embeddings()(ids)
     extra = prepared_inputs(decoder, features)
@@ -261,7 +266,7 @@ def run_all_positions(decoder: PreTrainedModel, features: Features, queries: Ten
         decoder,
         **{_name_of(queries): torch.cat([tokens, queries.expand(batch, *queries.shape)], dim=1)},
         attention_mask=torch.cat([mask, mask.new_ones(batch, count)], dim=1),
-        position_ids=torch.cat([positions, continued], dim=-1),
+        position_ids=position_ids,
         use_cache=False,
         **extra,
     )

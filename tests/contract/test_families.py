@@ -23,6 +23,7 @@ from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.backbone.families import QUIRKS, decoder_of, load_backbone
 from tests.families import FAMILIES, REPRESENTATIVES, discrete
 from tests.families.building import write
+from tests.families.language_models import PREFIX, WHOLE
 from tests.families.limits import FULL, LIMITS, limit
 from tests.families.measure import inside, measure
 from tests.families.table import PAGE, RESULTS, page_with_table
@@ -125,6 +126,12 @@ def test_family(name, tmp_path, monkeypatch, written):
     written[name] = {"kind": kind, **result}
     assert result["schedule"] == "prefix"
     limits_hold(name, result["differences"])
+
+
+def test_the_page_counts_the_language_models():
+    page = PAGE.read_text("utf8")
+    assert f"each of {len(PREFIX) + len(WHOLE)} kinds" in page
+    assert f"Of these, {len(PREFIX)} take the schedule `prefix`" in page
 
 
 def test_the_page_shows_what_was_measured():

@@ -26,6 +26,7 @@ def agree(model_config: ModelConfig) -> None:
     _take_one_image(model_config)
     _see_as_far(model_config.hf_text_config)
     _require_both_directions(model_config)
+    _refuse_other_images(model_config)
     _lose_no_start(model_config)
 
 
@@ -51,6 +52,16 @@ def _require_both_directions(model_config: ModelConfig) -> None:
             f"{model_config.model} is a {model_config.hf_config.model_type}: in it, tokens of an image see each other in both "
             "directions. vLLM's attention on a CPU cannot do that, and the vectors of images would be wrong. Serve it on a GPU, "
             "or for texts alone, with --language-model-only."
+        )
+
+
+def _refuse_other_images(model_config: ModelConfig) -> None:
+    # vLLM 0.32 computes their images otherwise: 1 - cosine was 0.04 and 0.4 on tiny models, whose texts agree.
+    settings, kind = model_config.multimodal_config, model_config.hf_config.model_type
+    if kind in ("aria", "exaone4_5") and settings is not None and not settings.language_model_only:
+        raise ValueError(
+            f"{model_config.model} is a {kind}, whose images vLLM computes otherwise than transformers, so their vectors would be "
+            "wrong. Serve it for texts alone, with --language-model-only."
         )
 
 
