@@ -132,6 +132,8 @@ def adapt(twin: PreTrainedModel, adapter: QueryAdapter, seed: int | None = None)
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # for merging, which nobody does
         try:
             inject_adapter_in_model(lora_config(adapter, layers), twin, _NAME)
+            if left_out := [name for name in layers if not hasattr(twin.get_submodule(name), "lora_A")]:
+                raise ValueError(f"It leaves out {left_out[0]}, whose name it gives to experts.")
         except ValueError as error:  # of layers that peft knows it would change in vain, or not save
             names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
             raise ValueError(

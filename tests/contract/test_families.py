@@ -23,7 +23,7 @@ from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.backbone.families import QUIRKS, decoder_of, load_backbone
 from tests.families import FAMILIES, REPRESENTATIVES, discrete
 from tests.families.building import write
-from tests.families.language_models import PREFIX, WHOLE
+from tests.families.language_models import PREFIX, WHOLE, language_model
 from tests.families.limits import FULL, LIMITS, limit
 from tests.families.measure import inside, measure
 from tests.families.table import PAGE, RESULTS, page_with_table
@@ -112,6 +112,14 @@ def test_a_target_that_gets_no_positions_is_named(tmp_path, monkeypatch):
         ValueError, match=r"target language_model\.layers\.0\.self_attn\.kv_b_proj gets numbers of shape \("
     ):
         encoder.encode(["a", "b"])
+
+
+def test_targets_that_peft_takes_for_experts_are_named(tmp_path):
+    folder = write(tmp_path, language_model("longcat_flash"))
+    with pytest.raises(
+        ValueError, match=r"It leaves out layers\.0\.\S+, whose name it gives to experts\. Name other targets"
+    ):
+        SLQEncoder.from_backbone(folder, num_queries=4, query_adapter=QueryAdapter(rank=2), device="cpu")
 
 
 @pytest.mark.slow
