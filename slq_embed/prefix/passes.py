@@ -220,7 +220,7 @@ def run_queries(decoder: PreTrainedModel, prefix: Prefix, queries: Tensor) -> Te
     """
     batch, count = len(prefix.attention_mask), len(queries)
     mask = torch.cat([prefix.attention_mask, prefix.attention_mask.new_ones(batch, count)], dim=1)
-    return last_states(
+    return _last_states(
         decoder,
         **{_name_of(queries): queries.expand(batch, *queries.shape)},
         attention_mask=mask,
@@ -262,7 +262,7 @@ def run_all_positions(
         if isinstance(value, Tensor) and value.shape == mask.shape:  # token types
             types = value.new_full((batch, count), family_of(decoder.config).query_token_type)
             extra[key] = torch.cat([value, types], dim=1)
-    states = last_states(
+    states = _last_states(
         decoder,
         **{_name_of(queries): torch.cat([tokens, queries.expand(batch, *queries.shape)], dim=1)},
         attention_mask=torch.cat([mask, mask.new_ones(batch, count)], dim=1),
@@ -278,8 +278,7 @@ def _name_of(queries: Tensor) -> str:
     return "input_ids" if queries.ndim == 1 else "inputs_embeds"
 
 
-def last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
-    """Last hidden states ``(batch, seq, H)`` of a backbone without its head, or of one whose head is no part of its own."""
+def _last_states(decoder: PreTrainedModel, **inputs: Any) -> Tensor:
     if not decoder.can_generate():
         return decoder(**inputs).last_hidden_state
     return decoder(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
