@@ -218,14 +218,6 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
             "gives different inputs the same embedding: the processor may be that of another backbone",
         )
 
-    texts = inputs[:2]
-    moved = _apart(_without_positions(transformer, texts), values[: len(texts)])
-    allowed = VALUE if moved <= VALUE else limits()[0]
-    untold = allowed == _MOST[0]  # rounding alone may be as large
-    if not note("padding, where no positions are given", moved <= allowed or untold, moved, allowed):
-        reason = "embeds a text otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers "
-        return findings, None, f"{reason}gives none"
-
     def agrees(name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
         try:
             results = [_run(transformer, one, run) for one in features]
@@ -240,13 +232,33 @@ def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | No
         states: Tensor = transformer.query_states(transformer.source.prefix(features))
         return states
 
+    schedule: Schedule = "all_positions"
     if agrees("prefix path alone", alone, prefix) and agrees("prefix path in a batch", [together], prefix):
-        return findings, "prefix", None
-    if agrees("all positions in a batch", [together], transformer.all_positions):
-        return findings, "all_positions", None
-    failed = next(finding for finding in findings if not finding.ok and finding.name.startswith("all positions"))
-    measured = failed.error or f"{failed.difference:.1e}, and at most {failed.allowed:.1e} is exact"
-    return findings, None, f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})"
+        schedule = "prefix"
+    elif not agrees("all positions in a batch", [together], transformer.all_positions):
+        failed = next(finding for finding in findings if not finding.ok and finding.name.startswith("all positions"))
+        measured = failed.error or f"{failed.difference:.1e}, and at most {failed.allowed:.1e} is exact"
+        return (
+            findings,
+            None,
+            f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})",
+        )
+    texts = inputs[:2]
+    try:
+        moved = _apart(_without_positions(transformer, texts), values[: len(texts)])
+    except Exception as error:
+        note("padding, where no positions are given", False, None, 0.0, first_line(error))
+        return (
+            findings,
+            None,
+            f"fails without positions, which plain Sentence Transformers does not give ({first_line(error)})",
+        )
+    allowed = VALUE if moved <= VALUE else limits()[0]
+    untold = allowed == _MOST[0]  # rounding alone may be as large
+    if not note("padding, where no positions are given", moved <= allowed or untold, moved, allowed):
+        reason = "embeds a text otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers "
+        return findings, None, f"{reason}gives none"
+    return findings, schedule, None
 
 
 def features_of(transformer: Any, inputs: list[Any]) -> Any:

@@ -41,7 +41,7 @@ WHOLE = (*("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "mi
 REFUSED = {
     **dict.fromkeys(("bert", "roberta", "rembert"), "lets earlier tokens see later ones"),
     **dict.fromkeys(("beam", "biogpt", "ctrl", "gpt2", "openai-gpt", "xglm"), "otherwise in a padded batch than alone"),
-    **dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm"), "otherwise in a padded batch than alone"),
+    **dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm"), "gives an input other embeddings in a batch than alone"),
 }
 """With which words the self-check refuses them."""
 

@@ -218,6 +218,19 @@ def test_positions_that_plain_sentence_transformers_would_count_from_the_padding
     )
 
 
+def test_a_backbone_that_cannot_count_positions_itself_is_refused(llama, monkeypatch):
+    def fails(*args: Any) -> Any:
+        raise TypeError("position_ids are missing")
+
+    monkeypatch.setattr(self_check, "_without_positions", fails)
+    report = check(*loaded(llama))
+    assert report.schedule is None
+    assert "fails without positions, which plain Sentence Transformers does not give (TypeError: pos" in str(
+        report.reason
+    )
+    assert "FAIL padding, where no positions are given" in str(report)
+
+
 def test_rows_that_do_not_act_are_refused(folders, monkeypatch):
     """Gemma 3n gives the rows past its text to its towers, so a query there would be read as a piece of an image."""
     pytest.importorskip("timm")

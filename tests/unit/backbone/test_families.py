@@ -20,7 +20,7 @@ from slq_embed.backbone.families import (
     require_form_fits,
 )
 from slq_embed.backbone.quantization import keep_layout
-from slq_embed.prefix.passes import scaled
+from slq_embed.modules.query_embeddings import scaled
 from tests.families import newer, newer_others
 
 
