@@ -171,7 +171,6 @@ def test_queries_of_ones_own(checkpoint):
         (transformers.T5Config(), "encoder-decoder"),
         (transformers.MllamaConfig(), "cross-attention"),
         (transformers.IdeficsConfig(), "cross-attention"),
-        (transformers.VisionEncoderDecoderConfig(), "encoder-decoder"),
         (transformers.Qwen2_5OmniConfig(), "only the thinker reads: save it alone"),
         (transformers.Blip2Config(), "reads no text without an image"),
         (transformers.InstructBlipConfig(), "reads no text without an image"),

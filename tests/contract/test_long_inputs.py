@@ -52,7 +52,7 @@ def test_the_longest_input_is_exact_and_the_next_one_is_refused(encoder):
         whole = encoder.transformer.all_positions(features).mean(dim=1)
     assert (prefix - torch.nn.functional.normalize(whole, dim=-1)).abs().max() < 1e-6
     with pytest.raises(
-        ValueError, match=rf"Input 1 \(z+ a\): It has {room + 1} tokens, but at most {room} beside the queries"
+        ValueError, match=rf"Input (1 \(z+ a\)|0 of 2): It has {room + 1} tokens, but at most {room} beside the queries"
     ):
         encoder.encode(["short", longest + " a"])
 
