@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder
 from tests.families import others
@@ -64,6 +65,14 @@ def test_a_stream_goes_on_without_it(encoder):
     indices = [index for batch in batches for index in batch.indices]
     alone = np.stack([encoder.encode(texts[index]) for index in indices])
     assert np.abs(torch.cat([batch.embeddings for batch in batches]).numpy() - alone).max() < 1e-6
+
+
+def test_plain_sentence_transformers_lets_it_change_the_others(encoder, tmp_path):
+    """Why it is refused here."""
+    encoder.save_pretrained(tmp_path / "saved")
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    together = plain.encode(["short", "a red circle " * 100])
+    assert np.abs(together[0] - plain.encode("short")).max() > 0.01
 
 
 def test_other_backbones_have_no_such_end(tmp_path):

@@ -56,7 +56,7 @@ def _require_both_directions(model_config: ModelConfig) -> None:
 
 
 def _refuse_other_images(model_config: ModelConfig) -> None:
-    # vLLM 0.32 computes their images otherwise: 1 - cosine was 0.04 and 0.4 on tiny models, whose texts agree.
+    # vLLM 0.32 computes their images otherwise; their texts agree.
     settings, kind = model_config.multimodal_config, model_config.hf_config.model_type
     if kind in ("aria", "exaone4_5") and settings is not None and not settings.language_model_only:
         raise ValueError(
