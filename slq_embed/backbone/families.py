@@ -321,15 +321,6 @@ def embedding_scale(backbone: PreTrainedModel) -> float | nn.Module:
     return scale
 
 
-def require_form_fits(backbone: PreTrainedModel, form: str) -> None:
-    """Raise a ValueError if plain Sentence Transformers would read a saved folder of this form wrong."""
-    if form == "adapter" and isinstance(embedding_scale(backbone), nn.Module):
-        raise ValueError(
-            f"A {backbone.config.model_type} normalises its token embeddings, which peft leaves out where it replaces rows. "
-            "Use form='merged', which writes them into the table."
-        )
-
-
 def usable_rows(backbone: PreTrainedModel) -> int:
     """How many rows of the embedding table a token id reaches; the rest of Gemma 3n's belongs to its towers."""
     rows = len(embedding_table(backbone))

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import embedding_scale, embedding_table, refusal, usable_rows
+from slq_embed.backbone.families import embedding_table, refusal, usable_rows
 from slq_embed.backbone.lock import lock_of
 from slq_embed.backbone.query_tokens import free_rows
 from slq_embed.backbone.twin import twin_of
@@ -121,8 +121,7 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
     rows = sum(free_rows(processor, usable_rows(model))) if refusal(model.config) is None else 0
     try:
         loaded = LoadedBackbone(model, processor, model.name_or_path, None, model.device)
-        normalised = isinstance(embedding_scale(model), nn.Module)
-        form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES and not normalised else "merged"
+        form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
         modules, _ = build_modules(
             loaded,
             QuerySettings(_QUERIES, seed=0),

@@ -19,7 +19,6 @@ from slq_embed.backbone.families import (
     family_of,
     is_placed,
     limit_pixels,
-    require_form_fits,
     tokenizer_of,
     usable_rows,
 )
@@ -31,7 +30,7 @@ from slq_embed.modules.initialisation import Initialisation, initial_queries
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.saving.config import CONFIG_NAME, SLQConfig
 from slq_embed.saving.loading import LoadedBackbone, SavedModel
-from slq_embed.saving.plain_names import require_kept_names
+from slq_embed.saving.plain_names import require_plain_loading
 from slq_embed.saving.weights import QUERIES
 
 NO_LIMIT = int(1e30)  # what transformers itself writes for "no maximum length"
@@ -121,7 +120,7 @@ def build_modules(
     slq_config.query_token_type = family.query_token_type
     query_settings.record(slq_config, queries.shape[1])
     if not checked:
-        require_kept_names(backbone, form, slq_config.query_adapter is not None)
+        require_plain_loading(backbone, form, slq_config.query_adapter is not None)
     if not checked and (backbone.config.model_type not in FAMILIES or is_quantized(backbone)):
         plain = replace(slq_config, projection=None, query_adapter=None, deep_queries=False)
         (transformer, *_) = join_modules(backbone, processor, queries, plain)
@@ -132,7 +131,6 @@ def build_modules(
 
 
 def _allocate(processor: ProcessorMixin, backbone: PreTrainedModel, count: int, form: Form) -> QueryTokens:
-    require_form_fits(backbone, form)
     return allocate(processor, usable_rows(backbone), count, form, can_grow(backbone))
 
 
@@ -155,7 +153,7 @@ def rebuild_modules(
     processor.chat_template = replace_queries(processor.chat_template, slq_config.tokens.strings, tokens.strings)
     new_config = replace(slq_config, tokens=tokens, fingerprint=None, loss=None, log_temperature=None)
     query_settings.record(new_config, queries.shape[1])
-    require_kept_names(backbone, new_config.form, new_config.query_adapter is not None)
+    require_plain_loading(backbone, new_config.form, new_config.query_adapter is not None)
     return _join_new(backbone, processor, queries, new_config, query_settings.seed), new_config
 
 

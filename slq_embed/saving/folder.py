@@ -42,7 +42,6 @@ from slq_embed.backbone.families import (
     family_of,
     is_placed,
     loses_template,
-    require_form_fits,
     tokenizer_of,
 )
 from slq_embed.backbone.quantization import IN_MEMORY, is_quantized, quantization_of, stock_quantization
@@ -51,7 +50,7 @@ from slq_embed.modules.latent_query_pooling import query_weights
 from slq_embed.modules.query_adapter import lora_config
 from slq_embed.saving.config import SLQConfig
 from slq_embed.saving.leftovers import placed_at_once, require_other_folder
-from slq_embed.saving.plain_names import key_mapping, require_kept_names
+from slq_embed.saving.plain_names import key_mapping, require_plain_loading
 from slq_embed.saving.weights import (
     ADAPTER,
     ADAPTER_NAME,
@@ -88,11 +87,10 @@ def save_model(model: Any, folder: Path, host_config: Mapping[str, Any]) -> None
         quantization=quantization_of(backbone),
         query_scores=model.state_dict()[SCORES].tolist() if slq_config.pooling == "weighted" else None,
     )
-    require_form_fits(backbone, slq_config.form)
     if slq_config.form == "merged":  # it holds its own backbone, and names no other
         slq_config.backbone = slq_config.backbone_label
     require_other_folder(folder, slq_config)
-    require_kept_names(backbone, slq_config.form, slq_config.query_adapter is not None)
+    require_plain_loading(backbone, slq_config.form, slq_config.query_adapter is not None)
     with placed_at_once(folder) as unfinished:
         _write(unfinished, model, slq_config, host_config)
 

@@ -1,12 +1,13 @@
-"""Names of weights where transformers loads a backbone without its head, as plain Sentence Transformers lets it do."""
+"""What plain loading must be told of a backbone, and where it would get wrong what was trained."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from slq_embed.backbone.families import decoder_of
+from slq_embed.backbone.families import decoder_of, embedding_scale
 
 
 def key_mapping(backbone: PreTrainedModel) -> dict[str, str]:
@@ -22,17 +23,23 @@ def key_mapping(backbone: PreTrainedModel) -> dict[str, str]:
     return {rf"^{name}\.": ""}
 
 
-def require_kept_names(backbone: PreTrainedModel, form: str, has_adapter: bool) -> None:
-    """Raise a ValueError if plain loading would look for an adapter's weights under names that are not theirs.
+def require_plain_loading(backbone: PreTrainedModel, form: str, has_adapter: bool) -> None:
+    """Raise a ValueError if plain loading would get the queries or an adapter wrong.
 
-    transformers renames the weights of older checkpoints, and applies that to adapters too. The rules of DeepSeek-OCR-2 and
-    Unlimited-OCR also match the names of today (transformers 5.23), so what was trained would be drawn at random.
+    peft replaces rows of the embedding table, and leaves out a norm that its layer applies to them (Muse Glimmer). transformers
+    renames the weights of older checkpoints, and applies that to adapters too: its rules for DeepSeek-OCR-2 and Unlimited-OCR also
+    match the names of today (transformers 5.23), so what was trained would be drawn at random.
 
     Args:
         backbone: The backbone.
         form: In which it is to be saved.
         has_adapter: Whether there is a query adapter, whose layers are named like the table of the queries.
     """
+    if form == "adapter" and isinstance(embedding_scale(backbone), nn.Module):
+        raise ValueError(
+            f"A {backbone.config.model_type} normalises its token embeddings, which peft leaves out where it replaces rows. "
+            "Use form='merged', which writes them into the table."
+        )
     if form == "merged" and not has_adapter:
         return
     decoder = decoder_of(backbone)

@@ -17,10 +17,10 @@ from slq_embed.backbone.families import (
     family_of,
     language_layers,
     refusal,
-    require_form_fits,
 )
 from slq_embed.backbone.quantization import keep_layout
 from slq_embed.modules.query_embeddings import scaled
+from slq_embed.saving.plain_names import require_plain_loading
 from tests.families import newer, newer_others
 
 
@@ -63,9 +63,9 @@ def test_a_norm_of_rows_acts_on_queries_too_and_needs_the_merged_form():
     assert norm is backbone.get_input_embeddings().embed_norm
     table = embedding_table(backbone)
     assert torch.equal(scaled(table[:2], norm), backbone.get_input_embeddings()(torch.arange(2)))
-    require_form_fits(backbone, "merged")
+    require_plain_loading(backbone, "merged", has_adapter=False)
     with pytest.raises(ValueError, match=r"A muse_glimmer normalises its token embeddings.* Use form='merged'"):
-        require_form_fits(backbone, "adapter")
+        require_plain_loading(backbone, "adapter", has_adapter=False)
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="measured with 5.23")
