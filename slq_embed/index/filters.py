@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def condition_of(where: Mapping[str, Any]) -> Condition:
     Args:
         where: Conditions, all of which must hold. A key with a value: the metadata has this value. A key with a dict of
             operators: ``$eq``, ``$ne``, ``$gt``, ``$gte``, ``$lt``, ``$lte`` (numbers with numbers, text with text), ``$in``,
-            ``$nin`` (any, none of a list), ``$contains`` (the metadata is a list that holds the value). ``$and`` and
+            ``$nin`` (any, none of a list or set), ``$contains`` (the metadata is a list that holds the value). ``$and`` and
             ``$or``: a list of such dicts. Without the key, only ``$ne``, ``$nin`` and the value ``None`` hold.
 
     Raises:
@@ -52,7 +52,7 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
     if operator not in _OPERATORS:
         raise ValueError(f"The filter of {key!r} has the operator {operator!r}, but one of {_OPERATORS} is needed.")
     if operator in ("$in", "$nin"):
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence | Set):
             raise ValueError(f"The filter of {key!r} has {operator} {value!r}, but a list is needed.")
         values = [_checked(key, one) for one in value]
         listed = f"{_VALUE} IN (SELECT value FROM json_each(?))"  # NULL if there is no value

@@ -102,6 +102,7 @@ class EmbeddingIndex:
         ids: Iterable[Any] | None = None,
         metadata: Iterable[Metadata] | Metadata | None = None,
         *,
+        replace: bool = False,
         batch_size: int = 32,
         show_progress_bar: bool = False,
     ) -> list[Skipped]:
@@ -111,6 +112,7 @@ class EmbeddingIndex:
             inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both: one or any number; read up to 32 batches ahead.
             ids: One for each input. By default a path's id is its name, and any other input gets a random id.
             metadata: One dict for each input, of what JSON can hold; by default the path or the text.
+            replace: Whether inputs take the place of those with the same ids. If one cannot be read, what the index has stays.
             batch_size: Inputs a batch. A batch that does not fit into memory is halved.
             show_progress_bar: Whether to show one.
 
@@ -118,11 +120,12 @@ class EmbeddingIndex:
             Inputs that could not be read, and were left out.
 
         Raises:
-            ValueError: If the index has an id already, inputs, ids and metadata are not equally many, or the model is
+            ValueError: If the index has an id already and ``replace`` is False, an id comes twice, inputs, ids and metadata are not equally many, or the model is
                 not the one of the index. What was added before stays.
         """
         model = self._checked_model()
-        waiting = WaitingInputs(with_ids_and_metadata(inputs, ids, metadata), self._require_new)
+        entries = with_ids_and_metadata(inputs, ids, metadata)
+        waiting = WaitingInputs(entries, None if replace else self._require_new)
         total = len(inputs) if isinstance(inputs, Sequence) else None
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "total": total}
         skipped: list[Skipped] = []
@@ -131,15 +134,20 @@ class EmbeddingIndex:
             waiting.take(row.index for row in batch.skipped if row.index is not None)
             if batch.indices:
                 names, about = zip(*waiting.take(batch.indices), strict=True)
-                self._add(self._table.vectors.normalised(batch.embeddings.cpu().numpy()), names, about)
+                self._add(self._table.vectors.normalised(batch.embeddings.cpu().numpy()), names, about, replace)
         return sorted(skipped, key=lambda row: row.index or 0)
 
     def _require_new(self, id_: str) -> None:
         with self._lock:
-            self._table.records.require_new([id_])
+            self._table.records.check([id_], new=True)
 
     def add_embeddings(
-        self, embeddings: NDArray[Any] | Tensor, ids: Iterable[Any], metadata: Iterable[Metadata] | None = None
+        self,
+        embeddings: NDArray[Any] | Tensor,
+        ids: Iterable[Any],
+        metadata: Iterable[Metadata] | None = None,
+        *,
+        replace: bool = False,
     ) -> None:
         """Add embeddings that were computed elsewhere.
 
@@ -147,6 +155,7 @@ class EmbeddingIndex:
             embeddings: ``(n, dimension)``, an array or a tensor; normalised here, in float32.
             ids: One for each embedding.
             metadata: One dict for each embedding, of what JSON can hold.
+            replace: Whether they take the place of embeddings with the same ids.
 
         Raises:
             ValueError: If a shape, an id or metadata does not fit. Then nothing is added.
@@ -161,29 +170,33 @@ class EmbeddingIndex:
             )
         if self.model is not None:
             self._checked_model()
-        self._add(rows, names, about)
+        self._add(rows, names, about, replace)
 
-    def _add(self, embeddings: NDArray[Any], ids: Sequence[str], metadata: Sequence[str]) -> None:
+    def _add(self, embeddings: NDArray[Any], ids: Sequence[str], metadata: Sequence[str], replace: bool) -> None:
         with self._lock:
             empty = not len(self)
-            self._table.add(embeddings, ids, metadata)
+            self._table.add(embeddings, ids, metadata, replace)
             if empty or self._identity.digest is None:
                 self._identity = ModelIdentity.of(self.model)
 
-    def delete(self, ids: Any) -> int:
-        """Delete embeddings by id. :meth:`compact` removes their bytes too.
+    def delete(self, ids: Any = None, *, where: Mapping[str, Any] | None = None) -> int:
+        """Delete embeddings, by id or by what is in their metadata. :meth:`compact` removes their bytes too.
 
         Args:
             ids: Any number of ids, or one.
+            where: In their place, a filter as for :meth:`search`.
 
         Returns:
-            How many of the ids were in the index.
+            How many were deleted.
 
         Raises:
-            ValueError: If the index was loaded, and another process has saved it anew since.
+            ValueError: If there are both or neither, the filter is empty or cannot be read, or the index was loaded, and another
+                process has saved it anew since.
         """
+        if (ids is None) == (not where):  # an empty filter would delete all
+            raise ValueError("Pass ids, or where=..., to say what to delete; to delete all, index.delete(index.ids()).")
         with self._lock:
-            return self._table.delete(id_list(ids))
+            return self._table.delete(id_list(ids) if where is None else self._table.records.ids(where))
 
     def compact(self) -> None:
         """Remove the bytes of what was deleted: here at once, in a folder with the next save."""

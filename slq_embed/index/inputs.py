@@ -118,10 +118,11 @@ class WaitingInputs:
 
     Args:
         entries: From :func:`with_ids_and_metadata`.
-        require_new: Raises an error if the index has an id already: it is asked before the input is embedded.
+        require_new: Raises an error if the index has an id already: it is asked before the input is embedded. Without it, ids
+            that are in the index are replaced, and all ids that came are remembered here: none may come twice.
     """
 
-    def __init__(self, entries: Iterable[tuple[Any, str, str]], require_new: Callable[[str], None]) -> None:
+    def __init__(self, entries: Iterable[tuple[Any, str, str]], require_new: Callable[[str], None] | None) -> None:
         self._entries, self._require_new = entries, require_new
         self._records: dict[int, tuple[str, str]] = {}
         self._ids: set[str] = set()
@@ -130,7 +131,8 @@ class WaitingInputs:
         for number, (value, id_, metadata) in enumerate(self._entries):
             if id_ in self._ids:
                 raise ValueError(f"The id {id_!r} was given twice. Each input needs an id of its own.")
-            self._require_new(id_)
+            if self._require_new is not None:
+                self._require_new(id_)
             self._records[number] = id_, metadata
             self._ids.add(id_)
             yield number, value
@@ -138,7 +140,8 @@ class WaitingInputs:
     def take(self, numbers: Iterable[int]) -> list[tuple[str, str]]:
         """Remove entries by the numbers of their inputs; returns their ids and metadata."""
         records = [self._records.pop(number) for number in numbers]
-        self._ids -= {id_ for id_, _ in records}
+        if self._require_new is not None:
+            self._ids -= {id_ for id_, _ in records}
         return records
 
 

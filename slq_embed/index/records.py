@@ -49,21 +49,23 @@ class IndexRecords:
         return self._database
 
     def add(self, first: int, ids: Sequence[str], metadata: Sequence[str]) -> None:
-        """Add records for the rows from ``first`` on; metadata as JSON.
-
-        Raises:
-            sqlite3.IntegrityError: If an id is there already.
-        """
+        """Add records for the rows from ``first`` on; metadata as JSON. They take the place of records with the same ids."""
         rows = ((first + n, id_, metadata[n]) for n, id_ in enumerate(ids))
+        replaced = len(self.rows_of(ids))
         with self._writable() as database:
-            database.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
-        self._count += len(ids)
+            database.execute("PRAGMA secure_delete = ON")
+            database.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", rows)
+        self._count += len(ids) - replaced
 
-    def require_new(self, ids: Sequence[str]) -> None:
+    def check(self, ids: Sequence[str], new: bool) -> None:
         """Check ids before they are added.
 
+        Args:
+            ids: The ids.
+            new: Whether none of them may be in the database already.
+
         Raises:
-            ValueError: If two are the same, one is in the database already, or one is not Unicode.
+            ValueError: If two are the same, one is in the database and may not be, or one is not Unicode.
         """
         try:
             "".join(ids).encode()
@@ -75,8 +77,11 @@ class IndexRecords:
         if len(set(ids)) < len(ids):
             twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
             raise ValueError(f"The id {twice!r} was given twice. Each embedding needs an id of its own.")
-        if known := list(self.rows_of(ids)):
-            raise ValueError(f"Ids are in the index already: {known[:5]}. Delete them first, or choose other ids.")
+        if new and (known := list(self.rows_of(ids))):
+            raise ValueError(
+                f"Ids are in the index already: {known[:5]}. Choose other ids, or add with replace=True to put the new embeddings in "
+                "their place."
+            )
 
     def rows_of(self, ids: Iterable[str]) -> dict[str, int]:
         """Rows by id. Ids that are not in the database are left out."""
@@ -110,9 +115,16 @@ class IndexRecords:
             database.executemany("DELETE FROM records WHERE row = ?", deleted)
         self._count -= len(deleted)
 
-    def ids(self) -> list[str]:
-        """All ids, in the order of their rows."""
-        return [id_ for (id_,) in self._database.execute("SELECT id FROM records ORDER BY row")]
+    def ids(self, where: Mapping[str, Any] | None = None) -> list[str]:
+        """All ids, or those whose metadata fit a filter, in the order of their rows.
+
+        Raises:
+            ValueError: If the filter cannot be read.
+        """
+        condition, values = condition_of(where or {})
+        return [
+            id_ for (id_,) in self._database.execute(f"SELECT id FROM records WHERE {condition} ORDER BY row", values)
+        ]
 
     def rows(self) -> NDArray[np.int64]:
         """All rows that were not deleted, in order: ``(len(self),)``."""

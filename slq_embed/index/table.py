@@ -88,21 +88,25 @@ class IndexTable:
         if self.vectors.is_mapped:
             self.vectors.map_file(files / EMBEDDINGS_FILE, exact_for_now=self.vectors.exact_for_now)
 
-    def add(self, embeddings: NDArray[np.float32], ids: Sequence[str], metadata: Sequence[str]) -> None:
+    def add(
+        self, embeddings: NDArray[np.float32], ids: Sequence[str], metadata: Sequence[str], replace: bool = False
+    ) -> None:
         """Add rows.
 
         Args:
             embeddings: ``(n, dimension)``, normalised.
             ids: One for each embedding.
             metadata: One JSON text for each embedding.
+            replace: Whether they take the place of rows with the same ids.
 
         Raises:
-            ValueError: If an id is there already, or the mapped file was replaced. Then nothing is added.
+            ValueError: If an id is there already and may not be, or the mapped file was replaced. Then nothing is added.
         """
-        self.records.require_new(ids)
+        self.records.check(ids, new=not replace)
         first = len(self.vectors)
         self.vectors.add(embeddings)
         self.records.add(first, ids, metadata)
+        self._compact_if_many_were_deleted()
         if len(self) >= LEARN_AT:
             self.learn()
 
@@ -116,9 +120,12 @@ class IndexTable:
         if rows:
             self.vectors.refuse_replaced()
             self.records.remove(rows.values())
-            if len(self.vectors) - len(self) > _MOST_DELETED * len(self.vectors):
-                self.compact()
+            self._compact_if_many_were_deleted()
         return len(rows)
+
+    def _compact_if_many_were_deleted(self) -> None:
+        if len(self.vectors) - len(self) > _MOST_DELETED * len(self.vectors):
+            self.compact()
 
     def compact(self) -> None:
         """Remove the embeddings of deleted rows, and number the others anew."""

@@ -139,7 +139,7 @@ def test_an_id_that_was_given_twice_is_found_in_one_pass():
             pytest.fail("all ids are gone through for each of them")
 
     with pytest.raises(ValueError, match="The id 'n7' was given twice"):
-        IndexRecords().require_new(Ids([*names(0, 10), "n7"]))
+        IndexRecords().check(Ids([*names(0, 10), "n7"]), new=True)
 
 
 def test_the_row_that_is_not_finite_is_named():
