@@ -87,6 +87,12 @@ def for_vllm(parts: Parts) -> Parts:
         config.vision_config.vision_use_head = False
     if config.model_type == "gemma4":
         text.global_head_dim, config.vision_config.default_output_length = HEAD, 70
+    if config.model_type == "aria":  # vLLM knows the processor's own size of images alone
+        del parts.processor.tokenizer.init_kwargs["max_image_size"]
+        parts.processor.size_conversion = {980: 4}
+        config.vision_config.image_size, config.vision_config.patch_size = 980, 196
+    if config.model_type == "vipllava":
+        config.vision_feature_layer, config.vision_config.num_hidden_layers = (-2, -5, -8, -11, 6), 12
     if config.model_type == "granite4_vision":
         config.qformer_config.intermediate_size = 3072
     return parts

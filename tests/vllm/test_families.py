@@ -32,32 +32,32 @@ from tests.vllm.server import PYTHON, ROOT, SETTINGS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of the hosts' processors
 
-MOST_USED = ("qwen2_vl", "qwen2_5_vl", "internvl3", "llama", "lfm2_vl", "cohere2_vision")
+MOST_USED = ("qwen2_vl", "qwen2_5_vl", "internvl3", "llama", "lfm2_vl", "cohere2_vision", "aya_vision")
 OTHERS = (
     *("qwen3_vl", "internvl3_5", "llava", "llava_next", "granite_vision", "granite4_vision", "idefics3", "smolvlm"),
     *("qwen3_vl_moe", "pixtral", "mistral3", "glm4v", "glm4v_moe", "glm_ocr", "gemma3n", "llama4", "paddleocr_vl"),
     *("qwen3", "gemma", "gemma3_text", "smollm3", "cohere2_moe"),
 )
+TRANSFORMERS = (
+    *("exaone4_5", "fast_vlm", "glm46v", "glmga", "hyperclovax_vision_v2", "lighton_ocr"),
+    *("llava_next_video", "muse_glimmer", "perception_lm", "video_llama_3", "vipllava"),
+)
+"""Which vLLM runs with the code of transformers, as Aya Vision and SmolLM3."""
 HALF = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
 """Linear attention, which vLLM computes on a CPU in bfloat16 only."""
 ONE_IMAGE = ("llava_onevision",)
 BOTH_DIRECTIONS = ("gemma3", "gemma4")
-OTHER_IMAGES = ("aria", "exaone4_5")
+OTHER_IMAGES = ("aria",)
 """Whose images vLLM computes otherwise."""
 UNKNOWN = {
-    **dict.fromkeys(("aya_vision", "fast_vlm", "glm46v", "kimi_k25", "ovis2", "perception_lm"), "are not supported"),
-    **dict.fromkeys(("phi4_multimodal", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), "are not supported"),
-    **dict.fromkeys(
-        ("hyperclovax_vision_v2", "idefics2", "video_llava", "vipllava", "deepseek_vl"), "are not supported"
-    ),
-    **dict.fromkeys(("deepseek_vl_hybrid", "video_llama_3", "lighton_ocr", "janus", "chameleon"), "are not supported"),
-    **dict.fromkeys(("cosmos3_omni", "glmga"), "are not supported"),
+    **dict.fromkeys(("kimi_k25", "ovis2", "phi4_multimodal", "qwen2_5_omni_thinker"), "are not supported"),
+    **dict.fromkeys(("qwen3_omni_moe_thinker", "idefics2", "video_llava", "deepseek_vl"), "are not supported"),
+    **dict.fromkeys(("deepseek_vl_hybrid", "janus", "chameleon", "cosmos3_omni"), "are not supported"),
     **dict.fromkeys(
         ("lfm3_vl", "granite_docling", "minicpm_ocr", "muse_spark"), "does not recognize this architecture"
     ),
     "mistral_large4": "does not recognize this architecture",
     "minicpmv4_7": "multimodal tokens to",
-    "llava_next_video": "At most 0 image",
 }
 """What vLLM itself refuses, and with which words."""
 NOT_RUN = (
@@ -67,7 +67,6 @@ NOT_RUN = (
         "glm5_next",
         "nemotron_h_omni",
         "step3p7",
-        "muse_glimmer",
         "mistral4",
         "dots3_note",
     ),
@@ -234,12 +233,12 @@ def marked(names: Sequence[str]) -> list[Any]:
 
 
 def test_each_family_is_in_one_list():
-    lists = (MOST_USED, OTHERS, HALF, ONE_IMAGE, BOTH_DIRECTIONS, OTHER_IMAGES, tuple(UNKNOWN), NOT_RUN)
+    lists = (MOST_USED, OTHERS, TRANSFORMERS, HALF, ONE_IMAGE, BOTH_DIRECTIONS, OTHER_IMAGES, tuple(UNKNOWN), NOT_RUN)
     lists = (*lists, tuple(NOT_EXPORTED))
     assert sorted(sum(lists, ())) == sorted(FAMILIES)
 
 
-@pytest.mark.parametrize("name", [*MOST_USED, *marked(OTHERS)])
+@pytest.mark.parametrize("name", [*MOST_USED, *marked((*OTHERS, *TRANSFORMERS))])
 def test_the_vectors_are_ours(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path)
     inputs = inputs_of(encoder)
@@ -247,7 +246,7 @@ def test_the_vectors_are_ours(name: str, either: Offline, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*MOST_USED, *OTHERS])
+@pytest.mark.parametrize("name", [*MOST_USED, *OTHERS, *TRANSFORMERS])
 def test_the_vectors_are_ours_with_prefix_caching(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, pooling="last")
     inputs = inputs_of(encoder)
@@ -255,7 +254,8 @@ def test_the_vectors_are_ours_with_prefix_caching(name: str, either: Offline, tm
 
 
 @pytest.mark.parametrize(
-    "name", [*MOST_USED[:4], *marked(sorted({*MOST_USED[4:], *OTHERS} - ADAPTER_REFUSED.keys() - {"gemma3n"}))]
+    "name",
+    [*MOST_USED[:4], *marked(sorted({*MOST_USED[4:], *OTHERS, *TRANSFORMERS} - ADAPTER_REFUSED.keys() - {"gemma3n"}))],
 )
 def test_what_acts_inside_the_layers_does_so(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, **PARTS["all"])

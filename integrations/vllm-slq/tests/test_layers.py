@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
+from transformers import LlavaConfig, LlavaModel
 
 from vllm_slq.layers import QueryRows, act_inside
 from vllm_slq.record import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DEEP_NAME, Record
@@ -165,3 +166,16 @@ def test_a_step_without_token_ids_is_known():
     assert rows.acted, "for the pooler, which comes after the step"
     rows.start()
     assert not rows.acted, "what was found belongs to one step"
+
+
+def test_where_the_code_of_transformers_runs_the_language_model_is_found_beside_as_many_layers_for_images():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **sizes, "vocab_size": 16, "num_key_value_heads": 1},
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 8, "patch_size": 8},
+    )
+    model = nn.Module()
+    model.model = LlavaModel(config)
+    act(model, {DEEP_NAME: save({"deep_queries": torch.zeros(2, 3, 8)})}, deep_queries=True)
+    changed = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    assert changed == ["model.language_model.layers.0", "model.language_model.layers.1"]

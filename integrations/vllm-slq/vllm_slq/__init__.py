@@ -11,8 +11,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from vllm_slq.backend import ARCHITECTURES
     from vllm_slq.config import config_hook
 
-    for name in [name for name in ModelRegistry.get_supported_archs() if not name.startswith(PREFIX)]:
+    known = {name for name in ModelRegistry.get_supported_archs() if not name.startswith(PREFIX)}
+    for name in known | ARCHITECTURES.keys():
         ModelRegistry.register_model(PREFIX + name, f"vllm_slq.models:{PREFIX}{name}")
         MODELS_CONFIG_MAP[PREFIX + name] = config_hook(MODELS_CONFIG_MAP.get(name))

@@ -10,6 +10,8 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+from vllm_slq import backend
+
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _WINDOW = "transformers_sliding_window"
 
@@ -24,7 +26,8 @@ def agree(model_config: ModelConfig) -> None:
         ValueError: If it would give others.
     """
     _take_one_image(model_config)
-    _see_as_far(model_config.hf_text_config)
+    if not backend.runs(model_config.architectures):
+        _see_as_far(model_config.hf_text_config)
     _require_both_directions(model_config)
     _refuse_other_images(model_config)
     _lose_no_start(model_config)
@@ -56,9 +59,9 @@ def _require_both_directions(model_config: ModelConfig) -> None:
 
 
 def _refuse_other_images(model_config: ModelConfig) -> None:
-    # vLLM 0.32 computes their images otherwise; their texts agree.
+    # vLLM 0.32 computes its images otherwise; its texts agree.
     settings, kind = model_config.multimodal_config, model_config.hf_config.model_type
-    if kind in ("aria", "exaone4_5") and settings is not None and not settings.language_model_only:
+    if kind == "aria" and settings is not None and not settings.language_model_only:
         raise ValueError(
             f"{model_config.model} is a {kind}, whose images vLLM computes otherwise than transformers, so their vectors would be "
             "wrong. Serve it for texts alone, with --language-model-only."

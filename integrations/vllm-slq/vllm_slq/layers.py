@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vllm_slq.record import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DEEP_NAME, Record
 
@@ -70,7 +71,7 @@ def act_inside(
     Raises:
         ValueError: If the model has no such layers.
     """
-    language: Any = model.get_language_model() if hasattr(model, "get_language_model") else model
+    language = _language_model(model)
     text, rows = _text_model(language, layers), QueryRows(record.query_ids)
     if record.deep_queries:
         vectors = load(read(DEEP_NAME))["deep_queries"].float().to(device)
@@ -94,6 +95,12 @@ def act_inside(
             update = partial(_update, rows=rows, first=first, second=second * scale, start=start)
             layer.register_forward_hook(update, with_kwargs=True)
     return rows
+
+
+def _language_model(model: Any) -> nn.Module:
+    if isinstance(inner := getattr(model, "model", None), PreTrainedModel):  # vLLM runs the code of transformers
+        return inner.get_decoder()
+    return model.get_language_model() if hasattr(model, "get_language_model") else model
 
 
 def _text_model(language: nn.Module, layers: int) -> Any:

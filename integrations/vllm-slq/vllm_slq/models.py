@@ -11,7 +11,7 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.models.adapters import as_embedding_model
 
-from vllm_slq import PREFIX
+from vllm_slq import PREFIX, backend
 from vllm_slq.config import read_file, record_of
 from vllm_slq.experts import turn_experts
 from vllm_slq.layers import act_inside
@@ -21,7 +21,8 @@ from vllm_slq.record import OWN_TENSORS
 
 def __getattr__(name: str) -> type[nn.Module]:
     """The class for an architecture, under the name that is in the folder's ``config.json``."""
-    base = ModelRegistry.models.get(name.removeprefix(PREFIX))
+    architecture = name.removeprefix(PREFIX)
+    base = ModelRegistry.models.get(backend.ARCHITECTURES.get(architecture, architecture))
     if not name.startswith(PREFIX) or base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return as_slq_model(base.load_model_cls())
