@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 from slq_embed.encoder import SLQEncoder
@@ -20,7 +22,9 @@ from slq_embed.inputs.rows import Skipped, name_some, require_list
 from slq_embed.inputs.sources import open_image
 from slq_embed.remote import RemoteEncoder
 
-__all__ = ["UnreadableInputsError", "embed", "embed_images", "shared_encoder"]
+__all__ = ["UnreadableInputsError", "compare", "embed", "embed_images", "shared_encoder"]
+
+logger = logging.getLogger(__name__)
 
 _LOADED: WeakValueDictionary[str, SLQEncoder] = WeakValueDictionary()
 _LOADING_LOCK = threading.Lock()  # its own: a load takes minutes, and others go on embedding
@@ -140,6 +144,53 @@ def embed_images(
         except ValueError as error:
             skipped.append(Skipped(f"input {index}", str(error), index))
     return _embed(model, inputs, skipped, len(sources), normalize_embeddings, options)
+
+
+def compare(server: RemoteEncoder, model: SLQEncoder) -> dict[str, float]:
+    """How far the embeddings of a server are from those of its model: to know before you rely on them.
+
+    Args:
+        server: The server, which was given the model.
+        model: The same model, loaded here.
+
+    Returns:
+        The largest ``1 - cosine`` of some inputs of each kind: ``"text"``, ``"query"`` and ``"document"`` (texts with these prompts),
+        ``"long text"``, and where the model reads them ``"image"`` and ``"image and text"``. A right server in float32 is below 1e-5,
+        and one in bfloat16 below 1e-3. NaN where the server refuses an input; a warning has its reason.
+
+    Raises:
+        ConnectionError: If the server does not answer.
+        RuntimeError: If it fails.
+        ValueError: If its embeddings have another width.
+    """
+    texts = ["hello", "", "a much longer text about red circles and blue squares"]
+    kinds: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "text": (texts, {}),
+        **{task: (texts, {"task": task}) for task in ("query", "document")},
+        "long text": ([("red circles and blue squares, " * 300)[: model.slq_config.max_text_chars]], {}),
+    }
+    if model.transformer.reader.reads_images:
+        noise = np.random.default_rng(0)
+        sizes = ((40, 72), (480, 640), (200, 120))
+        images = [Image.fromarray(noise.integers(256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
+        kinds["image"] = images, {}
+        kinds["image and text"] = [{"image": image, "text": "now in blue"} for image in images], {}
+    found: dict[str, float] = {}
+    for kind, (inputs, options) in kinds.items():
+        try:
+            theirs = embed(server, inputs, **options).astype(np.float64)
+        except UnreadableInputsError as error:
+            logger.warning("Not compared, %s: %s", kind, error)
+            found[kind] = float("nan")
+            continue
+        ours = embed(model, inputs, batch_size=1, **options).astype(np.float64)[:, : server.truncate_dim]
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"The server gives embeddings of {theirs.shape[1]} numbers, and the model of {ours.shape[1]}: it serves another model."
+            )
+        norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
+        found[kind] = float((1 - (theirs * ours).sum(axis=1) / norms).max())
+    return found
 
 
 def _embed(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from slq_embed import SLQEncoder
 from slq_embed.remote import RemoteEncoder
-from slq_embed.serving import UnreadableInputsError, embed, embed_images
+from slq_embed.serving import UnreadableInputsError, compare, embed, embed_images
 from tests.server import LONGEST, NAME, serving
 
 PROMPTS = {"query": "find the picture", "document": ""}
@@ -178,3 +178,32 @@ def test_llama_index_refuses_a_server_with_arguments_for_loading(local, server):
         SLQEmbedding(base_url=server.url, device="cpu")
     with pytest.raises(ValueError, match="behind a server, so model cannot"):
         SLQEmbedding(base_url=server.url, model=local)
+
+
+KINDS = ["text", "query", "document", "long text", "image", "image and text"]
+
+
+def test_a_server_is_compared_with_its_model(local, server, remote, monkeypatch):
+    monkeypatch.setattr("tests.server.LONGEST", 100_000)
+    found = compare(remote, local)
+    assert list(found) == KINDS
+    assert max(found.values()) < 1e-6
+    with monkeypatch.context() as changed:
+        changed.setattr(server.model.queries, "data", server.model.queries.data + 0.01)
+        assert min(compare(remote, local).values()) > 1e-6, "of each kind"
+    monkeypatch.setattr(RemoteEncoder, "_options", lambda self, *_: {"model": NAME, "encoding_format": "base64"})
+    found = compare(remote, local)
+    assert [kind for kind in KINDS if found[kind] > 1e-6] == ["query"], "a server without prompts"
+
+
+def test_what_a_server_refuses_is_not_compared_and_the_reason_is_said(local, remote, caplog):
+    found = compare(remote, local)
+    assert [kind for kind in KINDS if np.isnan(found[kind])] == ["long text"]
+    assert "maximum context length" in caplog.text
+
+
+def test_another_width_is_another_model(checkpoint, remote, local):
+    head = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", projection=8)
+    with pytest.raises(ValueError, match="and the model of 8: it serves another model"):
+        compare(remote, head)
+    assert max(compare(RemoteEncoder(remote.base_url, truncate_dim=5), local).values()) < 1e-6

@@ -18,7 +18,7 @@ from llama_index.embeddings.slq import SLQEmbedding
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.remote import RemoteEncoder
 from slq_embed.saving import export_vllm
-from slq_embed.serving import UnreadableInputsError, embed
+from slq_embed.serving import UnreadableInputsError, compare, embed
 from slq_embed.toy import render, sample_scenes
 from tests.parts import PARTS, trained
 from tests.vllm.server import NAME, PYTHON, Process, vllm
@@ -128,6 +128,12 @@ def test_the_vectors_are_ours_alone_in_a_batch_and_again(served: Served, capsys:
         cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosines.min() > served.case.cosine, f"{how}: {dict(zip(INPUTS, cosines, strict=True))}"
         assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-3
+
+
+def test_what_a_user_is_told_of_the_difference(served: Served):
+    found = compare(served.remote, served.local)
+    print(found)  # noqa: T201 - pytest -s shows it
+    assert max(found.values()) < 1 - served.case.cosine, found
 
 
 def test_a_prompt_that_vllm_has_seen_whatever_its_length(served: Served):

@@ -57,7 +57,8 @@ def as_slq_model(base: type[nn.Module]) -> type[nn.Module]:
             inputs_embeds: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            forward = partial(super().forward, input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            given = {"intermediate_tensors": intermediate_tensors, "inputs_embeds": inputs_embeds, **kwargs}
+            forward = partial(super().forward, input_ids=input_ids, positions=positions, **given)
             if self.query_rows is None:
                 return forward()
             if inputs_embeds is None and input_ids is not None:  # else the ids were embedded before
