@@ -3,6 +3,7 @@
 from slq_embed.backbone.chat_template import DEFAULT_INSTRUCTIONS
 from slq_embed.backbone.families import FAMILIES, Family
 from slq_embed.backbone.lock import lock_of
-from slq_embed.backbone.self_check import Finding, Report, check
+from slq_embed.backbone.report import Finding, Report
+from slq_embed.backbone.self_check import check
 
 __all__ = ["DEFAULT_INSTRUCTIONS", "FAMILIES", "Family", "Finding", "Report", "check", "lock_of"]

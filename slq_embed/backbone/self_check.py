@@ -6,12 +6,11 @@ sequence. The prefix path must agree with it in value and gradient, alone and in
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,13 +21,10 @@ from transformers import PreTrainedModel
 from slq_embed.backbone.families import embedding_table, refusal, usable_rows
 from slq_embed.backbone.lock import lock_of
 from slq_embed.backbone.query_tokens import free_rows
+from slq_embed.backbone.report import Finding, Report, Schedule
 from slq_embed.backbone.twin import twin_of
 
 logger = logging.getLogger(__name__)
-
-Schedule = Literal["prefix", "all_positions"]
-"""``"prefix"``: the input runs once, without autograd, and the queries continue it. ``"all_positions"``: input and queries run as
-one sequence, with autograd, which costs more, and nothing can be kept."""
 
 VALUE, GRADIENT = 1e-5, 1e-4
 """What unit vectors may always differ by, and gradients by their size."""
@@ -36,72 +32,6 @@ _MOST = (0.1, 0.5)  # a difference of this size is none of rounding, whatever th
 _QUERIES = 3
 _LONG_S = 10.0  # a check that takes longer is announced
 _WHOLE = 4  # times as long as its reference
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was compared.
-
-    Args:
-        name: What it is.
-        ok: Whether it holds.
-        difference: What was measured, or None where the backbone raised an error.
-        allowed: Most (or, where something must matter, least) that it may be.
-        error: The error that the backbone raised.
-    """
-
-    name: str
-    ok: bool
-    difference: float | None
-    allowed: float
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the self-check found; ``print`` shows it as a table.
-
-    Args:
-        model_type: The backbone's.
-        dtype: The precision it was checked in.
-        schedule: The fastest schedule that is exact, or None.
-        reason: Why there is none: one sentence that starts with a verb.
-        free_rows: Rows of the embedding table that no text uses: so many queries fit the adapter form.
-        seconds: Time of the check.
-        findings: What was compared.
-    """
-
-    model_type: str
-    dtype: str
-    schedule: Schedule | None
-    reason: str | None
-    free_rows: int
-    seconds: float
-    findings: tuple[Finding, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{self.model_type} ({self.dtype}): " + (self.schedule or f"refused, because it {self.reason}")]
-        for finding in self.findings:
-            measured = finding.error or f"{finding.difference:.1e} (limit {finding.allowed:.1e})"
-            lines.append(f"  {'ok  ' if finding.ok else 'FAIL'} {finding.name:<44} {measured}")
-        return "\n".join([*lines, f"  {self.free_rows} free rows for queries; {self.seconds:.1f} s"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return asdict(self)
-
-    def require(self) -> Schedule:
-        """The schedule.
-
-        Raises:
-            ValueError: If none is exact.
-        """
-        if self.schedule is None:
-            raise ValueError(
-                f"Latent queries cannot work on this {self.model_type}: it {self.reason}. Use another backbone; "
-                "slq_embed.backbone.check(model, processor) shows what was compared."
-            )
-        return self.schedule
 
 
 def check(model: PreTrainedModel, processor: Any) -> Report:
@@ -147,13 +77,16 @@ def examine(transformer: Any) -> Report:
     the square root of the number of layers. The queries are such numbers: with more of them it is likelier that one comes close
     to zero before a norm, which then divides by little, and rounding grows.
     """
-    started = time.monotonic()
-    with lock_of(transformer.backbone):
-        findings, schedule, reason = _compare(transformer)
-    backbone = transformer.backbone
+    started, backbone = time.monotonic(), transformer.backbone
+    comparison, schedule, reason = _Comparison(transformer), None, None
+    try:
+        with lock_of(backbone):
+            schedule = comparison.fastest_schedule()
+    except _UnusableError as error:
+        reason = str(error)
     rows = sum(free_rows(transformer.processor, usable_rows(backbone)))
     kind, seconds = backbone.config.model_type, time.monotonic() - started
-    return Report(kind, _dtype(backbone), schedule, reason, rows, seconds, tuple(findings))
+    return Report(kind, _dtype(backbone), schedule, reason, rows, seconds, tuple(comparison.findings))
 
 
 def samples(reads_images: bool) -> list[Any]:
@@ -170,94 +103,126 @@ def samples(reads_images: bool) -> list[Any]:
     return [*texts, image(64, 48), image(64, 48), {"image": image(40, 72), "text": "now in blue"}]
 
 
-def _compare(transformer: Any) -> tuple[list[Finding], Schedule | None, str | None]:
-    findings: list[Finding] = []
+class _UnusableError(Exception):
+    """Why no schedule is exact: one sentence that starts with a verb."""
 
-    def note(name: str, ok: bool, difference: float | None, allowed: float, error: str | None = None) -> bool:
-        findings.append(Finding(name, ok, difference, allowed, error))
+
+class _Comparison:
+    """Compares the schedules on a few inputs; :attr:`findings` has what was compared so far.
+
+    Args:
+        transformer: A :class:`slq_embed.modules.LatentQueryTransformer`.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self.findings: list[Finding] = []
+        self._transformer = transformer
+        self._inputs = samples(transformer.reader.reads_images)
+
+    def fastest_schedule(self) -> Schedule:
+        """The fastest schedule that is exact.
+
+        Raises:
+            _UnusableError: If there is none.
+        """
+        self._run_reference()
+        self._look_at_later_tokens()
+        self._tell_inputs_apart()
+        schedule = self._choose()
+        self._pad_without_positions()
+        return schedule
+
+    def _note(self, name: str, ok: bool, difference: float | None, allowed: float, error: str | None = None) -> bool:
+        self.findings.append(Finding(name, ok, difference, allowed, error))
         return ok
 
-    started, inputs = time.monotonic(), samples(transformer.reader.reads_images)
-    try:
-        alone = [features_of(transformer, [value]) for value in inputs]
-        together = features_of(transformer, inputs)
-        reference = [_run(transformer, one, transformer.all_positions) for one in alone]
-    except Exception as error:
-        note("input and queries as one sequence", False, None, 0.0, first_line(error))
-        return findings, None, f"fails on a sample input ({first_line(error)})"
-    if (estimate := _WHOLE * (time.monotonic() - started)) > _LONG_S:
-        kind = transformer.backbone.config.model_type
-        logger.warning(
-            "The self-check of this %s takes about %.0f s here. It runs once: a saved model records its result.",
-            kind,
-            estimate,
-        )
-    values = torch.cat([value for value, _ in reference])
-    gradient = _total(reference)
-
-    @functools.cache
-    def limits() -> tuple[float, float]:
-        moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in alone]
-        roundings = 2 * math.sqrt(transformer.backbone.config.get_text_config().num_hidden_layers)
-        own, grown = roundings * _furthest(moved, values), roundings * _relative(_total(moved), gradient)
-        return min(max(VALUE, own), _MOST[0]), min(max(GRADIENT, grown), _MOST[1])
-
-    seen = max(_influence_of_later_tokens(transformer, one) for one in (alone[0], alone[-1]))
-    if not note("earlier tokens do not see later ones", seen == 0.0, seen, 0.0):
-        return findings, None, "lets earlier tokens see later ones, so its inputs would see the queries"
-    size = float(gradient.norm())
-    if not note("the queries act", math.isfinite(size) and size > 0, size, 0.0):
-        return findings, None, "does not let the rows of its embedding table act as queries"
-    pairs = [(0, 1)] + ([(2, 3)] if transformer.reader.reads_images else [])
-    apart = min(float((values[a] - values[b]).abs().max()) for a, b in pairs)
-    if not note("different inputs differ", apart > VALUE, apart, VALUE):
-        return (
-            findings,
-            None,
-            "gives different inputs the same embedding: the processor may be that of another backbone",
-        )
-
-    def agrees(name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
+    def _run_reference(self) -> None:
+        transformer, started = self._transformer, time.monotonic()
         try:
-            results = [_run(transformer, one, run) for one in features]
+            self._alone = [features_of(transformer, [value]) for value in self._inputs]
+            self._together = features_of(transformer, self._inputs)
+            reference = [_run(transformer, one, transformer.all_positions) for one in self._alone]
         except Exception as error:
-            return note(name, False, None, 0.0, first_line(error))
-        difference, grown = _furthest(results, values), _relative(_total(results), gradient)
-        value, slope = (VALUE, GRADIENT) if difference <= VALUE and grown <= GRADIENT else limits()
-        ok = note(f"{name}: value", difference <= value, difference, value)
-        return note(f"{name}: gradient", grown <= slope, grown, slope) and ok
+            self._note("input and queries as one sequence", False, None, 0.0, first_line(error))
+            raise _UnusableError(f"fails on a sample input ({first_line(error)})") from error
+        self._values, self._gradient = torch.cat([value for value, _ in reference]), _total(reference)
+        if (estimate := _WHOLE * (time.monotonic() - started)) > _LONG_S:
+            logger.warning(
+                "The self-check of this %s takes about %.0f s here. It runs once: a saved model records its result.",
+                transformer.backbone.config.model_type,
+                estimate,
+            )
 
-    def prefix(features: Any) -> Tensor:
-        states: Tensor = transformer.query_states(transformer.source.prefix(features))
-        return states
+    @cached_property
+    def _limits(self) -> tuple[float, float]:
+        """How far values and gradients may be apart, as far as rounding alone takes them."""
+        transformer = self._transformer
+        moved = [_run(transformer, one, lambda features: _rounded(transformer, features)) for one in self._alone]
+        roundings = 2 * math.sqrt(transformer.backbone.config.get_text_config().num_hidden_layers)
+        value, slope = _furthest(moved, self._values), _relative(_total(moved), self._gradient)
+        return min(max(VALUE, roundings * value), _MOST[0]), min(max(GRADIENT, roundings * slope), _MOST[1])
 
-    schedule: Schedule = "all_positions"
-    if agrees("prefix path alone", alone, prefix) and agrees("prefix path in a batch", [together], prefix):
-        schedule = "prefix"
-    elif not agrees("all positions in a batch", [together], transformer.all_positions):
-        failed = next(finding for finding in findings if not finding.ok and finding.name.startswith("all positions"))
+    def _look_at_later_tokens(self) -> None:
+        ends = self._alone[0], self._alone[-1]
+        seen = max(_influence_of_later_tokens(self._transformer, one) for one in ends)
+        if not self._note("earlier tokens do not see later ones", seen == 0.0, seen, 0.0):
+            raise _UnusableError("lets earlier tokens see later ones, so its inputs would see the queries")
+        size = float(self._gradient.norm())
+        if not self._note("the queries act", math.isfinite(size) and size > 0, size, 0.0):
+            raise _UnusableError("does not let the rows of its embedding table act as queries")
+
+    def _tell_inputs_apart(self) -> None:
+        pairs = [(0, 1)] + ([(2, 3)] if self._transformer.reader.reads_images else [])
+        apart = min(_apart(self._values[a], self._values[b]) for a, b in pairs)
+        if not self._note("different inputs differ", apart > VALUE, apart, VALUE):
+            raise _UnusableError(
+                "gives different inputs the same embedding: the processor may be that of another backbone"
+            )
+
+    def _choose(self) -> Schedule:
+        transformer = self._transformer
+
+        def prefix(features: Any) -> Tensor:
+            states: Tensor = transformer.query_states(transformer.source.prefix(features))
+            return states
+
+        if self._agrees("prefix path alone", self._alone, prefix) and self._agrees(
+            "prefix path in a batch", [self._together], prefix
+        ):
+            return "prefix"
+        if self._agrees("all positions in a batch", [self._together], transformer.all_positions):
+            return "all_positions"
+        failed = next(one for one in self.findings if not one.ok and one.name.startswith("all positions"))
         measured = failed.error or f"{failed.difference:.1e}, and at most {failed.allowed:.1e} is exact"
-        return (
-            findings,
-            None,
-            f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})",
-        )
-    texts = inputs[:2]
-    try:
-        moved = _apart(_without_positions(transformer, texts), values[: len(texts)])
-    except Exception as error:
-        note("padding, where no positions are given", False, None, 0.0, first_line(error))
-        return (
-            findings,
-            None,
-            f"fails without positions, which plain Sentence Transformers does not give ({first_line(error)})",
-        )
-    allowed = VALUE if moved <= VALUE else limits()[0]
-    untold = allowed == _MOST[0]  # rounding alone may be as large
-    if not note("padding, where no positions are given", moved <= allowed or untold, moved, allowed):
-        reason = "embeds a text otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers "
-        return findings, None, f"{reason}gives none"
-    return findings, schedule, None
+        raise _UnusableError(f"gives an input other embeddings in a batch than alone ({failed.name}: {measured})")
+
+    def _agrees(self, name: str, features: Sequence[Any], run: Callable[[Any], Tensor]) -> bool:
+        """Whether a way to run all inputs gives the values and gradients of the reference."""
+        try:
+            results = [_run(self._transformer, one, run) for one in features]
+        except Exception as error:
+            return self._note(name, False, None, 0.0, first_line(error))
+        difference, grown = _furthest(results, self._values), _relative(_total(results), self._gradient)
+        value, slope = (VALUE, GRADIENT) if difference <= VALUE and grown <= GRADIENT else self._limits
+        ok = self._note(f"{name}: value", difference <= value, difference, value)
+        return self._note(f"{name}: gradient", grown <= slope, grown, slope) and ok
+
+    def _pad_without_positions(self) -> None:
+        name, texts = "padding, where no positions are given", self._inputs[:2]
+        try:
+            moved = _apart(_without_positions(self._transformer, texts), self._values[: len(texts)])
+        except Exception as error:
+            self._note(name, False, None, 0.0, first_line(error))
+            raise _UnusableError(
+                f"fails without positions, which plain Sentence Transformers does not give ({first_line(error)})"
+            ) from error
+        allowed = VALUE if moved <= VALUE else self._limits[0]
+        untold = allowed == _MOST[0]  # rounding alone may be as large
+        if not self._note(name, moved <= allowed or untold, moved, allowed):
+            raise _UnusableError(
+                "embeds a text otherwise in a padded batch than alone where no positions are given, as plain Sentence Transformers "
+                "gives none"
+            )
 
 
 def features_of(transformer: Any, inputs: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from slq_embed.backbone.families import (
     reads_ids,
 )
 from slq_embed.backbone.quantization import is_packed, is_quantized, keep_layout, pass_gradients
-from slq_embed.backbone.self_check import Schedule
+from slq_embed.backbone.report import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers

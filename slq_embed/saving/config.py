@@ -10,7 +10,7 @@ from typing import Any
 
 from slq_embed.backbone.fingerprint import Fingerprint
 from slq_embed.backbone.query_tokens import Form, QueryTokens
-from slq_embed.backbone.self_check import Schedule
+from slq_embed.backbone.report import Schedule
 from slq_embed.modules.latent_query_pooling import PoolingMode
 from slq_embed.modules.query_adapter import QueryAdapter
 
