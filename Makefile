@@ -84,7 +84,7 @@ test-vllm: $(READY) $(VLLM)/.ready ## vLLM serves what SLQEncoder gives, or refu
 	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m "vllm and not slow" tests/vllm
 
 test-vllm-families: $(READY) $(VLLM)/.ready ## All families in vLLM, tiny, on a CPU; twenty minutes or more
-	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm/test_families.py
+	SLQ_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest --quiet -m vllm tests/vllm/test_families.py tests/vllm/test_language_models.py
 
 test-ray: $(RAY)/.ready ## A corpus embedded on a local Ray cluster of two CPUs; three to seven minutes
 	$(RAY)/bin/python -m pytest --quiet -m "" tests/integration/test_embed_corpus_ray.py

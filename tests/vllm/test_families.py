@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from vllm_slq import PREFIX
+from vllm_slq.measured import ARCHITECTURES
 
 from slq_embed import QueryAdapter, SLQEncoder
 from slq_embed.inputs.rows import read_row
 from slq_embed.remote import _messages
 from slq_embed.saving import export_vllm
+from slq_embed.saving.folder import edited_json
 from slq_embed.serving import embed
 from tests.families import FAMILIES
 from tests.parts import PARTS, trained
@@ -219,6 +222,12 @@ def distances(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return 1 - (found * expected).sum(-1) / norms
 
 
+def require_listed(folder: Path) -> None:
+    """The plugin says of others that nobody has compared their vectors."""
+    names = json.loads((folder / "config.json").read_text("utf8"))["architectures"]
+    assert {name.removeprefix(PREFIX) for name in names} <= ARCHITECTURES
+
+
 def require_ours(name: str, encoder: SLQEncoder, inputs: list[Any], found: np.ndarray, limit: float = 1e-5) -> None:
     expected = embed(encoder, inputs, batch_size=1).astype(np.float64)
     apart = distances(expected[:, None], expected[None])
@@ -243,6 +252,18 @@ def test_the_vectors_are_ours(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path)
     inputs = inputs_of(encoder)
     require_ours(name, encoder, inputs, either.embed(folder, inputs, **STEPS))
+    require_listed(folder)
+
+
+def test_it_is_said_what_nobody_has_compared(offline: Offline, tmp_path: Path):
+    _, folder = exported("llama", tmp_path)
+    offline.embed(folder, TEXTS[:1])
+    log, said = tmp_path / "log.txt", "nobody has compared the vectors of SLQInternLM3ForCausalLM"
+    assert said not in log.read_text("utf8")
+    with edited_json(folder / "config.json") as config:
+        config["architectures"] = ["SLQInternLM3ForCausalLM"]  # which vLLM computes as a Llama
+    offline.embed(folder, TEXTS[:1])
+    assert said in log.read_text("utf8")
 
 
 @pytest.mark.slow

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from vllm_slq import PREFIX
 
-ARCHITECTURES = dict.fromkeys(
-    (
-        "AyaVisionForConditionalGeneration",
-        "Exaone4_5_ForConditionalGeneration",
-        "FastVlmForConditionalGeneration",
-        "Glm46VForConditionalGeneration",
-        "HyperCLOVAXVisionV2ForConditionalGeneration",
-        "LightOnOcrForConditionalGeneration",
-        "LlavaNextVideoForConditionalGeneration",
-        "MuseGlimmerForConditionalGeneration",
-        "PerceptionLMForConditionalGeneration",
-        "VideoLlama3ForConditionalGeneration",
-        "VipLlavaForConditionalGeneration",
-    ),
-    "TransformersMultiModalForCausalLM",
+_LANGUAGE = ("BitNet", "Doge", "Ministral", "NanoChat", "Persimmon")
+_LANGUAGE_WITH_EXPERTS = ("Dots1", "SolarOpen")
+_MULTIMODAL = (
+    *("AyaVision", "Exaone4_5_", "FastVlm", "Glm46V", "HyperCLOVAXVisionV2", "LightOnOcr", "LlavaNextVideo"),
+    *("MuseGlimmer", "PerceptionLM", "VideoLlama3", "VipLlava"),
 )
+
+ARCHITECTURES = {
+    **dict.fromkeys((f"{name}ForCausalLM" for name in _LANGUAGE), "TransformersForCausalLM"),
+    **dict.fromkeys((f"{name}ForCausalLM" for name in _LANGUAGE_WITH_EXPERTS), "TransformersMoEForCausalLM"),
+    **dict.fromkeys((f"{name}ForConditionalGeneration" for name in _MULTIMODAL), "TransformersMultiModalForCausalLM"),
+}
 """For each architecture, the class of vLLM that runs it."""
 
 

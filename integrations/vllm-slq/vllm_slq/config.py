@@ -9,7 +9,9 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
 
+from vllm_slq import PREFIX
 from vllm_slq.families import agree
+from vllm_slq.measured import ARCHITECTURES
 from vllm_slq.record import CONFIG_NAME, HOST_CONFIG_NAME, TEMPLATE_NAME, Record, read_record, require_prompts
 
 logger = logging.getLogger("vllm.slq")
@@ -57,6 +59,7 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
                     f"{model_config.model} finds its queries by their token ids, which a prompt of embeddings does not have. Serve it "
                     "without --enable-prompt-embeds."
                 )
+            _say_what_is_not_known(model_config)
             _lose_no_prompt(model_config)
             _say_what_transformers_does(model_config)
             _call_the_processor_alike(model_config)
@@ -82,6 +85,15 @@ def config_hook(base: type[VerifyAndUpdateConfig] | None) -> type[VerifyAndUpdat
                 logger.info("SLQ: prefix caching is off, because the states at all queries are needed.")
 
     return SLQModelConfig
+
+
+def _say_what_is_not_known(model_config: ModelConfig) -> None:
+    if not {name.removeprefix(PREFIX) for name in model_config.architectures} <= ARCHITECTURES:
+        logger.warning(
+            "SLQ: nobody has compared the vectors of %s in vLLM with those of slq-embed. Compare them before you rely on them, with "
+            "slq_embed.serving.compare.",
+            ", ".join(model_config.architectures),
+        )
 
 
 def _compute_where_layers_can_act(vllm_config: VllmConfig) -> None:
