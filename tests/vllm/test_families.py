@@ -21,7 +21,7 @@ from PIL import Image
 from vllm_slq import PREFIX
 from vllm_slq.measured import ARCHITECTURES
 
-from slq_embed import QueryAdapter, SLQEncoder
+from slq_embed import SLQEncoder
 from slq_embed.inputs.rows import read_row
 from slq_embed.remote import _messages
 from slq_embed.saving import export_vllm
@@ -81,13 +81,6 @@ NOT_EXPORTED = {
     "molmo2": "its processor puts more tokens around a chat",
 }
 """What :func:`slq_embed.saving.export_vllm` refuses, and with which words."""
-
-ADAPTER_REFUSED = {
-    "lfm2_vl": r"changes layers\.0\.conv\.in_proj, but Lfm2Model of vLLM has no such layer",
-    "llama4": "whose rows Llama4ForCausalLM of vLLM puts in another order",
-}
-"""Where an adapter on all layers has no place. One on others, and deep queries, are served."""
-
 STEPS = {"max_num_batched_tokens": 128, "max_num_seqs": 8, "enable_chunked_prefill": True}
 CACHING = {**STEPS, "enable_prefix_caching": True, "block_size": 32}
 LONG = "a red circle above two green stars and a yellow heart " * 40
@@ -276,34 +269,12 @@ def test_the_vectors_are_ours_with_prefix_caching(name: str, either: Offline, tm
 
 @pytest.mark.parametrize(
     "name",
-    [*MOST_USED[:4], *marked(sorted({*MOST_USED[4:], *OTHERS, *TRANSFORMERS} - ADAPTER_REFUSED.keys() - {"gemma3n"}))],
+    [*MOST_USED[:4], *marked(sorted({*MOST_USED[4:], *OTHERS, *TRANSFORMERS}))],
 )
 def test_what_acts_inside_the_layers_does_so(name: str, either: Offline, tmp_path: Path):
     encoder, folder = exported(name, tmp_path, **PARTS["all"])
     inputs = inputs_of(encoder)
     require_ours(name, encoder, inputs, either.embed(folder, inputs, **STEPS))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ADAPTER_REFUSED)
-def test_an_adapter_on_layers_that_vllm_lays_out_otherwise_is_refused(name: str, offline: Offline, tmp_path: Path):
-    encoder, folder = exported(name, tmp_path / "all", query_adapter=True)
-    with pytest.raises(RuntimeError, match=ADAPTER_REFUSED[name]):
-        offline.embed(folder, TEXTS)
-    adapter = QueryAdapter(rank=2, targets=["v_proj"])
-    encoder, folder = exported(name, tmp_path / "one", query_adapter=adapter, deep_queries=True)
-    inputs = inputs_of(encoder)
-    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS))
-
-
-@pytest.mark.slow
-def test_deep_queries_are_refused_where_there_are_several_streams_of_states(offline: Offline, tmp_path: Path):
-    _, folder = exported("gemma3n", tmp_path / "deep", deep_queries=True)
-    with pytest.raises(RuntimeError, match=r"A Gemma3nDecoderLayer of vLLM has states of shape \(2,"):
-        offline.embed(folder, TEXTS)
-    encoder, folder = exported("gemma3n", tmp_path / "adapter", query_adapter=True)
-    inputs = inputs_of(encoder)
-    require_ours("gemma3n", encoder, inputs, offline.embed(folder, inputs, **STEPS))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What acts at the latent queries, in layers shaped as vLLM's are; the rest is tested with vLLM: make test-vllm."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import LlavaConfig, LlavaModel
 
-from vllm_slq.layers import QueryRows, act_inside
+from vllm_slq.layers import QueryRows, _add, act_inside
 from vllm_slq.record import ADAPTER_CONFIG_NAME, ADAPTER_NAME, DEEP_NAME, Record
 
 WIDTH, IDS = 4, (7, 8, 9)
@@ -142,11 +144,47 @@ def test_a_layer_that_vllm_does_not_have_is_refused():
         act(Model(), files, query_adapter=True)
 
 
-def test_states_of_another_shape_are_refused():
+@pytest.mark.parametrize("shape", [(10, 2, WIDTH), (10, 2 * WIDTH)])
+def test_states_of_another_shape_are_refused(shape):
     model = Model()
-    act(model, {DEEP_NAME: save({"deep_queries": torch.zeros(2, 3, WIDTH)})}, deep_queries=True)
-    with pytest.raises(ValueError, match=r"Layer of vLLM has states of shape \(2, 10, 4\)"):
-        model.model.layers[0](None, torch.zeros(2, 10, WIDTH), None)
+    rows = act(model, {DEEP_NAME: save({"deep_queries": torch.zeros(2, 3, WIDTH)})}, deep_queries=True)
+    rows.find(PROMPTS)
+    said = re.escape(f"Layer of vLLM has states of shape {shape}")
+    with pytest.raises(ValueError, match=said):
+        model.model.layers[0](None, torch.zeros(shape), None)
+
+
+def test_deep_queries_are_added_to_each_stream_of_states():
+    vectors, layer = torch.randn(2, 3, WIDTH), nn.Identity()
+    rows = QueryRows(IDS)
+    rows.find(PROMPTS)
+    states = torch.randn(5, 10, WIDTH)
+    layer.forward = lambda hidden_states: hidden_states
+    layer.register_forward_pre_hook(partial(_add, rows=rows, vectors=vectors[1]), with_kwargs=True)
+    expected = states.clone()
+    expected[:, 2:5] += vectors[1]
+    expected[:, 6:9] += vectors[1]
+    assert torch.allclose(layer(states), expected)
+
+
+def test_rows_beyond_the_tokens_stay_as_they_are():
+    rows = QueryRows(IDS)
+    rows.find(PROMPTS)
+    layer, states = nn.Identity(), torch.randn(12, WIDTH)
+    layer.forward = lambda hidden_states: hidden_states
+    layer.register_forward_pre_hook(partial(_add, rows=rows, vectors=torch.ones(3, WIDTH)), with_kwargs=True)
+    changed = (layer(states) != states).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4, 6, 7, 8]
+
+
+def test_an_adapter_on_states_of_another_shape_is_refused():
+    name = "base_model.model.layers.0.self_attn.o_proj"
+    tensors = {f"{name}.lora_A.weight": torch.zeros(2, WIDTH), f"{name}.lora_B.weight": torch.zeros(WIDTH, 2)}
+    files = {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
+    model = Model()
+    act(model, files, query_adapter=True)
+    with pytest.raises(ValueError, match=r"Linear of vLLM has states of shape \(2, 10, 4\)"):
+        model.model.layers[0].self_attn.o_proj(torch.zeros(2, 10, WIDTH))
 
 
 def test_a_model_without_such_a_language_model_is_refused():
@@ -179,3 +217,36 @@ def test_where_the_code_of_transformers_runs_the_language_model_is_found_beside_
     act(model, {DEEP_NAME: save({"deep_queries": torch.zeros(2, 3, 8)})}, deep_queries=True)
     changed = [name for name, module in model.named_modules() if module._forward_pre_hooks]
     assert changed == ["model.language_model.layers.0", "model.language_model.layers.1"]
+
+
+def adapter_files(name, first, second):
+    tensors = {f"{name}.lora_A.weight": first, f"{name}.lora_B.weight": second}
+    return {ADAPTER_NAME: save(tensors), ADAPTER_CONFIG_NAME: b'{"r": 2, "lora_alpha": 2}'}
+
+
+def test_an_adapter_takes_the_order_of_rows_that_vllm_has():
+    """Llama 4: vLLM turns the rows of queries and keys when it loads them."""
+    model, plain, states = Model(), Model(), torch.randn(10, WIDTH)
+    plain.load_state_dict(model.state_dict())
+    model.permute_qk_weight_for_rotary = lambda name, weight: (name, weight.flip(0) if "q_proj" in name else weight)
+    first, second = torch.randn(2, WIDTH), torch.randn(WIDTH, 2)
+    rows = act(model, adapter_files("model.layers.1.self_attn.q_proj", first, second), query_adapter=True)
+    rows.find(PROMPTS)
+    found, expected = (one.model.layers[1].self_attn.qkv_proj(states)[0] for one in (model, plain))
+    places = torch.tensor([2, 3, 4, 6, 7, 8])
+    expected[places, :WIDTH] += states[places] @ first.T @ second.flip(0).T
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_an_adapter_finds_the_convolutions_under_the_name_that_vllm_has():
+    """LFM2."""
+    model, states = Model(), torch.randn(10, WIDTH)
+    model.model.layers[1].short_conv = nn.ModuleDict({"in_proj": nn.Linear(WIDTH, 3, bias=False)})
+    first, second = torch.randn(2, WIDTH), torch.randn(3, 2)
+    rows = act(model, adapter_files("model.layers.1.conv.in_proj", first, second), query_adapter=True)
+    rows.find(PROMPTS)
+    layer = model.model.layers[1].short_conv["in_proj"]
+    places = torch.tensor([2, 3, 4, 6, 7, 8])
+    expected = states @ layer.weight.T
+    expected[places] += states[places] @ first.T @ second.T
+    assert torch.allclose(layer(states), expected, atol=1e-6)

@@ -24,18 +24,20 @@ class QueryRows:
 
     Attributes:
         acted: Whether they were known in the last step. If not, its vectors are wrong.
+        tokens: How many tokens the step has, where they are known.
     """
 
     def __init__(self, query_ids: tuple[int, ...]) -> None:
         self.query_ids = query_ids
         self.acted = False
+        self.tokens: int | None = None
         self._found: tuple[Tensor, Tensor] | None = None
 
     def find(self, input_ids: Tensor) -> None:
         """Find the queries among the token ids of a step, ``(tokens,)``."""
         wanted = torch.tensor(self.query_ids, device=input_ids.device)
         rows, numbers = (input_ids[:, None] == wanted).nonzero(as_tuple=True)
-        self._found = rows, numbers
+        self._found, self.tokens = (rows, numbers), len(input_ids)
 
     def start(self) -> None:
         """Begin to compute the step."""
@@ -43,7 +45,7 @@ class QueryRows:
 
     def end(self) -> None:
         """Forget the step."""
-        self._found = None
+        self._found = self.tokens = None
 
     def of(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the queries in ``(tokens, H)``, and which query each is; none in a step without token ids."""
@@ -83,14 +85,10 @@ def act_inside(
         packed: dict[str, list[str]] = {}
         for owner in (language, model):
             packed |= getattr(owner, "packed_modules_mapping", {})
-        turned = {"q_proj", "k_proj"} if hasattr(language, "permute_qk_weight_for_rotary") else set()
         for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
-            if name.rpartition(".")[2] in turned:
-                raise ValueError(
-                    f"The query adapter changes {name.rpartition('.')[2]}, whose rows {type(language).__name__} of vLLM puts in another "
-                    "order. Use slq_embed.serving, or train an adapter with other targets."
-                )
             first, second = (tensors[f"{name}.lora_{part}.weight"].float().to(device) for part in "AB")
+            if turn := getattr(language, "permute_qk_weight_for_rotary", None):  # Llama 4: rows in another order
+                _, second = turn(f"{name}.weight", second)
             layer, start = _linear(text, packed, f"layers.{name.rpartition('.layers.')[2]}", len(second))
             update = partial(_update, rows=rows, first=first, second=second * scale, start=start)
             layer.register_forward_hook(update, with_kwargs=True)
@@ -115,9 +113,11 @@ def _text_model(language: nn.Module, layers: int) -> Any:
 
 def _linear(text: nn.Module, packed: Mapping[str, Sequence[str]], name: str, width: int) -> tuple[nn.Module, int]:
     """The linear layer of vLLM that holds one of transformers with ``width`` outputs, and at which of its own those begin."""
-    modules, (path, _, own) = dict(text.named_modules()), name.rpartition(".")
-    if name in modules:
-        return modules[name], 0
+    modules = dict(text.named_modules())
+    for named in (name, name.replace(".conv.", ".short_conv.")):  # LFM2's, in vLLM
+        if named in modules:
+            return modules[named], 0
+    path, _, own = name.rpartition(".")
     for whole, parts in packed.items():
         if own in parts and (layer := modules.get(f"{path}.{whole}")) is not None:
             sizes, number = layer.output_sizes, parts.index(own)
@@ -136,11 +136,15 @@ def _add(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # vLLM's layers take the states as a sum of two, of which this is one.
     bound = signature(layer.forward).bind(*args, **kwargs)
-    states = _by_token(layer, bound.arguments["hidden_states"])
+    # (tokens, H), maybe with rows beyond the tokens. Layers of transformers have (1, tokens, H), those of Gemma 3n (streams, tokens, H).
+    states: Tensor = bound.arguments["hidden_states"]
+    streams = states.ndim > 2 and len(states) > 1
+    if states.shape[-1] != vectors.shape[-1] or (streams and rows.tokens not in (None, states.shape[-2])):
+        raise _shape_error(layer, states)
     places, numbers = rows.of(states)
+    added = vectors[numbers].to(states.dtype).expand(*states.shape[:-2], -1, -1)
     # Not in place: the first layer reads vLLM's own buffer.
-    changed = states.index_add(0, places, vectors[numbers].to(states.dtype))
-    bound.arguments["hidden_states"] = changed.view_as(bound.arguments["hidden_states"])
+    bound.arguments["hidden_states"] = states.index_add(-2, places, added)
     return bound.args, bound.kwargs
 
 
@@ -167,8 +171,12 @@ def _by_token(layer: nn.Module, states: Tensor) -> Tensor:
     if states.ndim == 3 and len(states) == 1:
         return states[0]
     if states.ndim != 2:
-        raise ValueError(
-            f"A {type(layer).__name__} of vLLM has states of shape {tuple(states.shape)}, in which deep queries and a query adapter "
-            "have no place. Use slq_embed.serving, or train queries with a projection head."
-        )
+        raise _shape_error(layer, states)
     return states
+
+
+def _shape_error(layer: nn.Module, states: Tensor) -> ValueError:
+    return ValueError(
+        f"A {type(layer).__name__} of vLLM has states of shape {tuple(states.shape)}, in which deep queries and a query adapter "
+        "have no place. Use slq_embed.serving, or train queries with a projection head."
+    )
