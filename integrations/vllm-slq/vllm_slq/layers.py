@@ -95,9 +95,9 @@ def act_inside(
     return rows
 
 
-def _language_model(model: Any) -> nn.Module:
-    if isinstance(inner := getattr(model, "model", None), PreTrainedModel):  # vLLM runs the code of transformers
-        return inner.get_decoder()
+def _language_model(model: Any) -> Any:
+    if isinstance(getattr(model, "model", None), PreTrainedModel):  # vLLM runs the code of transformers
+        return model.model.get_decoder()
     return model.get_language_model() if hasattr(model, "get_language_model") else model
 
 
