@@ -156,21 +156,30 @@ def compare(server: RemoteEncoder, model: SLQEncoder) -> dict[str, float]:
     Returns:
         The largest ``1 - cosine`` of some inputs of each kind: ``"text"``, ``"query"`` and ``"document"`` (texts with these prompts),
         ``"long text"``, and where the model reads them ``"image"`` and ``"image and text"``. A right server in float32 is below 1e-5,
-        and one in bfloat16 below 1e-3. NaN where the server refuses an input; a warning has its reason.
+        and one in bfloat16 below 1e-3. NaN where an input is refused, there or here; a warning has the reason.
 
     Raises:
         ConnectionError: If the server does not answer.
+        TimeoutError: If it does not answer in time.
         RuntimeError: If it fails.
-        ValueError: If its embeddings have another width.
+        ValueError: If an argument is something else, or the server's embeddings have another width.
     """
+    if not (isinstance(server, RemoteEncoder) and isinstance(model, SLQEncoder)):
+        kinds_given = f"a {type(server).__name__} and a {type(model).__name__}"
+        raise ValueError(
+            f"compare got {kinds_given}, but a RemoteEncoder and the SLQEncoder that it serves are needed."
+        )
+    noise = np.random.default_rng(0)
+    words = " ".join(
+        noise.choice(["a", "two", "red", "blue", "grey", "circle", "square", "star", "moon", "above"], 2000)
+    )
     texts = ["hello", "", "a much longer text about red circles and blue squares"]
     kinds: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "text": (texts, {}),
         **{task: (texts, {"task": task}) for task in ("query", "document")},
-        "long text": ([("red circles and blue squares, " * 300)[: model.slq_config.max_text_chars]], {}),
+        "long text": ([words[: model.slq_config.max_text_chars]], {}),
     }
     if model.transformer.reader.reads_images:
-        noise = np.random.default_rng(0)
         sizes = ((40, 72), (480, 640), (200, 120))
         images = [Image.fromarray(noise.integers(256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
         kinds["image"] = images, {}
@@ -179,17 +188,20 @@ def compare(server: RemoteEncoder, model: SLQEncoder) -> dict[str, float]:
     for kind, (inputs, options) in kinds.items():
         try:
             theirs = embed(server, inputs, **options).astype(np.float64)
+            ours = embed(model, inputs, batch_size=1, **options).astype(np.float64)
         except UnreadableInputsError as error:
             logger.warning("Not compared, %s: %s", kind, error)
             found[kind] = float("nan")
             continue
-        ours = embed(model, inputs, batch_size=1, **options).astype(np.float64)[:, : server.truncate_dim]
+        if (server.truncate_dim or model.truncate_dim) is not None:  # of what is longer, the first numbers
+            width = min(theirs.shape[1], ours.shape[1])
+            theirs, ours = theirs[:, :width], ours[:, :width]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"The server gives embeddings of {theirs.shape[1]} numbers, and the model of {ours.shape[1]}: it serves another model."
             )
         norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
-        found[kind] = float((1 - (theirs * ours).sum(axis=1) / norms).max())
+        found[kind] = float((1 - (theirs * ours).sum(axis=1) / np.maximum(norms, 1e-30)).max())
     return found
 
 

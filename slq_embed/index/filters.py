@@ -52,8 +52,8 @@ def _compared(key: str, operator: str, value: Any) -> Condition:
     if operator not in _OPERATORS:
         raise ValueError(f"The filter of {key!r} has the operator {operator!r}, but one of {_OPERATORS} is needed.")
     if operator in ("$in", "$nin"):
-        if isinstance(value, str) or not isinstance(value, Sequence | Set):
-            raise ValueError(f"The filter of {key!r} has {operator} {value!r}, but a list is needed.")
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence | Set):
+            raise ValueError(f"The filter of {key!r} has {operator} {value!r}, but a list or a set is needed.")
         values = [_checked(key, one) for one in value]
         listed = f"{_VALUE} IN (SELECT value FROM json_each(?))"  # NULL if there is no value
         missing = f"{_VALUE} IS NULL" if None in values else "0"

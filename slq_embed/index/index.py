@@ -112,7 +112,8 @@ class EmbeddingIndex:
             inputs: Images (PIL, ``pathlib.Path``), texts, or dicts of both: one or any number; read up to 32 batches ahead.
             ids: One for each input. By default a path's id is its name, and any other input gets a random id.
             metadata: One dict for each input, of what JSON can hold; by default the path or the text.
-            replace: Whether inputs take the place of those with the same ids. If one cannot be read, what the index has stays.
+            replace: Whether inputs take the place of those with the same ids, as after a :meth:`delete`. If one cannot be read, what
+                the index has stays.
             batch_size: Inputs a batch. A batch that does not fit into memory is halved.
             show_progress_bar: Whether to show one.
 
@@ -120,12 +121,12 @@ class EmbeddingIndex:
             Inputs that could not be read, and were left out.
 
         Raises:
-            ValueError: If the index has an id already and ``replace`` is False, an id comes twice, inputs, ids and metadata are not equally many, or the model is
-                not the one of the index. What was added before stays.
+            ValueError: If an id comes twice, or is in the index already without ``replace``; if inputs, ids and metadata are not
+                equally many, or the model is not the one of the index. What was added before stays.
         """
         model = self._checked_model()
         entries = with_ids_and_metadata(inputs, ids, metadata)
-        waiting = WaitingInputs(entries, None if replace else self._require_new)
+        waiting = WaitingInputs(entries, lambda id_: self._check_id(id_, new=not replace), remember=replace)
         total = len(inputs) if isinstance(inputs, Sequence) else None
         options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "total": total}
         skipped: list[Skipped] = []
@@ -137,9 +138,9 @@ class EmbeddingIndex:
                 self._add(self._table.vectors.normalised(batch.embeddings.cpu().numpy()), names, about, replace)
         return sorted(skipped, key=lambda row: row.index or 0)
 
-    def _require_new(self, id_: str) -> None:
+    def _check_id(self, id_: str, new: bool) -> None:
         with self._lock:
-            self._table.records.check([id_], new=True)
+            self._table.records.check([id_], new)
 
     def add_embeddings(
         self,
@@ -190,10 +191,11 @@ class EmbeddingIndex:
             How many were deleted.
 
         Raises:
-            ValueError: If there are both or neither, the filter is empty or cannot be read, or the index was loaded, and another
+            ValueError: If there are both or neither, the filter compares nothing or cannot be read, or the index was loaded, and another
                 process has saved it anew since.
         """
-        if (ids is None) == (not where):  # an empty filter would delete all
+        says_nothing = where is not None and not condition_of(where)[1]  # such as {}, which all would fit
+        if says_nothing or (ids is None) == (where is None):
             raise ValueError("Pass ids, or where=..., to say what to delete; to delete all, index.delete(index.ids()).")
         with self._lock:
             return self._table.delete(id_list(ids) if where is None else self._table.records.ids(where))

@@ -118,12 +118,14 @@ class WaitingInputs:
 
     Args:
         entries: From :func:`with_ids_and_metadata`.
-        require_new: Raises an error if the index has an id already: it is asked before the input is embedded. Without it, ids
-            that are in the index are replaced, and all ids that came are remembered here: none may come twice.
+        check: Raises an error if the index cannot take an id: it is asked before the input is embedded.
+        remember: Whether an id may not come twice even if the index has it: else the second input would replace the first.
     """
 
-    def __init__(self, entries: Iterable[tuple[Any, str, str]], require_new: Callable[[str], None] | None) -> None:
-        self._entries, self._require_new = entries, require_new
+    def __init__(
+        self, entries: Iterable[tuple[Any, str, str]], check: Callable[[str], None], remember: bool = False
+    ) -> None:
+        self._entries, self._check, self._remember = entries, check, remember
         self._records: dict[int, tuple[str, str]] = {}
         self._ids: set[str] = set()
 
@@ -131,8 +133,7 @@ class WaitingInputs:
         for number, (value, id_, metadata) in enumerate(self._entries):
             if id_ in self._ids:
                 raise ValueError(f"The id {id_!r} was given twice. Each input needs an id of its own.")
-            if self._require_new is not None:
-                self._require_new(id_)
+            self._check(id_)
             self._records[number] = id_, metadata
             self._ids.add(id_)
             yield number, value
@@ -140,7 +141,7 @@ class WaitingInputs:
     def take(self, numbers: Iterable[int]) -> list[tuple[str, str]]:
         """Remove entries by the numbers of their inputs; returns their ids and metadata."""
         records = [self._records.pop(number) for number in numbers]
-        if self._require_new is not None:
+        if not self._remember:
             self._ids -= {id_ for id_, _ in records}
         return records
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,23 @@ class IndexRecords:
             self._database, self._frozen = copy, False
         return self._database
 
-    def add(self, first: int, ids: Sequence[str], metadata: Sequence[str]) -> None:
-        """Add records for the rows from ``first`` on; metadata as JSON. They take the place of records with the same ids."""
+    def add(self, first: int, ids: Sequence[str], metadata: Sequence[str], replaced: Collection[int] = ()) -> None:
+        """Add records for the rows from ``first`` on; metadata as JSON.
+
+        Args:
+            first: A row after all others.
+            ids: One for each row.
+            metadata: One for each row.
+            replaced: Rows whose records are deleted before.
+
+        Raises:
+            sqlite3.IntegrityError: If an id or a row is there already. Then nothing changes.
+        """
         rows = ((first + n, id_, metadata[n]) for n, id_ in enumerate(ids))
-        replaced = len(self.rows_of(ids))
         with self._writable() as database:
-            database.execute("PRAGMA secure_delete = ON")
-            database.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", rows)
-        self._count += len(ids) - replaced
+            database.executemany("DELETE FROM records WHERE row = ?", [(row,) for row in replaced])
+            database.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+        self._count += len(ids) - len(replaced)
 
     def check(self, ids: Sequence[str], new: bool) -> None:
         """Check ids before they are added.

@@ -103,9 +103,10 @@ class IndexTable:
             ValueError: If an id is there already and may not be, or the mapped file was replaced. Then nothing is added.
         """
         self.records.check(ids, new=not replace)
+        replaced = self.records.rows_of(ids).values() if replace else ()
         first = len(self.vectors)
         self.vectors.add(embeddings)
-        self.records.add(first, ids, metadata)
+        self.records.add(first, ids, metadata, replaced)
         self._compact_if_many_were_deleted()
         if len(self) >= LEARN_AT:
             self.learn()

@@ -84,6 +84,13 @@ def test_inputs_take_the_place_of_those_with_their_ids(encoder, tmp_path: Path):
     assert found[0].score == pytest.approx(1, abs=1e-5)
 
 
+def test_an_id_that_cannot_be_stored_is_refused_before_any_input_is_embedded(encoder, monkeypatch):
+    index = EmbeddingIndex(encoder)
+    monkeypatch.setattr(type(encoder.transformer), "forward", lambda *_: pytest.fail("an input was embedded"))
+    with pytest.raises(ValueError, match="An id holds half a character"):
+        index.add(["x"] * 70, [*range(69), "\ud800"], replace=True, batch_size=8)
+
+
 def test_an_id_that_comes_twice_is_refused_however_far_apart(encoder):
     index = EmbeddingIndex(encoder)
     index.add("the first", "x")
@@ -106,7 +113,18 @@ def test_what_fits_a_filter_is_deleted(index: EmbeddingIndex, where, left):
     assert index.ids() == list(map(str, left))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"where": {}}, {"ids": ["1"], "where": {"n": 1}}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"where": {}},
+        {"where": {"$and": []}},
+        {"where": {"$and": [{}, {}]}},
+        {"where": {"n": {}}},
+        {"ids": ["1"], "where": {}},
+        {"ids": ["1"], "where": {"n": 1}},
+    ],
+)
 def test_it_must_be_said_what_to_delete(index: EmbeddingIndex, arguments):
     with pytest.raises(ValueError, match=r"Pass ids, or where=\.\.\., to say what to delete"):
         index.delete(**arguments)

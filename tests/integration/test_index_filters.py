@@ -128,7 +128,8 @@ def test_a_saved_index(vectors, tmp_path):
     ("where", "message"),
     [
         ({"kind": {"$like": "p"}}, r"operator '\$like', but one of"),
-        ({"kind": {"$in": "photo"}}, "a list is needed"),
+        ({"kind": {"$in": "photo"}}, "a list or a set is needed"),
+        ({"number": {"$in": b"12"}}, "a list or a set is needed"),
         ({"kind": ["photo"]}, "compares with a list"),
         ({"kind": {"$gt": None}}, "a number or a str is needed"),
         ({"$or": {"kind": "photo"}}, "a list of dicts is needed"),

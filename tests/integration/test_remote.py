@@ -180,6 +180,15 @@ def test_llama_index_refuses_a_server_with_arguments_for_loading(local, server):
         SLQEmbedding(base_url=server.url, model=local)
 
 
+def without_the_first(chat):
+    """A chat without the first 1,500 characters of a long text."""
+    *others, last = chat
+    content = [
+        {**part, "text": part["text"][1500:] or part["text"]} if "text" in part else part for part in last["content"]
+    ]
+    return [*others, {**last, "content": content}]
+
+
 KINDS = ["text", "query", "document", "long text", "image", "image and text"]
 
 
@@ -190,7 +199,11 @@ def test_a_server_is_compared_with_its_model(local, server, remote, monkeypatch)
     assert max(found.values()) < 1e-6
     with monkeypatch.context() as changed:
         changed.setattr(server.model.queries, "data", server.model.queries.data + 0.01)
-        assert min(compare(remote, local).values()) > 1e-6, "of each kind"
+        assert min(compare(remote, local).values()) > 1e-5, "of each kind"
+    with monkeypatch.context() as changed:
+        read = server.model.encode
+        changed.setattr(server.model, "encode", lambda chat, prompt: read(without_the_first(chat), prompt=prompt))
+        assert compare(remote, local)["long text"] > 1e-3, "a server that loses a part of it"
     monkeypatch.setattr(RemoteEncoder, "_options", lambda self, *_: {"model": NAME, "encoding_format": "base64"})
     found = compare(remote, local)
     assert [kind for kind in KINDS if found[kind] > 1e-6] == ["query"], "a server without prompts"
@@ -202,8 +215,35 @@ def test_what_a_server_refuses_is_not_compared_and_the_reason_is_said(local, rem
     assert "maximum context length" in caplog.text
 
 
-def test_another_width_is_another_model(checkpoint, remote, local):
+def test_another_width_is_another_model(checkpoint, remote, local, monkeypatch):
     head = SLQEncoder.from_backbone(checkpoint(), num_queries=4, seed=0, device="cpu", projection=8)
     with pytest.raises(ValueError, match="and the model of 8: it serves another model"):
         compare(remote, head)
     assert max(compare(RemoteEncoder(remote.base_url, truncate_dim=5), local).values()) < 1e-6
+    monkeypatch.setattr(local, "truncate_dim", 8)
+    assert max(compare(remote, local).values()) < 1e-6
+    assert max(compare(RemoteEncoder(remote.base_url, truncate_dim=16), local).values()) < 1e-6
+
+
+def test_zeros_are_far_from_everything(local, server, remote, monkeypatch):
+    monkeypatch.setattr(server.model, "encode", lambda chat, prompt: np.zeros(32, np.float32))
+    assert compare(remote, local)["text"] == 1
+
+
+def test_what_the_model_itself_refuses_is_not_compared(local, remote, caplog, monkeypatch):
+    monkeypatch.setattr("tests.server.LONGEST", 100_000)
+
+    def refuse_long(length: int) -> None:
+        if length > 500:
+            raise ValueError("too long")
+
+    monkeypatch.setattr(local.transformer.reader, "_require_length", refuse_long)
+    found = compare(remote, local)
+    assert [kind for kind in KINDS if np.isnan(found[kind])] == ["long text"]
+    assert "Not compared, long text" in caplog.text
+
+
+def test_other_things_are_not_compared(local, remote):
+    for arguments in ((local, remote), (remote, "folder"), (local, local)):
+        with pytest.raises(ValueError, match="but a RemoteEncoder and the SLQEncoder that it serves are needed"):
+            compare(*arguments)
