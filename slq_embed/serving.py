@@ -165,27 +165,10 @@ def compare(server: RemoteEncoder, model: SLQEncoder) -> dict[str, float]:
         ValueError: If an argument is something else, or the server's embeddings have another width.
     """
     if not (isinstance(server, RemoteEncoder) and isinstance(model, SLQEncoder)):
-        kinds_given = f"a {type(server).__name__} and a {type(model).__name__}"
-        raise ValueError(
-            f"compare got {kinds_given}, but a RemoteEncoder and the SLQEncoder that it serves are needed."
-        )
-    noise = np.random.default_rng(0)
-    words = " ".join(
-        noise.choice(["a", "two", "red", "blue", "grey", "circle", "square", "star", "moon", "above"], 2000)
-    )
-    texts = ["hello", "", "a much longer text about red circles and blue squares"]
-    kinds: dict[str, tuple[list[Any], dict[str, Any]]] = {
-        "text": (texts, {}),
-        **{task: (texts, {"task": task}) for task in ("query", "document")},
-        "long text": ([words[: model.slq_config.max_text_chars]], {}),
-    }
-    if model.transformer.reader.reads_images:
-        sizes = ((40, 72), (480, 640), (200, 120))
-        images = [Image.fromarray(noise.integers(256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
-        kinds["image"] = images, {}
-        kinds["image and text"] = [{"image": image, "text": "now in blue"} for image in images], {}
+        given = f"a {type(server).__name__} and a {type(model).__name__}"
+        raise ValueError(f"compare got {given}, but a RemoteEncoder and the SLQEncoder that it serves are needed.")
     found: dict[str, float] = {}
-    for kind, (inputs, options) in kinds.items():
+    for kind, (inputs, options) in _inputs_by_kind(model).items():
         try:
             theirs = embed(server, inputs, **options).astype(np.float64)
             ours = embed(model, inputs, batch_size=1, **options).astype(np.float64)
@@ -203,6 +186,26 @@ def compare(server: RemoteEncoder, model: SLQEncoder) -> dict[str, float]:
         norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
         found[kind] = float((1 - (theirs * ours).sum(axis=1) / np.maximum(norms, 1e-30)).max())
     return found
+
+
+def _inputs_by_kind(model: SLQEncoder) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """What :func:`compare` embeds, and with which options."""
+    noise = np.random.default_rng(0)
+    words = " ".join(
+        noise.choice(["a", "two", "red", "blue", "grey", "circle", "square", "star", "moon", "above"], 2000)
+    )
+    texts = ["hello", "", "a much longer text about red circles and blue squares"]
+    kinds: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "text": (texts, {}),
+        **{task: (texts, {"task": task}) for task in ("query", "document")},
+        "long text": ([words[: model.slq_config.max_text_chars]], {}),
+    }
+    if model.transformer.reader.reads_images:
+        sizes = ((40, 72), (480, 640), (200, 120))
+        images = [Image.fromarray(noise.integers(256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
+        kinds["image"] = images, {}
+        kinds["image and text"] = [{"image": image, "text": "now in blue"} for image in images], {}
+    return kinds
 
 
 def _embed(
