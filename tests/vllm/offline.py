@@ -32,9 +32,8 @@ def work(job: dict[str, Any]) -> None:
     llm = LLM(
         job["model"],
         runner="pooling",
-        enforce_eager=True,
         distributed_executor_backend="uni",
-        **{"dtype": "float32", **job["settings"]},
+        **{"dtype": "float32", "enforce_eager": True, **job["settings"]},
     )
     assert llm.llm_engine.vllm_config.use_v2_model_runner == ("VLLM_USE_V2_MODEL_RUNNER" in os.environ)
     alone = [embed(llm, [chat])[0] for chat in chats]

@@ -248,6 +248,13 @@ def test_the_vectors_are_ours(name: str, either: Offline, tmp_path: Path):
     require_listed(folder)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "aya_vision", *marked((*MOST_USED[1:-1], *OTHERS, *TRANSFORMERS))])
+def test_the_vectors_are_ours_where_the_model_is_compiled(name: str, offline: Offline, tmp_path: Path):
+    encoder, folder = exported(name, tmp_path)
+    inputs = inputs_of(encoder)
+    require_ours(name, encoder, inputs, offline.embed(folder, inputs, **STEPS, enforce_eager=False))
+
+
 def test_it_is_said_what_nobody_has_compared(offline: Offline, tmp_path: Path):
     _, folder = exported("llama", tmp_path)
     offline.embed(folder, TEXTS[:1])
