@@ -201,7 +201,7 @@ class EmbeddingIndex:
             return self._table.delete(id_list(ids) if where is None else self._table.records.ids(where))
 
     def compact(self) -> None:
-        """Remove the bytes of what was deleted: here at once, in a folder with the next save."""
+        """Remove the bytes of what was deleted or replaced: here at once, in a folder with the next save."""
         with self._lock:
             self._table.compact()
 

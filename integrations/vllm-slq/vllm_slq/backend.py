@@ -1,7 +1,7 @@
 """Architectures that vLLM runs with the code of transformers, around its own attention.
 
-vLLM has no code of its own for most of them; for EXAONE 4.5, its own computes images otherwise than transformers. Each was measured:
-others would go wrong without a word, such as those that give features of an image to several layers.
+vLLM has no code of its own for most of them. Its own code computes images of EXAONE 4.5 otherwise than transformers, and takes none
+for LLaVA-NeXT-Video. Only what was measured to be right stands here.
 """
 
 from __future__ import annotations
