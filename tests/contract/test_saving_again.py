@@ -28,25 +28,24 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(MODELS, 2)])
-def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path, first, second):
-    backbone, name = build(checkpoint).backbone, str(checkpoint("qwen3_vl"))
-
-    def model(kind: str, seed: int) -> SLQEncoder:
-        options = {"num_queries": 4, "seed": seed, "backbone_name": name, **MODELS[kind]}
-        return trained(SLQEncoder.from_backbone(backbone, **options), seed)
-
-    model(first, seed=1).save_pretrained(tmp_path / "twice")
-    later = model(second, seed=2)
-    later.save_pretrained(tmp_path / "twice")
-    later.save_pretrained(tmp_path / "once")
-    assert files(tmp_path / "twice") == files(tmp_path / "once")
-    expected = later.encode(mixed)
-    assert furthest(SLQEncoder(tmp_path / "twice", device="cpu").encode(mixed), expected) < 1e-5
-    trusted = "query_adapter" in MODELS[second]
-    if not trusted or LOADS_ADAPTERS:
-        stock = SentenceTransformer(str(tmp_path / "twice"), device="cpu", trust_remote_code=trusted)
-        assert furthest(stock.encode(mixed), expected) < 1e-5
+def test_the_later_save_is_what_is_loaded(checkpoint, mixed, tmp_path):
+    """Every kind after every other one leaves the files of a save into an empty folder; those load as the same model."""
+    backbone, name, models = build(checkpoint).backbone, str(checkpoint("qwen3_vl")), {}
+    for seed, (kind, options) in enumerate(MODELS.items(), start=1):
+        fresh = SLQEncoder.from_backbone(backbone, num_queries=4, seed=seed, backbone_name=name, **options)
+        models[kind] = trained(fresh, seed)
+        models[kind].save_pretrained(tmp_path / kind)
+        expected = models[kind].encode(mixed)
+        assert furthest(SLQEncoder(tmp_path / kind, device="cpu").encode(mixed), expected) < 1e-5
+        trusted = "query_adapter" in options
+        if not trusted or LOADS_ADAPTERS:
+            stock = SentenceTransformer(str(tmp_path / kind), device="cpu", trust_remote_code=trusted)
+            assert furthest(stock.encode(mixed), expected) < 1e-5
+    for first, second in itertools.permutations(MODELS, 2):
+        folder = tmp_path / f"{first}, then {second}"
+        models[first].save_pretrained(folder)
+        models[second].save_pretrained(folder)
+        assert files(folder) == files(tmp_path / second), folder.name
 
 
 def test_a_save_that_fails_leaves_the_earlier_one(checkpoint, mixed, tmp_path, monkeypatch):

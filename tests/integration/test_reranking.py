@@ -39,7 +39,10 @@ def test_scores_are_the_log_odds_of_the_untouched_model(checkpoint, pairs, kind)
     assert abs(prompted - expected[1]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("qwen3_vl", "internvl") else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES],
+)
 def test_a_long_neighbour_moves_no_score(checkpoint, kind):
     """Counting its padding as positions would, by 2e-5 to 4e-4."""
     reranker = rerankable(load(checkpoint(kind)))

@@ -15,7 +15,7 @@ import torch
 from torch.utils import backend_registration
 
 ROOT = Path(__file__).parents[2]
-CHOSEN = "(qwen3_vl and (float32 or parts0 or parts6)) or moving or kept or killed or several or answers"
+CHOSEN = "(qwen3_vl and (float32 or parts0)) or moving or (kept and dtype0-keys_values) or several or answers"
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make test-gpu"),
