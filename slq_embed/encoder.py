@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, cast
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -266,6 +268,7 @@ class SLQEncoder(SentenceTransformer):
         """Turn inputs into features. The host's version would open texts as files, and lose prompts."""
         return self.transformer.preprocess(inputs, prompt=prompt, **kwargs)
 
+    @deprecated_kwargs(sentences="inputs")  # type: ignore[untyped-decorator] # as of the host
     def encode(self, inputs: Any, *args: Any, query_sets: Mapping[str, SLQEncoder] | None = None, **kwargs: Any) -> Any:
         """Encode texts, images, or both; as :meth:`SentenceTransformer.encode`, with one addition.
 
@@ -277,11 +280,13 @@ class SLQEncoder(SentenceTransformer):
             **kwargs: As for ``SentenceTransformer.encode``.
 
         Raises:
-            ValueError: If an input cannot be read, or a query set does not fit.
+            ValueError: If an input cannot be read or sent to a pool, or a query set does not fit.
         """
         self.require_loaded()
         if singular := self.is_singular_input(inputs):
-            read_row(inputs)  # else a pool would wait for ever for what cannot be sent, such as a generator
+            read_row(inputs)
+        elif kwargs.get("pool") is not None or isinstance(kwargs.get("device"), list):
+            _require_sendable(inputs)
         if query_sets is None:
             return super().encode(inputs, *args, **kwargs)
         rows = [inputs] if singular else list(inputs)
@@ -359,6 +364,18 @@ class SLQEncoder(SentenceTransformer):
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, module_classes: Any, **kwargs: Any) -> Any:
         return CheckpointState(model_name_or_path)
+
+
+def _require_sendable(inputs: Any) -> None:
+    """Refuse inputs that no queue can send: the host's pool would wait for them for ever."""
+    for number, value in enumerate(inputs if isinstance(inputs, list | tuple) else ()):
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise ValueError(
+                f"Input {number} cannot be sent to the processes of a pool ({type(error).__name__}: {error}). Pass a PIL image "
+                "that can be decoded, or the path or the bytes of the file."
+            ) from error
 
 
 def _require_supported(arguments: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 class FairLock:
-    """A lock that a thread may take again while it holds it, and that a waiting thread gets before the one that held it.
+    """A reentrant lock that is fair: a waiting thread gets it before the thread that has just released it.
 
     An ``RLock`` may go back to the thread that has just released it. Then a query waits for many batches of a corpus that another
     thread embeds.

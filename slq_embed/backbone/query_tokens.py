@@ -124,8 +124,11 @@ def allocate(processor: Any, table_rows: int, count: int, form: Form, can_grow: 
         raise ValueError(
             f"{count} latent queries need as many rows of the embedding table that no text uses, but this backbone "
             f"has {spare} spare rows and {len(reserved)} reserved tokens. Use "
-            + ("form='merged', which saves the whole model with rows of its own, or fewer queries." if can_grow else "")
-            + ("" if can_grow else "fewer queries, or another backbone: no rows can be added to its table.")
+            + (
+                "form='merged', which saves the whole model with rows of its own, or fewer queries."
+                if can_grow
+                else "fewer queries, or another backbone: no rows can be added to its table."
+            )
         )
     strings = tuple(token for _, token in reserved)
     # Being special makes them one token each, whatever stands beside them.

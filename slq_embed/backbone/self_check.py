@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,20 +48,11 @@ def check(model: PreTrainedModel, processor: Any) -> Report:
     from slq_embed.saving.loading import LoadedBackbone
 
     started = time.monotonic()
-    rows = sum(free_rows(processor, usable_rows(model))) if refusal(model.config) is None else 0
+    rows = max(free_rows(processor, usable_rows(model))) if refusal(model.config) is None else 0
     try:
         loaded = LoadedBackbone(model, processor, model.name_or_path, None, model.device)
-        form: Literal["adapter", "merged"] = "adapter" if rows >= _QUERIES else "merged"
-        modules, _ = build_modules(
-            loaded,
-            QuerySettings(_QUERIES, seed=0),
-            form=form,
-            instructions=None,
-            max_text_chars=8192,
-            max_pixels=None,
-            image_kwargs=None,
-            checked=True,
-        )
+        settings = QuerySettings(_QUERIES, seed=0)
+        modules, _ = build_modules(loaded, settings, "merged", None, 8192, None, None, checked=True)
         return examine(modules[0])
     except ValueError as error:  # of the architecture, the chat template, the embedding table
         reason = refusal(model.config) or f"gives an error: {error}"
@@ -84,7 +75,7 @@ def examine(transformer: Any) -> Report:
             schedule = comparison.fastest_schedule()
     except _UnusableError as error:
         reason = str(error)
-    rows = sum(free_rows(transformer.processor, usable_rows(backbone)))
+    rows = max(free_rows(transformer.processor, usable_rows(backbone)))
     kind, seconds = backbone.config.model_type, time.monotonic() - started
     return Report(kind, _dtype(backbone), schedule, reason, rows, seconds, tuple(comparison.findings))
 

@@ -158,10 +158,6 @@ def default_workers(kind: str) -> int:
     return min(8, max(0, len(os.sched_getaffinity(0)) - 1))
 
 
-def _identity(value: Any) -> Any:
-    return value
-
-
 def _start_worker(number: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -202,7 +198,7 @@ def read_features(
         batch_size=None,
         sampler=batches,
         num_workers=workers,
-        collate_fn=_identity,
+        collate_fn=lambda item: item,
         pin_memory=device.type == "cuda",
         worker_init_fn=_start_worker,
         multiprocessing_context="fork",

@@ -24,6 +24,10 @@ def encode_query_sets(
     model: SLQEncoder,
     inputs: Sequence[Any],
     query_sets: Mapping[str, SLQEncoder],
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool | None = None,
     *,
     convert_to_numpy: bool = True,
     convert_to_tensor: bool = False,
@@ -35,6 +39,10 @@ def encode_query_sets(
         model: The encoder that reads the inputs.
         inputs: Texts, images, or both.
         query_sets: Encoders on the same backbone, by name.
+        prompt_name: A name among the model's prompts.
+        prompt: A system message.
+        batch_size: Inputs a batch.
+        show_progress_bar: Whether to show one.
         convert_to_numpy: Whether to give NumPy arrays, else a list of tensors.
         convert_to_tensor: Whether to give tensors on the model's device.
         **options: For :func:`slq_embed.encoding.stream.stream`.
@@ -50,7 +58,9 @@ def encode_query_sets(
             raise ValueError(
                 f"{name} is {value!r}, but with query_sets only {only!r} is possible. Leave one of the two out."
             )
-    batches = stream(model, enumerate(inputs), query_sets=query_sets, strict=True, total=len(inputs), **options)
+    options |= {"prompt_name": prompt_name, "prompt": prompt, "batch_size": batch_size}
+    options |= {"show_progress_bar": bool(show_progress_bar), "strict": True, "total": len(inputs)}
+    batches = stream(model, enumerate(inputs), query_sets=query_sets, **options)
     rows = collect(batches, len(inputs), to_cpu=not convert_to_tensor)
     widths = [int(encoder.get_embedding_dimension() or 0) for encoder in query_sets.values()]
     parts = rows.split(widths, dim=1) if len(inputs) else [rows.new_empty(0, width) for width in widths]

@@ -195,7 +195,7 @@ def _inputs_digest(inputs: Sequence[Any]) -> str:
     """Of all inputs of a list that can be written down; of anything else, which is slow to read, some inputs' content."""
     digest, written = hashlib.sha256(), json.JSONEncoder(default=_written)
     sample = set(np.linspace(0, max(0, len(inputs) - 1), _SAMPLED_INPUTS).astype(int).tolist())
-    for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample):
+    for index in range(len(inputs)) if isinstance(inputs, list | tuple) else sorted(sample)[: len(inputs)]:
         value = inputs[index]
         try:
             digest.update(f"{written.encode(value)}\n".encode())

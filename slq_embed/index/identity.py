@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from slq_embed.encoder import SLQEncoder
-from slq_embed.encoding.protocol import encoder_digest
+from slq_embed.encoding.protocol import encoder_digest, resolve_prompt
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,20 @@ class ModelIdentity:
     Args:
         digest: From :func:`slq_embed.encoding.protocol.encoder_digest`; ``None`` where no model is known.
         name: For messages.
+        document_prompt: With which its inputs were embedded, ``""`` for none; ``None`` where that is not known.
     """
 
     digest: str | None = None
     name: str | None = None
+    document_prompt: str | None = None
 
     @classmethod
     def of(cls, model: SLQEncoder | None) -> ModelIdentity:
         """The identity of a model, as it is now."""
         if model is None:
             return cls()
-        return cls(encoder_digest(model), f"{len(model.queries)} queries on {model.slq_config.backbone}")
+        name = f"{len(model.queries)} queries on {model.slq_config.backbone}"
+        return cls(encoder_digest(model), name, resolve_prompt(model, task="document") or "")
 
     def require(self, model: SLQEncoder | None) -> SLQEncoder:
         """Return the model if it is this one, or if none is known.
@@ -44,6 +47,15 @@ class ModelIdentity:
                 "of this one. Load that model, or build the index anew."
             )
         return model
+
+    def require_document_prompt(self, model: SLQEncoder) -> None:
+        """Refuse to add inputs with another prompt than those that are there, with a ValueError."""
+        prompt = resolve_prompt(model, task="document") or ""
+        if self.document_prompt not in (None, prompt):
+            raise ValueError(
+                f"The inputs of this index were embedded with the document prompt {self.document_prompt!r}, and the model now has "
+                f"{prompt!r}. Set model.prompts['document'] to that of the index, or build the index anew."
+            )
 
 
 def dimension_of(model: SLQEncoder | None, dimension: int | None) -> int:

@@ -122,9 +122,12 @@ class EmbeddingIndex:
 
         Raises:
             ValueError: If an id comes twice, or is in the index already without ``replace``; if inputs, ids and metadata are not
-                equally many, or the model is not the one of the index. What was added before stays.
+                equally many, or the model or its document prompt is not that of the index. What was added before stays.
         """
         model = self._checked_model()
+        with self._lock:
+            if len(self):
+                self._identity.require_document_prompt(model)
         entries = with_ids_and_metadata(inputs, ids, metadata)
         waiting = WaitingInputs(entries, lambda id_: self._check_id(id_, new=not replace), remember=replace)
         total = len(inputs) if isinstance(inputs, Sequence) else None
@@ -270,7 +273,7 @@ class EmbeddingIndex:
             return self._table.search(vectors, k, where)
 
     def save(self, folder: str | Path) -> None:
-        """Save to a folder. If the process is killed in the middle, the earlier save is still whole.
+        """Save to a folder, in place of an index that is there. If the process is killed in the middle, that one is still whole.
 
         Raises:
             ValueError: If another process saved to the folder since this index was loaded from it or saved there: this
@@ -280,6 +283,7 @@ class EmbeddingIndex:
         with self._lock:
             self._table.learn()
             about = {**self._table.settings(), "model": self._identity.digest, "model_name": self._identity.name}
+            about["document_prompt"] = self._identity.document_prompt
             files = self._saved[folder] = write_folder(folder, self._table, about, self._saved.get(folder))
             self._table.moved(files)
 
@@ -302,7 +306,7 @@ class EmbeddingIndex:
         files, about, table = read_folder(folder, gpu=gpu, mmap=mmap)
         index = cls(model, about["factory"], dimension=about["dimension"])
         index._table, index._saved = table, {folder: files}
-        index._identity = ModelIdentity(about["model"], about["model_name"])
+        index._identity = ModelIdentity(about["model"], about["model_name"], about.get("document_prompt"))
         if model is not None:
             index._checked_model()
         return index

@@ -86,7 +86,7 @@ def _from_array(array: NDArray[Any] | torch.Tensor) -> Image.Image:
     channels = 1 if len(shape) == 2 else shape[0 if first else -1] if len(shape) == 3 else 0
     if dtype != "uint8" or channels not in (1, 3, 4):
         raise ValueError(
-            f"An image is an array of shape {shape} in {dtype}, but (H, W), (H, W, 3 or 4) or (3, H, W) in uint8 is needed. "
+            f"An image is an array of shape {shape} in {dtype}, but (H, W), (H, W, 1, 3 or 4) or (1 or 3, H, W) in uint8 is needed. "
             "Floats in 0 to 1 become uint8 by (array * 255).astype('uint8'); several images are a list: list(array)."
         )
     values = np.asarray(array.cpu() if isinstance(array, torch.Tensor) else array)
@@ -203,8 +203,11 @@ def _upright(image: Image.Image) -> Image.Image:
 def _opaque_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        # A float image may hold 0-1, or 0-255 as it is.
-        scale = 65535.0 if values.max() > 255 else 1.0 if image.mode == "F" and values.max() <= 1 else 255.0
+        scale = 255.0
+        if image.mode.startswith("I;16") or values.max() > 255:  # 32 bits a pixel may hold a range of 8 or of 16
+            scale = 65535.0
+        elif image.mode == "F" and values.max() <= 1:
+            scale = 1.0
         return Image.fromarray((values.clip(0, scale) * (255 / scale)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")

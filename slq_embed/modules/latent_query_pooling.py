@@ -78,11 +78,12 @@ class LatentQueryPooling(Module):
         raise RuntimeError("LatentQueryPooling is saved by SLQEncoder.save_pretrained, which writes stock modules.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryPooling:
-        # As the queries, the scores stay float32.
-        if self.pooling == "weighted":
-            device = fn(torch.empty(0, device=self.bias["scores"].device)).device
-            super()._apply(lambda tensor: tensor.to(device), recurse)
-        return self
+        return super()._apply(only_moved(fn), recurse)
+
+
+def only_moved(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``fn`` does to the device of a tensor, and not to its dtype: what is trained stays float32."""
+    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)
 
 
 def query_weights(scores: Tensor) -> Tensor:

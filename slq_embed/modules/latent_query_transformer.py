@@ -25,6 +25,7 @@ from slq_embed.backbone.report import Schedule
 from slq_embed.backbone.twin import twin_of
 from slq_embed.inputs.reader import InputReader
 from slq_embed.modules.deep_queries import add_before_layers
+from slq_embed.modules.latent_query_pooling import only_moved
 from slq_embed.modules.query_adapter import QueryAdapter, adapt, at_the_end
 from slq_embed.modules.query_embeddings import embed_query_tokens, scaled
 from slq_embed.prefix.features import Features, make_room, move_padding_left, select_rows
@@ -314,16 +315,12 @@ class LatentQueryTransformer(InputModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentQueryTransformer:
         """Move or cast the shared backbone; what is trained only moves, since the master copy is float32."""
-        device = fn(torch.empty(0, device=self.queries.device)).device
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
+        move = only_moved(fn)
         self.bias._apply(move)
         if recurse and not is_placed(self.backbone):
             if not is_quantized(self.backbone):
                 self.backbone._apply(fn)
-            elif self.backbone.device != device:  # a cast would undo what was packed
+            elif self.backbone.device != self.queries.device:  # a cast would undo what was packed
                 self.backbone._apply(move)
             self.query_adapter._apply(move)  # else each part stays beside the layer that it adapts
         return self

@@ -9,6 +9,8 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 
+from slq_embed.modules.latent_query_pooling import only_moved
+
 
 class ProjectionHead(Dense):
     """The host's ``Dense`` without an activation, started as the identity; it is saved as ``Dense``.
@@ -37,6 +39,4 @@ class ProjectionHead(Dense):
             return super().forward(features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProjectionHead:
-        device = fn(torch.empty(0, device=self.linear.weight.device)).device
-        super()._apply(lambda tensor: tensor.to(device), recurse)
-        return self
+        return super()._apply(only_moved(fn), recurse)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 Layers = tuple[tuple[Tensor, ...], ...]
 """For each layer its keys and values, each ``(batch, heads, seq, head_dim)``, or nothing where it keeps none of its own. A layer
@@ -18,15 +18,9 @@ States = Mapping[str, Tensor]
 
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 """A layer that keeps nothing: it uses the keys of an earlier layer, or has no attention. Old versions of transformers have none."""
-_INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", ())
-"""A layer whose indexer chooses what it attends to, by keys of its own."""
 _KINDS = ("conv", "recurrent")
 _WINDOW_OF_ANSWERS = "reference_sliding_attention"
 """Unlimited-OCR's: only tokens that are decoded one by one leave its window, and in a run over input and queries there are none."""
-
-
-def _type_of(layer: Any) -> str | None:
-    return getattr(layer, "_layer_type", None)
 
 
 class PrefixReadyError(Exception):
@@ -63,11 +57,14 @@ class BackboneCache(DynamicCache):
         for number, layer in enumerate(self.layers):
             if isinstance(layer, _EMPTY):
                 continue
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or _type_of(layer) == _WINDOW_OF_ANSWERS:
+            if (
+                type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+                or getattr(layer, "_layer_type", None) == _WINDOW_OF_ANSWERS
+            ):
                 self.layers[number] = DynamicLayer()
             elif type(layer) is LinearAttentionLayer:
                 self.layers[number] = _LinearLayer(layer.number_of_states)
-            elif not (_INDEXED and type(layer) is _INDEXED):
+            elif type(layer) is not DynamicIndexedLayer:
                 raise ValueError(
                     f"Layer {number} of {config.model_type} keeps its state in a {type(layer).__name__}, which no prefix "
                     "can hold."
@@ -76,7 +73,7 @@ class BackboneCache(DynamicCache):
         if not any(isinstance(layer, DynamicLayer) for layer in self.layers):
             raise ValueError(f"No layer of {config.model_type} keeps keys, so a prefix would have no length.")
         # An indexer may put its keys after those of its layer, or have a layer for itself.
-        self._last = last if stop and not any(isinstance(layer, _INDEXED) for layer in self.layers) else None
+        self._last = last if stop and not any(isinstance(layer, DynamicIndexedLayer) for layer in self.layers) else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -104,9 +101,9 @@ def read_cache(cache: DynamicCache) -> tuple[Layers, dict[str, Tensor]]:
 
 def _indexer_parts(layer: Any) -> tuple[Tensor, ...]:
     """What an indexer keeps, laid out as keys are."""
-    if not isinstance(layer, _INDEXED) or not layer.is_indexer_initialized:
+    if not isinstance(layer, DynamicIndexedLayer) or not layer.is_indexer_initialized:
         return ()
-    positions = layer.indexer_position_ids
+    positions = getattr(layer, "indexer_position_ids", None)  # transformers 5.17 keeps none
     return (layer.indexer_keys[:, None], *(() if positions is None else (positions.movedim(0, -1)[:, None],)))
 
 

@@ -163,10 +163,13 @@ def _load_saved(folder: str, backbone: PreTrainedModel | str | Path | None, argu
     if slq_config is None:
         if not Path(folder).is_dir() and find("config.json") is None:
             raise OSError(_not_found(folder))
-        raise ValueError(
-            f"{folder} is no saved SLQ model: it has no slq_config.json. To put latent queries on a backbone, use "
-            f"SLQEncoder.from_backbone({folder!r})."
-        )
+        other = f"To put latent queries on a backbone, use SLQEncoder.from_backbone({folder!r})."
+        if find("modules.json") is not None:
+            other = (
+                "It is another model of Sentence Transformers, or one that plain SentenceTransformer saved, which drops that file. "
+                "Load the folder that SLQEncoder saved."
+            )
+        raise ValueError(f"{folder} is no saved SLQ model: it has no slq_config.json. {other}")
     host_config, card = find("config_sentence_transformers.json"), find("README.md")
     hub = hub_arguments(arguments)
     processor = load_processor(folder, **hub, **(arguments.get("processor_kwargs") or {}))

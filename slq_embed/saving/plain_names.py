@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from slq_embed.backbone.families import decoder_of, embedding_scale
 
@@ -53,11 +53,7 @@ def require_plain_loading(backbone: PreTrainedModel, form: str, has_adapter: boo
 
 
 def _renamed(model: PreTrainedModel, name: str) -> str:
-    with suppress(ImportError, AttributeError):  # older versions rename in other ways
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        for rule in get_model_conversion_mapping(model):
-            if isinstance(rule, WeightRenaming):
-                name = rule.rename_source_key(name)[0]
+    for rule in get_model_conversion_mapping(model):
+        if isinstance(rule, WeightRenaming):
+            name = rule.rename_source_key(name)[0]
     return name

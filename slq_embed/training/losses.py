@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from sentence_transformers.util import all_gather_with_grad
+from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 
 from slq_embed.encoder import SLQEncoder
@@ -214,9 +214,7 @@ def symmetric_info_nce(
         all_first, all_second = all_gather_with_grad(first), all_gather_with_grad(second)
         offset = torch.distributed.get_rank() * len(first)
         if labels is not None:
-            gathered = [torch.empty_like(labels) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(gathered, labels.contiguous())
-            all_labels = torch.cat(gathered)
+            all_labels = all_gather(labels.contiguous())
     target = torch.arange(len(first), device=first.device) + offset
     loss = first.new_zeros(())
     for rows, candidates, extra in ((first, all_second, negatives), (second, all_first, ())):

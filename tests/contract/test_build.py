@@ -24,6 +24,7 @@ from slq_embed.backbone.families import family_of
 from slq_embed.prefix.features import lay_out, select_rows
 from tests.families import qwen
 from tests.families.building import write
+from tests.families.language_models import language_model
 from tests.parts import offloading
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -258,3 +259,9 @@ def test_the_trained_models_share_the_file_of_mllm_tiny(name):
 def test_the_processor_of_another_encoder_is_refused(encoder):
     with pytest.raises(ValueError, match=r"appends latent queries already.*with_queries"):
         SLQEncoder.from_backbone(encoder.backbone, encoder.processor)
+
+
+def test_a_backbone_whose_indexer_chooses_what_is_attended_to_runs_by_prefix(tmp_path):
+    """GLM 5: some versions of transformers keep positions beside the indexer's keys."""
+    folder = write(tmp_path, language_model("glm_moe_dsa"))
+    assert SLQEncoder.from_backbone(folder, num_queries=4, device="cpu").transformer.schedule == "prefix"

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from slq_embed import SLQEncoder, pretrained
 from slq_embed.modules import LatentQueryTransformer
@@ -135,6 +136,15 @@ def test_a_folder_or_a_hub_model_without_a_record_is_a_backbone(checkpoint, tmp_
     )
     with pytest.raises(ValueError, match=r"^org/x is no saved SLQ model.*from_backbone\('org/x'\)"):
         SLQEncoder("org/x")
+
+
+def test_what_plain_sentence_transformers_saved_is_told_from_a_backbone(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "ours")
+    SentenceTransformer(str(tmp_path / "ours"), device="cpu").save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(
+        ValueError, match=r"it has no slq_config\.json\. It is .* or one that plain SentenceTransformer saved"
+    ):
+        SLQEncoder(tmp_path / "theirs")
 
 
 def test_a_folder_without_weights_is_there_but_holds_no_backbone(checkpoint, tmp_path):

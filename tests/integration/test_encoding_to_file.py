@@ -47,6 +47,11 @@ def test_a_run_that_was_killed_while_it_began_anew_begins_again(encoder, tmp_pat
         assert np.abs(result.embeddings - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("inputs", [[], range(0)], ids=["list", "other"])
+def test_nothing_is_a_file_without_rows(encoder, tmp_path, inputs):
+    assert encoder.encode_to_file(inputs, tmp_path / "e.npy").embeddings.shape == (0, 32)
+
+
 @pytest.mark.parametrize("name", ["e.npy", "e.progress.npy", "e.progress.json"])
 @pytest.mark.parametrize("part", [0.0, 0.6])
 def test_a_file_that_was_cut_off_is_refused(encoder, tmp_path, name, part):

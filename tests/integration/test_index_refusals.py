@@ -233,3 +233,26 @@ def test_photos_that_pillow_cannot_read_are_named(model, tmp_path):
     assert [row.name for row in EmbeddingIndex(model).add(image_files(tmp_path))] == [
         f"input 0 ({tmp_path}/phone.HEIC)"
     ]
+
+
+def test_inputs_are_not_added_with_another_document_prompt(encoder, tmp_path):
+    encoder.prompts["document"] = "A document."
+    index = EmbeddingIndex(encoder)
+    index.add(["a", "b"], ["a", "b"])
+    index.save(tmp_path)
+    encoder.prompts["document"] = "Something else."
+    encoder.prompts["query"] = "A query."  # of no matter for what is there
+    for one in (index, EmbeddingIndex.load(tmp_path, encoder)):
+        with pytest.raises(
+            ValueError, match=r"document prompt 'A document\.', and the model now has 'Something else\.'"
+        ):
+            one.add(["c"], ["c"])
+        assert one.search(["a"])
+        assert len(one) == 2
+    encoder.prompts["document"] = "A document."
+    index.add(["c"], ["c"])
+    about = json.loads((tmp_path / "index.json").read_text())
+    assert about.pop("document_prompt") == "A document."
+    (tmp_path / "index.json").write_text(json.dumps(about))  # as saved before prompts were recorded
+    encoder.prompts["document"] = "Something else."
+    EmbeddingIndex.load(tmp_path, encoder).add(["c"], ["c"])

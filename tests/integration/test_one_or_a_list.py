@@ -55,7 +55,18 @@ def test_what_no_process_can_be_sent_is_refused_before_a_pool_waits_for_it(model
     for where in ({}, {"pool": pool}):
         with pytest.raises(ValueError, match=r"An input is a generator.*Several inputs are a list"):
             model.encode((text for text in ("a", "b")), **where)
+    content = io.BytesIO()
+    Image.effect_noise((640, 640), 50).save(content, "JPEG")
+    for where in ({"pool": pool}, {"device": ["cpu", "cpu"]}):
+        cut_off, reader = Image.open(io.BytesIO(content.getvalue()[:9999])), io.BufferedReader(content)
+        for wrong, reason in ((cut_off, "OSError: image file"), ({"image": reader}, "TypeError: cannot pickle")):
+            with pytest.raises(ValueError, match=rf"^Input 1 cannot be sent to the processes of a pool \({reason}"):
+                model.encode(["a", wrong], **where)
     assert pool["input"].empty()
+
+
+def test_the_name_that_inputs_had_in_earlier_versions_of_the_host_is_taken(model):
+    assert np.array_equal(model.encode(sentences=["a"]), model.encode(["a"]))
 
 
 def test_the_same_values_are_one_input_everywhere(model):
