@@ -48,6 +48,7 @@ ROUND_MORE = (
     "minicpmv4_7",
     "minicpm_ocr",
     "gemma4",
+    "gemma4_unified",
     "muse_glimmer",
     "muse_spark",
 )
