@@ -83,7 +83,9 @@ class LatentQueryPooling(Module):
 
 def only_moved(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What ``fn`` does to the device of a tensor, and not to its dtype: what is trained stays float32."""
-    return lambda tensor: tensor.to(fn(tensor.new_empty(0)).device)
+    return lambda tensor: tensor.to(
+        fn(torch.empty(0, device=tensor.device)).device
+    )  # quantized tensors have no new_empty
 
 
 def query_weights(scores: Tensor) -> Tensor:

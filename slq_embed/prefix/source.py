@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -192,7 +192,9 @@ class PrefixSource:
         images = {key: index for key, index in indices.items() if with_image[index]}
         texts = {key: index for key, index in indices.items() if not with_image[index]}
 
-        compute = partial(run_vision, image_token=self.image_token)
+        def compute(decoder: PreTrainedModel, chosen: Features) -> list[dict[str, Tensor]]:
+            return run_vision(decoder, chosen, self.image_token)
+
         vision = self._kept(store, features, images, compute, pack_vision_row, unpack_vision_row)
         rows = self.in_passes(features, texts, run_prefix)
         for group in self._group({key: len(vision[key]["input_ids"]) for key in images}, table.device):

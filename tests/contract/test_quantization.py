@@ -321,3 +321,12 @@ def test_a_cast_leaves_packed_weights_alone(folder):
     model.half()
     assert weights_digest(model.backbone) == before
     assert model.queries.dtype == torch.float32
+
+
+def test_a_quantized_backbone_moves_with_its_queries(folder):
+    """Its tensors know fewer operations than others. Here it moves to where nothing is kept, as no other device is at hand."""
+    model = build(folder, int8())
+    kinds = {name: type(weight) for name, weight in model.backbone.base_model.named_parameters()}
+    model.to("meta")
+    assert {weight.device.type for weight in [*model.backbone.parameters(), model.queries]} == {"meta"}
+    assert {name: type(weight) for name, weight in model.backbone.base_model.named_parameters()} == kinds

@@ -56,6 +56,7 @@ def test_the_format_stays(tmp_path):
         "dimension": 32,
         "model": None,
         "model_name": None,
+        "document_prompt": None,
     }
     assert sorted(file.name for file in files.iterdir()) == ["embeddings.faiss", "records.sqlite"]
     with sqlite3.connect(files / "records.sqlite") as database:
