@@ -358,10 +358,6 @@ def test_several_query_sets_share_one_prefix(checkpoint, encoder, mixed, tmp_pat
     for name in sets:
         assert together[name].shape == alone[name].shape
         assert np.abs(together[name] - alone[name]).max() < 1e-6
-    named = encoder.with_queries(2, seed=1)
-    encoder.prompts["asked"] = named.prompts["asked"] = "find it."
-    by_place = encoder.encode(mixed, "asked", None, 3, False, query_sets={"named": named})["named"]
-    assert np.abs(by_place - named.encode(mixed, prompt_name="asked")).max() < 1e-6
     one = encoder.encode("hello", query_sets=sets)
     assert np.abs(one["few"] - alone["few"][0]).max() < 1e-6
     tensors = encoder.encode(mixed, query_sets=sets, convert_to_tensor=True, normalize_embeddings=True)

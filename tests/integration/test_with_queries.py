@@ -61,3 +61,10 @@ def test_a_changed_template_is_refused(encoder):
     encoder.processor.chat_template += "{{ 'more' }}"
     with pytest.raises(ValueError, match="does not end with the model's query tokens"):
         encoder.with_queries(2)
+
+
+def test_the_hosts_arguments_may_come_by_place(encoder, mixed):
+    named = encoder.with_queries(2, seed=1)
+    encoder.prompts["asked"] = named.prompts["asked"] = "find it."
+    by_place = encoder.encode(mixed, "asked", None, 3, False, query_sets={"named": named})["named"]
+    assert np.abs(by_place - named.encode(mixed, prompt_name="asked")).max() < 1e-6

@@ -56,22 +56,6 @@ def llama(folders) -> Path:
     return folders("llama", others.llama())
 
 
-@pytest.mark.parametrize(("spare", "reserved"), [(2, 2), (2, 5), (5, 2)])
-def test_free_rows_are_those_that_one_form_can_take(tmp_path, spare, reserved):
-    """All queries are spare rows or reserved tokens, not some of each; a backbone with too few works all the same."""
-    parts = others.llama()
-    parts.processor.add_tokens(
-        [f"<|reserved_special_token_{number}|>" for number in range(reserved)], special_tokens=True
-    )
-    parts.config.vocab_size = len(parts.processor) + spare
-    model, processor = loaded(write(tmp_path, parts))
-    report = check(model, processor)
-    assert (report.schedule, report.free_rows) == ("prefix", max(spare, reserved))
-    assert len(SLQEncoder.from_backbone(model, processor, num_queries=report.free_rows).queries) == report.free_rows
-    with pytest.raises(ValueError, match=f"{report.free_rows + 1} latent queries need"):
-        SLQEncoder.from_backbone(model, processor, num_queries=report.free_rows + 1)
-
-
 def test_a_report_says_what_was_compared(llama):
     report = check(*loaded(llama))
     assert (report.schedule, report.reason, report.free_rows) == ("prefix", None, 64)

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import pytest
 
+from slq_embed import SLQEncoder
+from slq_embed.backbone import check
+from slq_embed.backbone.families import load_backbone, load_processor
 from slq_embed.backbone.query_tokens import allocate
 from tests.checkpoints import QWEN_VISION, build_tokenizer
+from tests.families import others
+from tests.families.building import write
 
 
 def test_spare_rows_come_first():
@@ -36,3 +41,20 @@ def test_the_merged_form_adds_rows():
     tokens = allocate(tokenizer, rows + 1, 4, "merged")
     assert tokens.source == "resized"
     assert tokens.ids == tuple(range(rows, rows + 4))
+
+
+@pytest.mark.parametrize(("spare", "reserved"), [(2, 2), (2, 5), (5, 2)])
+def test_free_rows_are_those_that_one_form_can_take(tmp_path, spare, reserved):
+    """All queries are spare rows or reserved tokens, not some of each; a backbone with too few works all the same."""
+    parts = others.llama()
+    parts.processor.add_tokens(
+        [f"<|reserved_special_token_{number}|>" for number in range(reserved)], special_tokens=True
+    )
+    parts.config.vocab_size = len(parts.processor) + spare
+    folder = write(tmp_path, parts)
+    model, processor = load_backbone(str(folder)), load_processor(str(folder))
+    report = check(model, processor)
+    assert (report.schedule, report.free_rows) == ("prefix", max(spare, reserved))
+    assert len(SLQEncoder.from_backbone(model, processor, num_queries=report.free_rows).queries) == report.free_rows
+    with pytest.raises(ValueError, match=f"{report.free_rows + 1} latent queries need"):
+        SLQEncoder.from_backbone(model, processor, num_queries=report.free_rows + 1)
